@@ -1,0 +1,51 @@
+# `make help` lists what can be done. Everything happens inside .venv, which is made on demand.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test test-fast check protos bench docs dist clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Minga needs Python 3.11 or newer; set one with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cluster,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## run the whole loop on real data: search, train, serve, federate, swap
+	$(BIN)/minga demo
+
+test: $(STAMP) check ## run every check and every test
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## run the tests that need no Ray and no second process
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: $(STAMP) ## lint, types, layers, protocol
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	@$(MAKE) --no-print-directory protos OUT=$(VENV)/protos
+	@diff -r $(VENV)/protos/minga/federation/v1 federation/minga/federation/v1 -x __pycache__ -x __init__.py \
+	  || { echo "The generated code differs from protos/: run 'make protos' and commit."; exit 1; }
+
+OUT ?= federation
+protos: $(STAMP) ## generate the wire code from protos/
+	@mkdir -p $(OUT)
+	@cd protos && PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/python -m grpc_tools.protoc -I . \
+	  --python_out=$(abspath $(OUT)) --mypy_out=quiet:$(abspath $(OUT)) \
+	  --grpc_python_out=$(abspath $(OUT)) --mypy_grpc_out=quiet:$(abspath $(OUT)) \
+	  minga/federation/v1/federation.proto
+
+dist: $(STAMP) ## build wheel and sdist into dist/
+	$(BIN)/python -m build
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

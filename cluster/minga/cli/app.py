@@ -1,0 +1,59 @@
+"""The command tree and the one place where errors become messages and exit codes.
+
+Commands are named by import path, so `minga --help` loads none of them.
+"""
+
+import os
+import sys
+from importlib.metadata import version
+
+from cyclopts import App
+
+from minga.cli.failures import exit_code_of, message_of
+
+app = App(
+    name="minga",
+    help="One model from an idea to a fleet of devices, and kept good there.",
+    version=lambda: version("minga"),
+    default_parameter=None,
+)
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("minga.cli.demo:demo", "Run the whole loop on real data, start to finish."),
+    "init": ("minga.cli.project:init", "Write a runnable example project into a folder."),
+    "run": ("minga.cli.project:run", "Check data, search, train, gate and register a model."),
+    "tune": ("minga.cli.project:tune", "Search hyper-parameters with Ray Tune."),
+    "train": ("minga.cli.project:train", "Train once with given parameters and register."),
+    "data": ("minga.cli.data:app", "Check data against its schema."),
+    "model": ("minga.cli.model:app", "List, show, promote registered model versions."),
+    "serve": ("minga.cli.serve:serve", "Serve registered models over the Open Inference Protocol."),
+    "predict": ("minga.cli.predict:predict", "Send one request to a served model."),
+    "coordinator": ("minga.cli.coordinator:app", "Run the federation's server, make tokens."),
+    "device": ("minga.cli.device:app", "Enrol and run an edge device; list and revoke devices."),
+    "federate": ("minga.cli.federate:federate", "Train the champion further on the fleet."),
+    "status": ("minga.cli.status:status", "Show what runs, which versions, which devices."),
+}
+
+for _name, (_path, _help) in COMMANDS.items():
+    app.command(_path, name=_name, help=_help)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and leave with its exit code.
+
+    Args:
+        arguments: the words after `minga`; None takes them from the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("MINGA_DEBUG") == "1"
+    words = [word for word in words if word != "--debug"]
+    try:
+        app(words)
+    except KeyboardInterrupt:
+        sys.stderr.write("minga: stopped by you.\n")
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - the command line's last resort turns errors into words
+        if debug:
+            raise
+        sys.stderr.write(f"minga: {message_of(error)}\n")
+        sys.exit(exit_code_of(error))

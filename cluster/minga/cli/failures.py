@@ -1,0 +1,55 @@
+"""Which error ends the command with which exit code.
+
+Errors are known by name, not by class: looking one up imports no part of Minga,
+and an error can only be raised by a module that is loaded already.
+
+| code | meaning |
+|---|---|
+| 1 | an error that Minga did not foresee |
+| 2 | the command line itself is wrong |
+| 130 | stopped by the user |
+
+The rest of the table is `EXIT_CODES`.
+"""
+
+EXIT_CODES: dict[str, int] = {
+    # minga.cluster.project
+    "minga.cluster.errors.ProjectError": 10,
+    # minga.training.errors
+    "minga.training.errors.TaskError": 11,
+    "minga.training.errors.ShapeError": 12,
+    "minga.training.errors.DataError": 13,
+    "minga.training.errors.TrainingError": 14,
+    "minga.training.errors.GateError": 15,
+    "minga.training.errors.RegistryError": 16,
+    # minga.inference.errors and minga.serving.errors
+    "minga.inference.errors.InferenceError": 20,
+    "minga.serving.errors.ServingError": 21,
+    # minga.federation.errors
+    "minga.federation.errors.EnrolmentError": 30,
+    "minga.federation.errors.IdentityError": 31,
+    "minga.federation.errors.UnreachableError": 32,
+    "minga.federation.errors.PortInUseError": 33,
+    "minga.federation.errors.CampaignError": 34,
+    "minga.federation.errors.FederationError": 35,
+}
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Give the exit code of the nearest listed class among the error's bases."""
+    for kind in type(error).__mro__:
+        code = EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if code is not None:
+            return code
+    return 1
+
+
+def message_of(error: BaseException) -> str:
+    """Give the message of a known error as it is; name the class of an unknown one."""
+    text = str(error).strip()
+    if exit_code_of(error) != 1:
+        return text
+    return (
+        f"unexpected {type(error).__name__}: {text}\n"
+        "Run again with --debug to see where, and report it."
+    )
