@@ -1,0 +1,50 @@
+"""Everything that can go wrong in the federation.
+
+    FederationError
+    ├── EnrolmentError      a token or a device name was refused
+    ├── IdentityError       a key or certificate is missing, foreign, expired or revoked
+    ├── UnreachableError    the coordinator does not answer
+    ├── PortInUseError      another process listens where this one should
+    ├── CampaignError       a campaign cannot start, or ended without a result
+    ├── TrainerError        the device's own training code failed
+    └── PeerError           the other side misbehaves: what it sent is refused
+        └── LimitError      it sent too much
+
+`minga.federation.secagg.errors` hangs its own branch below.
+"""
+
+
+class FederationError(Exception):
+    """Base of all errors of the federation."""
+
+
+class EnrolmentError(FederationError):
+    """A token or a device name was refused."""
+
+
+class IdentityError(FederationError):
+    """A key or certificate is missing, foreign, expired or revoked."""
+
+
+class UnreachableError(FederationError):
+    """The coordinator does not answer."""
+
+
+class PortInUseError(FederationError):
+    """Another process listens where this one should."""
+
+
+class CampaignError(FederationError):
+    """A campaign cannot start, or ended without a result."""
+
+
+class TrainerError(FederationError):
+    """The device's own training code failed."""
+
+
+class PeerError(FederationError):
+    """The other side misbehaves: what it sent is refused."""
+
+
+class LimitError(PeerError):
+    """The other side sent more than is allowed."""

@@ -1,0 +1,99 @@
+"""Model parameters as named float32 arrays: their bytes, their vector and their layout.
+
+Bytes are safetensors: reading them runs no code, whoever wrote them.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from minga.federation.errors import PeerError
+
+Parameters = dict[str, NDArray[np.float32]]
+"""Tensor name -> float32 array."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which tensors, in which order and shape, a parameter vector is made of."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> Self:
+        """Give the layout of some parameters: names sorted, so that order never depends on a dict."""
+        names = tuple(sorted(parameters))
+        return cls(names=names, shapes=tuple(parameters[name].shape for name in names))
+
+    @property
+    def num_values(self) -> int:
+        """Length of the vector."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    def flatten(self, parameters: Parameters) -> NDArray[np.float32]:
+        """Lay the tensors out as one vector, shape `(num_values,)`.
+
+        Raises:
+            PeerError: names or shapes are not those of this layout.
+        """
+        other = Layout.of(parameters)
+        if other != self:
+            raise PeerError(f"parameters do not fit the model: {self._difference(other)}")
+        if not self.names:
+            return np.empty(0, np.float32)
+        return np.concatenate(
+            [np.asarray(parameters[name], np.float32).ravel() for name in self.names]
+        )
+
+    def unflatten(self, vector: NDArray[np.float32]) -> Parameters:
+        """Cut a vector of shape `(num_values,)` into tensors that share its memory.
+
+        Raises:
+            PeerError: the vector has another length.
+        """
+        if vector.shape != (self.num_values,):
+            raise PeerError(f"a vector of shape {vector.shape} is not ({self.num_values},)")
+        ends = np.cumsum([prod(shape) for shape in self.shapes])[:-1]
+        parts = np.split(vector, ends)
+        return {
+            name: part.reshape(shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+    def _difference(self, other: "Layout") -> str:
+        mine = dict(zip(self.names, self.shapes, strict=True))
+        theirs = dict(zip(other.names, other.shapes, strict=True))
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                return f"tensor {name!r} is {theirs.get(name)}, expected {mine.get(name)}"
+        return "the order of tensors differs"
+
+
+def to_bytes(parameters: Parameters) -> bytes:
+    """Write parameters as safetensors, the same bytes for the same values."""
+    ordered = {
+        name: np.ascontiguousarray(parameters[name], np.float32) for name in sorted(parameters)
+    }
+    return save(ordered)
+
+
+def from_bytes(data: bytes) -> Parameters:
+    """Read parameters from safetensors.
+
+    Raises:
+        PeerError: the bytes are no safetensors file, or a tensor is not float32.
+    """
+    try:
+        tensors = load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise PeerError(f"not a safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32:
+            raise PeerError(f"tensor {name!r} is {tensor.dtype}, expected float32")
+    return tensors

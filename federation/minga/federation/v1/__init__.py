@@ -1,0 +1,1 @@
+"""Generated from protos/minga/federation/v1; `make protos` writes it again."""
