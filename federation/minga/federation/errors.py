@@ -3,10 +3,12 @@
     FederationError
     ├── EnrolmentError      a token or a device name was refused
     ├── IdentityError       a key or certificate is missing, foreign, expired or revoked
+    │   └── AccessError     the identity is good, but its role may not do this
     ├── UnreachableError    the coordinator does not answer
     ├── PortInUseError      another process listens where this one should
     ├── CampaignError       a campaign cannot start, or ended without a result
     ├── TrainerError        the device's own training code failed
+    ├── MissingBlobError    the store holds no blob of that digest
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -26,6 +28,10 @@ class IdentityError(FederationError):
     """A key or certificate is missing, foreign, expired or revoked."""
 
 
+class AccessError(IdentityError):
+    """The identity is good, but its role may not do this."""
+
+
 class UnreachableError(FederationError):
     """The coordinator does not answer."""
 
@@ -40,6 +46,10 @@ class CampaignError(FederationError):
 
 class TrainerError(FederationError):
     """The device's own training code failed."""
+
+
+class MissingBlobError(FederationError):
+    """The store holds no blob of that digest."""
 
 
 class PeerError(FederationError):

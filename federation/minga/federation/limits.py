@@ -1,0 +1,75 @@
+"""Every size, count and rate that one side of the federation accepts from the other.
+
+Both sides read this table, so that a sender never makes what its receiver refuses. Figures
+that a deployment may want otherwise are defaults of constructor arguments.
+"""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# -- messages ---------------------------------------------------------------------------------
+
+MAX_MESSAGE_BYTES: Final = 4 * MIB
+"""Largest message on any stream, gRPC's own default; anything larger is a blob."""
+
+MAX_ENROLMENT_MESSAGE_BYTES: Final = 16 * KIB
+"""Largest message on the enrolment port, where callers are strangers."""
+
+MAX_ERROR_MESSAGE_CHARS: Final = 1000
+"""Length at which an error's text is cut on the wire: gRPC keeps metadata within 8 KiB."""
+
+# -- identity ---------------------------------------------------------------------------------
+
+MAX_NAME_LENGTH: Final = 63
+"""Characters of a device, operator, service or group name: one DNS label."""
+
+MAX_CERTIFICATE_BYTES: Final = 4 * KIB
+"""A P-256 certificate of the authority takes about 600 bytes."""
+
+MAX_REQUEST_BYTES: Final = 4 * KIB
+"""A certificate signing request with a P-256 key takes about 250 bytes."""
+
+MAX_TOKEN_CHARS: Final = 16 * KIB
+"""An enrolment token takes about 1,400 characters."""
+
+TOKEN_SECRET_BYTES: Final = 32
+"""Entropy of an enrolment token."""
+
+MAX_TOKEN_USES: Final = 10_000
+"""Devices that one enrolment token may let in."""
+
+# -- blobs ------------------------------------------------------------------------------------
+
+CHUNK_BYTES: Final = 512 * KIB
+"""Blob bytes in one message. Throughput is flat between 256 KiB and 1 MiB and halves by 4 MiB
+(measured on loopback with gRPC 1.85)."""
+
+MAX_BLOB_BYTES: Final = 4 * GIB
+"""Largest blob, by default."""
+
+SENDER_QUOTA_BYTES: Final = 8 * GIB
+"""Bytes that one sender may have in the store at a time, unfinished uploads included, by default."""
+
+PART_LIFETIME_S: Final = 24 * 3600.0
+"""How long an unfinished upload waits for its sender to come back, by default."""
+
+# -- connections ------------------------------------------------------------------------------
+
+KEEPALIVE_INTERVAL_S: Final = 60.0
+"""An idle connection is probed this often: below the 5 minutes after which address translators
+forget it, and only 170 probes a second for 10,000 idle devices."""
+
+KEEPALIVE_TIMEOUT_S: Final = 20.0
+"""A probe without an answer for this long means that the link is broken."""
+
+MIN_KEEPALIVE_INTERVAL_S: Final = 20.0
+"""A peer that probes more often than this is disconnected."""
+
+MAX_RECONNECT_BACKOFF_S: Final = 10.0
+"""A device waits at most this long, and somewhat at random, before it dials again."""
+
+CALL_TIMEOUT_S: Final = 30.0
+"""How long a single call with a small answer may take."""
