@@ -1,0 +1,220 @@
+"""A client of the Open Inference Protocol v2 over HTTP, for arrays instead of bodies.
+
+    outputs = infer("http://127.0.0.1:8000", "machine-failure", {"input": rows})
+
+Many requests to one server go through one `InferenceClient`, which keeps its connections.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+
+from minga.inference.errors import (
+    ClientError,
+    RejectedError,
+    ServerUnreachableError,
+)
+from minga.inference.protocol import (
+    JSON_SIZE_HEADER,
+    InferRequest,
+    InferResponse,
+    Message,
+    RequestedOutput,
+    decode_response,
+    encode_request,
+)
+from minga.inference.tensors import Array
+
+_TIMEOUT_S: Final = 30.0
+_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+
+
+class InferenceClient:
+    """Talks to one server; may be shared by threads.
+
+    Args:
+        url: the server, as in `http://127.0.0.1:8000`.
+        timeout_s: how long one request may take.
+        transport: what carries the requests, by default the network.
+
+    Raises:
+        ClientError: `url` is no URL.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = _TIMEOUT_S,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._url = url.rstrip("/")
+        # A proxy from the environment knows nothing of this machine's loopback.
+        is_local = _host_of(self._url) in _LOOPBACK
+        self._http = httpx.Client(timeout=timeout_s, transport=transport, trust_env=not is_local)
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str | None = None,
+        outputs: Iterable[str] = (),
+        binary: bool = True,
+    ) -> dict[str, Array]:
+        """Send one inference request and give back the outputs.
+
+        Args:
+            model: the model's name.
+            inputs: one array per input, of exactly the model's type.
+            version: which version answers; None leaves it to the server.
+            outputs: which outputs to compute; none means all.
+            binary: send and ask for raw tensors; JSON is slower, and rounds nothing either.
+
+        Raises:
+            BadRequestError: an array has no form in the protocol.
+            ClientError: the server cannot be reached, or refuses.
+        """
+        return dict(
+            self.request(
+                model,
+                InferRequest(
+                    inputs={name: np.asarray(array) for name, array in inputs.items()},
+                    outputs=tuple(RequestedOutput(name=name) for name in outputs),
+                    binary_outputs=binary,
+                ),
+                version=version,
+                binary=binary,
+            ).outputs
+        )
+
+    def request(
+        self, model: str, request: InferRequest, *, version: str | None = None, binary: bool = True
+    ) -> InferResponse:
+        """Send a request as it is, and give back the whole response with the answering version.
+
+        Raises:
+            BadRequestError: an array has no form in the protocol.
+            ClientError: the server cannot be reached, or refuses.
+        """
+        message = encode_request(request, binary=binary)
+        headers = {"content-type": "application/json"}
+        if message.json_size is not None:
+            headers = {
+                "content-type": "application/octet-stream",
+                JSON_SIZE_HEADER: str(message.json_size),
+            }
+        response = self._send("POST", _path(model, version) + "/infer", message.body, headers)
+        size = response.headers.get(JSON_SIZE_HEADER)
+        try:
+            return decode_response(
+                Message(body=response.content, json_size=None if size is None else int(size))
+            )
+        except ValueError as error:
+            raise ClientError(
+                f"{self._url} does not answer in the Open Inference Protocol: {error}"
+            ) from error
+
+    def metadata(self, model: str, *, version: str | None = None) -> dict[str, Any]:
+        """Give a model's versions, inputs and outputs as the protocol lists them.
+
+        Raises:
+            ClientError: the server cannot be reached, or refuses.
+        """
+        response = self._send("GET", _path(model, version))
+        try:
+            content: dict[str, Any] = response.json()
+        except ValueError as error:
+            raise ClientError(f"{self._url} does not answer in JSON: {error}") from error
+        return content
+
+    def ready(self, model: str | None = None) -> bool:
+        """Tell whether the server, or one model of it, answers requests now."""
+        path = "/v2/health/ready" if model is None else _path(model, None) + "/ready"
+        try:
+            self._send("GET", path)
+        except ClientError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        try:
+            response = self._http.request(
+                method, self._url + path, content=content, headers=headers
+            )
+        except httpx.TransportError as error:
+            raise ServerUnreachableError(
+                f"no inference server answers at {self._url} ({error or type(error).__name__}): "
+                "is `minga serve` running, and is the URL right?"
+            ) from error
+        if response.is_success:
+            return response
+        raise RejectedError(_error_of(response), status=response.status_code)
+
+
+def infer(
+    url: str, model: str, inputs: Mapping[str, Array], *, binary: bool = True
+) -> dict[str, Array]:
+    """Send one request to a server; see `InferenceClient.infer`."""
+    with InferenceClient(url) as client:
+        return client.infer(model, inputs, binary=binary)
+
+
+def metadata(url: str, model: str) -> dict[str, Any]:
+    """Ask a server for a model's metadata; see `InferenceClient.metadata`."""
+    with InferenceClient(url) as client:
+        return client.metadata(model)
+
+
+def ready(url: str, model: str | None = None) -> bool:
+    """Ask a server, or for one model of it, whether it answers requests now."""
+    with InferenceClient(url) as client:
+        return client.ready(model)
+
+
+def _host_of(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ClientError(f"{url!r} is no server's URL; write one like http://127.0.0.1:8000")
+    return parsed.host
+
+
+def _path(model: str, version: str | None) -> str:
+    path = f"/v2/models/{quote(model, safe='')}"
+    return path if version is None else f"{path}/versions/{quote(version, safe='')}"
+
+
+def _error_of(response: httpx.Response) -> str:
+    """Find the server's own words; a proxy in between may answer in HTML."""
+    try:
+        return str(response.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {response.status_code} {response.reason_phrase}"

@@ -1,0 +1,116 @@
+"""What can go wrong with inference, and the HTTP status that says so.
+
+```
+InferenceError
+├── RequestError                the caller must change the request
+│   ├── BadRequestError         400  malformed, or does not fit the model (also a ValueError)
+│   ├── UnknownModelError       404  no such model or version
+│   ├── UnknownPathError        404  no such path
+│   ├── MethodNotAllowedError   405  the path knows other methods
+│   ├── TooLargeError           413  the body is over the limit
+│   ├── UnsupportedCodingError  415  a content coding other than gzip and deflate
+│   └── HeadersTooLargeError    431  the headers are over the limit
+├── UnavailableError            503  nothing is loaded yet; the same request may succeed later
+├── ModelError                  a model cannot be loaded or fails its self-test
+├── PortInUseError              the server's port is taken
+└── ClientError                 what the client of a server meets
+    ├── ServerUnreachableError  nobody answers at the URL
+    └── RejectedError           the server answered with an error, whose status it keeps
+```
+"""
+
+
+class InferenceError(Exception):
+    """The root of everything that `minga.inference` raises on purpose."""
+
+    status = 500
+
+
+class RequestError(InferenceError):
+    """A request that no retry will make right."""
+
+    status = 400
+
+
+class BadRequestError(RequestError, ValueError):
+    """A request that is malformed or does not fit the model."""
+
+
+class UnknownModelError(RequestError, LookupError):
+    """A model, or a version of it, that is not served here."""
+
+    status = 404
+
+
+class UnknownPathError(RequestError):
+    """A path that the protocol does not know."""
+
+    status = 404
+
+
+class MethodNotAllowedError(RequestError):
+    """A known path with the wrong method.
+
+    Args:
+        message: what was asked for.
+        allowed: the methods that the path answers, as the `Allow` header lists them.
+    """
+
+    status = 405
+
+    def __init__(self, message: str, *, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class TooLargeError(RequestError):
+    """A body over the server's limit, on the wire or after decompression."""
+
+    status = 413
+
+
+class UnsupportedCodingError(RequestError):
+    """A body in a content coding that is neither gzip nor deflate."""
+
+    status = 415
+
+
+class HeadersTooLargeError(RequestError):
+    """Headers over the server's limit."""
+
+    status = 431
+
+
+class UnavailableError(InferenceError):
+    """The server runs but has no model yet."""
+
+    status = 503
+
+
+class ModelError(InferenceError):
+    """A model that cannot be served: missing, altered, unreadable, or failing its self-test."""
+
+
+class PortInUseError(InferenceError):
+    """The address that the server was told to listen on is taken."""
+
+
+class ClientError(InferenceError):
+    """The root of what a client of an inference server meets."""
+
+
+class ServerUnreachableError(ClientError):
+    """Nobody answers at the server's URL, or the connection broke."""
+
+
+class RejectedError(ClientError):
+    """The server answered with an error.
+
+    Args:
+        message: the server's own words.
+        status: its HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,81 @@
+"""What Prometheus learns about inference.
+
+Series exist only for models that are served: a label never comes from a caller, or a scan of
+random URLs would fill the memory of everyone who scrapes.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from minga.inference.repository import ModelRepository
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+# From a small network inline to a large one behind a queue, in seconds.
+_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class InferenceMetrics:
+    """Counts and times of requests, and the versions that answer them.
+
+    Args:
+        repository: whose models are listed as `minga_inference_model_info`.
+        registry: where the series live; a process with several servers gives one to each.
+    """
+
+    def __init__(self, repository: ModelRepository, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._requests = Counter(
+            "minga_inference_requests",
+            "Inference requests by model, version and HTTP status; model is empty if unknown.",
+            ("model", "version", "status"),
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "minga_inference_request_seconds",
+            "Time from the first byte of a request to its response, by model.",
+            ("model",),
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._in_progress = Gauge(
+            "minga_inference_requests_in_progress",
+            "Inference requests that have begun and not ended.",
+            registry=registry,
+        )
+        registry.register(_ServedModels(repository))
+
+    def begin(self) -> None:
+        """Count a request that has begun."""
+        self._in_progress.inc()
+
+    def end(self, *, model: str, version: str, status: int, duration_s: float) -> None:
+        """Count a request that has ended; `model` and `version` are empty if it named none."""
+        self._in_progress.dec()
+        self._requests.labels(model, version, str(status)).inc()
+        if model:
+            self._seconds.labels(model).observe(duration_s)
+
+    def exposition(self) -> bytes:
+        """Write all series in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _ServedModels(Collector):
+    """Lists the repository's versions at the moment of the scrape."""
+
+    def __init__(self, repository: ModelRepository) -> None:
+        self._repository = repository
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "minga_inference_model_info",
+            "Constant 1 for each model version being served.",
+            labels=("model", "version", "sha256"),
+        )
+        for ref in self._repository.refs:
+            family.add_metric((ref.name, ref.version, ref.sha256), 1)
+        yield family
