@@ -27,7 +27,7 @@ class Layout:
 
     @classmethod
     def of(cls, parameters: Parameters) -> Self:
-        """Give the layout of some parameters: names sorted, so that order never depends on a dict."""
+        """Give the layout of some parameters; names are sorted: a dict's order is an accident."""
         names = tuple(sorted(parameters))
         return cls(names=names, shapes=tuple(parameters[name].shape for name in names))
 
@@ -80,7 +80,8 @@ def to_bytes(parameters: Parameters) -> bytes:
     ordered = {
         name: np.ascontiguousarray(parameters[name], np.float32) for name in sorted(parameters)
     }
-    return save(ordered)
+    data: bytes = save(ordered)
+    return data
 
 
 def from_bytes(data: bytes) -> Parameters:
@@ -90,7 +91,7 @@ def from_bytes(data: bytes) -> Parameters:
         PeerError: the bytes are no safetensors file, or a tensor is not float32.
     """
     try:
-        tensors = load(data)
+        tensors: Parameters = load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise PeerError(f"not a safetensors file: {error}") from error
     for name, tensor in tensors.items():

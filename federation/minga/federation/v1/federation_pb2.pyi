@@ -443,9 +443,12 @@ class Hello(_message.Message):
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
     TRAINS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     trains: _builtins.bool
     """False: the device only runs models, it is invited to no round."""
+    round_id: _builtins.str
+    """The round that the device still holds an update for, if any."""
     @_builtins.property
     def model(self) -> Global___ModelReport:
         """The model version it runs now, if any."""
@@ -456,10 +459,11 @@ class Hello(_message.Message):
         agent_version: _builtins.str = ...,
         trains: _builtins.bool = ...,
         model: Global___ModelReport | None = ...,
+        round_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "model", b"model", "trains", b"trains"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "model", b"model", "round_id", b"round_id", "trains", b"trains"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,88 @@
+"""`minga coordinator`: run the federation's server, make enrolment tokens."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from minga.cli.output import print_json, print_line
+
+app = App(name="coordinator", help="Run the federation's server, make tokens.")
+
+State = Annotated[Path, Parameter(help="The coordinator's state folder.")]
+
+
+@app.command
+def run(
+    *,
+    state: Path = Path("coordinator"),
+    host: str = "127.0.0.1",
+    public_host: str = "",
+    port: int = 7443,
+    enrol_port: int = 7444,
+    metrics_port: int = 9464,
+    reconnect_grace: float = 10.0,
+) -> None:
+    """Run the coordinator until Ctrl-C; it goes on where it was after a crash.
+
+    The state folder gets a database, the federation's authority, blobs, and an operator's identity
+    in `operator/` that `minga federate`, `minga status` and `minga device list` use.
+
+    Example: minga coordinator run --state ./coordinator --host 0.0.0.0 --public-host fleet.example
+
+    Args:
+        state: Folder of everything that must survive.
+        host: Address to listen on.
+        public_host: Name or address under which devices dial; the default is the one listened on.
+        port: Port of enrolled devices and operators (mutual TLS); 0 takes a free one.
+        enrol_port: Port where tokens are redeemed (server TLS); 0 takes a free one.
+        metrics_port: Port of the Prometheus endpoint; 0 takes a free one.
+        reconnect_grace: Seconds that a device may be away during a round before it counts as lost.
+    """
+    from minga.cli.services import run_service
+    from minga.federation.coordinator.server import run as serve
+    from minga.federation.coordinator.settings import CoordinatorSettings
+
+    settings = CoordinatorSettings(
+        state=state,
+        host=host,
+        public_host=public_host,
+        port=port,
+        enrol_port=enrol_port,
+        metrics_port=metrics_port,
+        reconnect_grace_s=reconnect_grace,
+    )
+    run_service(serve(settings))
+
+
+@app.command
+def token(
+    group: str = "default",
+    *,
+    state: State = Path("coordinator"),
+    lifetime_hours: float = 24.0,
+    json: bool = False,
+) -> None:
+    """Make a token that lets one device into a group; it is shown this once.
+
+    Example: minga coordinator token line-3 --lifetime-hours 2
+
+    Args:
+        group: The group that the device joins.
+        state: The coordinator's state folder, or an operator's identity folder.
+        lifetime_hours: How long the token can be redeemed.
+        json: Print JSON.
+    """
+    from minga.federation.operator import connect
+
+    async def create() -> tuple[str, str]:
+        async with connect(state) as operator:
+            response = await operator.create_token(group, round(lifetime_hours * 3600))
+        return response.token, response.expires_at.ToJsonString()
+
+    text, expires_at = asyncio.run(create())
+    if json:
+        print_json({"token": text, "group": group, "expires_at": expires_at})
+    else:
+        print_line(text)

@@ -1,0 +1,133 @@
+"""`minga device`: enrol and run a device; list and revoke the fleet's devices."""
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from minga.cli.output import print_json, print_line, print_table
+
+app = App(name="device", help="Enrol and run an edge device; list and revoke devices.")
+
+Folder = Annotated[Path, Parameter(help="The device's folder: identity and models.")]
+State = Annotated[Path, Parameter(help="The coordinator's state folder, or an operator's.")]
+
+
+@app.command
+def enroll(token: str, *, folder: Folder = Path("device"), name: str = "") -> None:
+    """Turn a one-time token into this device's identity; its key never leaves the folder.
+
+    Example: minga device enroll "$TOKEN" --name press-7
+
+    Args:
+        token: What `minga coordinator token` printed; '-' reads it from standard input.
+        folder: Where identity and models are kept; made if missing.
+        name: The device's name: a-z, 0-9 and '-'. The default is this machine's name.
+    """
+    import sys
+
+    from minga.federation.device.enrolment import enrol
+
+    text = sys.stdin.read().strip() if token == "-" else token  # noqa: S105 - not a password
+    wanted = name or socket.gethostname().split(".")[0].lower()
+    identity = asyncio.run(enrol(text, folder, wanted))
+    print_line(f"enrolled as {identity.name}; start it with: minga device run --folder {folder}")
+
+
+@app.command
+def run(
+    *,
+    folder: Folder = Path("device"),
+    project: Path | None = None,
+    source: str = "",
+    trainer: str = "",
+    option: dict[str, str] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+) -> None:
+    """Run this device until Ctrl-C: join rounds, fetch models, answer predictions on site.
+
+    With --project and --source it trains that project's Task on this site's data; without them
+    it only runs models. A coordinator that is away is dialled again, and the local model answers
+    meanwhile.
+
+    Example: minga device run --project ./plant --source data/site.csv
+
+    Args:
+        folder: Identity and models, made by `minga device enroll`.
+        project: A project folder with minga.toml; its Task trains here.
+        source: This site's data, as the Task's `data` method takes it.
+        trainer: Instead of a project: `package.module:attribute` that makes a LocalTrainer.
+        option: What that trainer is made with: --option.name value.
+        host: Address of the local inference server.
+        port: Port of the local inference server and of /metrics; 0 takes a free one.
+    """
+    from minga.cli.services import run_service
+    from minga.federation.device.server import run as serve
+    from minga.federation.device.settings import DeviceSettings
+
+    options: dict[str, bool | int | float | str] = dict(option or {})
+    if project is not None:
+        trainer = "minga.training.federated:trainer_from_options"
+        options = {"project": str(project.resolve()), "source": source}
+    settings = DeviceSettings(
+        folder=folder, trainer=trainer, trainer_options=options, host=host, port=port
+    )
+    run_service(serve(settings))
+
+
+@app.command(name="list")
+def list_(*, state: State = Path("coordinator"), group: str = "", json: bool = False) -> None:
+    """List enrolled devices.
+
+    Example: minga device list --group line-3 --json
+
+    Args:
+        state: The coordinator's state folder, or an operator's identity folder.
+        group: Only this group.
+        json: Print JSON.
+    """
+    from minga.cluster.fleet import describe_devices
+
+    rows = asyncio.run(describe_devices(state, group))
+    if json:
+        print_json(rows)
+        return
+    columns = ("device", "group", "state", "model", "rounds", "last seen")
+    print_table(
+        columns,
+        [
+            (
+                row["device"],
+                row["group"],
+                row["state"],
+                f"{row['model']} v{row['model_version']}" if row["model"] else "-",
+                str(row["rounds_counted"]),
+                str(row["last_seen_at"] or "never"),
+            )
+            for row in rows
+        ],
+        empty="no device is enrolled; make a token with: minga coordinator token",
+    )
+
+
+@app.command
+def revoke(device: str, *, state: State = Path("coordinator")) -> None:
+    """Refuse a device from now on and close its stream.
+
+    Example: minga device revoke press-7
+
+    Args:
+        device: The device's name.
+        state: The coordinator's state folder, or an operator's identity folder.
+    """
+    from minga.federation.operator import connect
+
+    async def refuse() -> None:
+        async with connect(state) as operator:
+            await operator.revoke(device)
+
+    asyncio.run(refuse())
+    print_line(f"{device} is refused from now on")

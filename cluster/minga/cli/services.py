@@ -1,0 +1,30 @@
+"""How the long-running commands log and stop."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Coroutine
+from typing import Any
+
+
+def run_service(service: Coroutine[Any, Any, None]) -> None:
+    """Run a service until it ends, Ctrl-C or SIGTERM; both let it clean up.
+
+    It logs one line an event to stderr; MINGA_LOG_LEVEL chooses how much (default INFO).
+    """
+    logging.basicConfig(
+        level=os.environ.get("MINGA_LOG_LEVEL", "INFO").upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+    )
+    asyncio.run(_until_terminated(service))
+
+
+async def _until_terminated(service: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.ensure_future(service)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not task.cancelled():
+            raise

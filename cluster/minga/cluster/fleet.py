@@ -1,0 +1,137 @@
+"""The fleet as operators see it: devices, campaigns, models, as plain values."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from minga.federation.config import FederationConfig
+from minga.federation.errors import CampaignError
+from minga.federation.operator import Operator, connect
+from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.trainer import Scalar
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.wire import config_to_wire
+
+OnCampaign = Callable[[pb.Campaign], None]
+
+
+async def describe_devices(state: Path, group: str = "") -> list[dict[str, Any]]:
+    """Give the enrolled devices as JSON-ready rows."""
+    async with connect(state) as operator:
+        return [_device(device) for device in await operator.devices(group)]
+
+
+def _device(device: pb.Device) -> dict[str, Any]:
+    state = "revoked" if device.revoked else "connected" if device.connected else "away"
+    model = device.model if device.HasField("model") else pb.ModelReport()
+    return {
+        "device": device.device_id,
+        "group": device.group,
+        "state": state,
+        "trains": device.trains,
+        "model": model.name,
+        "model_version": model.version,
+        "model_sha256": model.digest.hex(),
+        "model_state": pb.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower(),
+        "model_detail": model.detail,
+        "rounds_counted": device.rounds_counted,
+        "agent_version": device.agent_version,
+        "enrolled_at": _time(device.enrolled_at),
+        "last_seen_at": _time(device.last_seen_at) if device.HasField("last_seen_at") else None,
+    }
+
+
+def _time(moment: Timestamp) -> str:
+    return moment.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def describe_campaign(campaign: pb.Campaign) -> dict[str, Any]:
+    """Give a campaign as a JSON-ready value."""
+    return {
+        "campaign": campaign.campaign_id,
+        "model": campaign.plan.model_name,
+        "parent_version": campaign.plan.parent_version,
+        "state": pb.CampaignState.Name(campaign.state).removeprefix("CAMPAIGN_STATE_").lower(),
+        "reason": campaign.reason,
+        "num_rounds": campaign.plan.num_rounds,
+        "rounds": [_round(round_) for round_ in campaign.rounds],
+    }
+
+
+def _round(round_: pb.Round) -> dict[str, Any]:
+    return {
+        "round": round_.round_id,
+        "number": round_.number,
+        "stage": pb.RoundStage.Name(round_.stage).removeprefix("ROUND_STAGE_").lower(),
+        "invited": list(round_.invited),
+        "survivors": list(round_.survivors),
+        "lost": dict(round_.lost),
+        "total_weight": round_.total_weight,
+        "bytes_received": round_.bytes_received,
+        "bytes_sent": round_.bytes_sent,
+        "reason": round_.reason,
+    }
+
+
+def campaign_plan(
+    config: FederationConfig,
+    *,
+    model_name: str,
+    parent_version: str,
+    training: dict[str, Scalar],
+) -> pb.CampaignPlan:
+    """Write the `[federation]` table as the plan of a campaign."""
+    return pb.CampaignPlan(
+        model_name=model_name,
+        parent_version=parent_version,
+        num_rounds=config.num_rounds,
+        group=config.group,
+        cohort=config.cohort,
+        min_cohort=config.min_cohort,
+        value_bits=config.value_bits,
+        clip=config.clip,
+        max_weight=config.max_weight,
+        server_learning_rate=config.server_learning_rate,
+        invite_timeout_s=config.invite_timeout_s,
+        stage_timeout_s=config.stage_timeout_s,
+        training_timeout_s=config.training_timeout_s,
+        training=config_to_wire({**training, **config.training}),
+        expected_dropout=config.expected_dropout,
+        colluder_share=config.colluder_share,
+    )
+
+
+async def run_campaign(
+    operator: Operator, plan: pb.CampaignPlan, start: Parameters, on_campaign: OnCampaign
+) -> tuple[pb.Campaign, bytes]:
+    """Run a campaign to its end.
+
+    Args:
+        operator: the connection to the coordinator.
+        plan: what to do; the model's digest is filled in here.
+        start: the parameters to start from.
+        on_campaign: told at each change.
+
+    Returns:
+        The campaign as it ended, and its last global model as safetensors.
+
+    Raises:
+        CampaignError: it failed or was cancelled.
+    """
+    campaign_id = await operator.start_campaign(plan, to_bytes(start))
+    campaign = pb.Campaign()
+    async for campaign in operator.watch(campaign_id):
+        on_campaign(campaign)
+    if campaign.state != pb.CAMPAIGN_STATE_COMPLETED:
+        raise CampaignError(
+            f"campaign {campaign_id} did not complete: {campaign.reason}. "
+            "Rounds that were committed stay; see `minga status`"
+        )
+    return campaign, await operator.read(campaign.model_digest)
+
+
+def parameters_of(model: bytes) -> Parameters:
+    """Read a campaign's result."""
+    return from_bytes(model)

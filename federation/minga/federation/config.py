@@ -1,0 +1,61 @@
+"""How the fleet trains: the `[federation]` table of minga.toml."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from minga.federation.trainer import Scalar
+
+
+class FederationConfig(BaseModel):
+    """A campaign: some rounds that train one model further on devices."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    num_rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
+    """How many rounds are to be committed."""
+
+    group: str = ""
+    """Only devices of this group are invited; empty: all groups."""
+
+    cohort: Annotated[int, Field(ge=2, le=4096)] = 8
+    """How many devices a round invites at most."""
+
+    min_cohort: Annotated[int, Field(ge=2)] = 3
+    """A round with fewer updates than this is aborted: a sum over few hides little."""
+
+    clip: Annotated[float, Field(gt=0)] = 4.0
+    """Each coordinate of an update is clipped to [-clip, clip] before it is rounded."""
+
+    value_bits: Annotated[int, Field(ge=4, le=24)] = 20
+    """Bits of a rounded coordinate; the step is about clip / 2**(value_bits - 1)."""
+
+    max_weight: Annotated[int, Field(ge=1)] = 16_384
+    """A device counts for at most so many examples."""
+
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """The global model moves by this times the mean update."""
+
+    expected_dropout: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """The share of a cohort that may vanish in a round without aborting it."""
+
+    colluder_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """The share of a cohort that may pool what it sees with the coordinator."""
+
+    invite_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long a round waits for devices to come."""
+
+    stage_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long a stage without training waits for its slowest device."""
+
+    training_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long a round waits for updates."""
+
+    training: dict[str, Scalar] = Field(default_factory=dict)
+    """Parameters that the devices' training gets beside the model's own."""
+
+    @model_validator(mode="after")
+    def _cohort_holds_minimum(self) -> "FederationConfig":
+        if self.min_cohort > self.cohort:
+            raise ValueError(f"min_cohort {self.min_cohort} is above cohort {self.cohort}")
+        return self

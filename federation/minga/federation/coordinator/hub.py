@@ -1,0 +1,129 @@
+"""Which devices are connected, and the way to each of them.
+
+Lives in one event loop. Nothing here is durable: a push that is lost is pushed again when the
+device comes back.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from minga.federation.limits import OUTBOX_MESSAGES
+from minga.federation.v1.federation_pb2 import SessionResponse
+
+
+class Signal:
+    """Wakes everybody who waits, each time it fires.
+
+    Take `next()` before looking at the state that the signal speaks of, and wait for what it gave:
+    then no firing in between is missed.
+    """
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def fire(self) -> None:
+        """Wake all who wait now."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    def next(self) -> asyncio.Event:
+        """Give the event that the next firing sets."""
+        return self._event
+
+
+async def wait_for_any(events: Sequence[asyncio.Event], timeout_s: float | None) -> None:
+    """Wait until one of some events is set, or the time is up."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One open control stream. `None` in its outbox closes it."""
+
+    device_id: str
+    group: str
+    trains: bool
+    outbox: asyncio.Queue[SessionResponse | None] = field(
+        default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES)
+    )
+
+    def send(self, message: SessionResponse) -> bool:
+        """Queue a message; a device that reads nothing for so long is cut off instead."""
+        try:
+            self.outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            self.close()
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the stream after what is queued; drop the queue if it is full."""
+        while True:
+            try:
+                self.outbox.put_nowait(None)
+            except asyncio.QueueFull:
+                self.outbox.get_nowait()
+            else:
+                return
+
+
+class Hub:
+    """All open control streams, one per device."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.changed = Signal()
+        self._clock = clock
+        self._started_at = clock()
+        self._connections: dict[str, Connection] = {}
+        self._left_at: dict[str, float] = {}
+
+    def join(self, connection: Connection) -> None:
+        """Register a stream; an older one of the same device is closed."""
+        older = self._connections.get(connection.device_id)
+        if older is not None:
+            older.close()
+        self._connections[connection.device_id] = connection
+        self._left_at.pop(connection.device_id, None)
+        self.changed.fire()
+
+    def leave(self, connection: Connection) -> None:
+        """Forget a stream, unless a newer one has taken its place."""
+        if self._connections.get(connection.device_id) is connection:
+            del self._connections[connection.device_id]
+            self._left_at[connection.device_id] = self._clock()
+            self.changed.fire()
+
+    def connection(self, device_id: str) -> Connection | None:
+        """Give a device's open stream."""
+        return self._connections.get(device_id)
+
+    def connected(self, group: str = "") -> list[Connection]:
+        """Give the open streams of a group, or all, by device."""
+        return [
+            self._connections[device_id]
+            for device_id in sorted(self._connections)
+            if group in ("", self._connections[device_id].group)
+        ]
+
+    def gone_since(self, device_id: str) -> float | None:
+        """Say since when a device is away; None if it is here."""
+        if device_id in self._connections:
+            return None
+        return self._left_at.get(device_id, self._started_at)
+
+    def drop(self, device_id: str) -> None:
+        """Close a device's stream, if it is open."""
+        connection = self._connections.get(device_id)
+        if connection is not None:
+            connection.close()
+
+    def drop_all(self) -> None:
+        """Close every stream."""
+        for connection in list(self._connections.values()):
+            connection.close()

@@ -1,0 +1,88 @@
+"""How a round's events are written down and read back.
+
+What came from a device is kept as the wire message that brought it; the coordinator's own events
+are small JSON objects.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from minga.federation import wire
+from minga.federation.coordinator.rounds import (
+    DeadlinePassed,
+    DeviceLost,
+    Event,
+    Round,
+    RoundFailed,
+    RoundOrder,
+    Stage,
+    SumComputed,
+    Timeouts,
+)
+from minga.federation.coordinator.store import EventRow, RoundRow
+from minga.federation.v1 import federation_pb2 as pb
+
+_MESSAGE = "message"
+
+
+def encode(round_id: str, event: Event, at: float) -> EventRow:
+    """Write one event down."""
+    match event:
+        case DeviceLost(device_id=device_id, reason=reason):
+            return _row(at, "lost", {"reason": reason}, device_id)
+        case DeadlinePassed(stage=stage):
+            return _row(at, "deadline", {"stage": stage.name})
+        case SumComputed(model_digest=digest, total_weight=weight):
+            return _row(at, "sum", {"model_digest": digest.hex(), "total_weight": weight})
+        case RoundFailed(reason=reason):
+            return _row(at, "failed", {"reason": reason})
+        case _:
+            payload = wire.event_to_wire(round_id, event).SerializeToString()
+            return EventRow(at=at, device_id=event.device_id, kind=_MESSAGE, payload=payload)
+
+
+def _row(at: float, kind: str, values: dict[str, Any], device_id: str = "") -> EventRow:
+    return EventRow(at=at, device_id=device_id, kind=kind, payload=json.dumps(values).encode())
+
+
+def decode(row: EventRow) -> Event:
+    """Read one event back."""
+    if row.kind == _MESSAGE:
+        return wire.event_from_wire(row.device_id, pb.SessionRequest.FromString(row.payload))[1]
+    values = json.loads(row.payload)
+    match row.kind:
+        case "lost":
+            return DeviceLost(device_id=row.device_id, reason=values["reason"])
+        case "deadline":
+            return DeadlinePassed(stage=Stage[values["stage"]])
+        case "sum":
+            digest = bytes.fromhex(values["model_digest"])
+            return SumComputed(model_digest=digest, total_weight=values["total_weight"])
+        case "failed":
+            return RoundFailed(reason=values["reason"])
+        case kind:
+            raise AssertionError(f"an event of unknown kind {kind!r}")
+
+
+def order_of(row: RoundRow, min_cohort: int, timeouts: Timeouts) -> RoundOrder:
+    """Rebuild what a round was to do."""
+    invite = pb.RoundInvite.FromString(row.invite)
+    return RoundOrder(
+        round_id=row.round_id,
+        number=row.number,
+        plan=wire.plan_of_invite(invite),
+        invited=row.invited,
+        min_cohort=min_cohort,
+        model_digest=invite.model_digest,
+        training=wire.config_from_wire(invite.training),
+        timeouts=timeouts,
+    )
+
+
+def replay(order: RoundOrder, started_at: float, events: Iterable[EventRow]) -> Round:
+    """Rebuild a round from its events."""
+    round_ = Round(order=order, started_at=started_at)
+    for row in events:
+        round_.apply(decode(row), row.at)
+    return round_

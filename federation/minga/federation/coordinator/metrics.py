@@ -1,0 +1,58 @@
+"""What the coordinator tells Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from minga.federation.coordinator.rounds import Round, Stage
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+
+
+class Metrics:
+    """The coordinator's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.connected = Gauge(
+            "minga_coordinator_connected_devices",
+            "Devices with an open control stream.",
+            registry=self.registry,
+        )
+        self._rounds = Counter(
+            "minga_coordinator_rounds",
+            "Rounds that ended, by result.",
+            ["result"],
+            registry=self.registry,
+        )
+        self._duration = Histogram(
+            "minga_coordinator_round_duration_seconds",
+            "Time from invitation to commit of committed rounds.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._lost = Counter(
+            "minga_coordinator_lost_devices",
+            "Devices that were invited to a round and are not in its sum.",
+            registry=self.registry,
+        )
+        self._bytes = Counter(
+            "minga_coordinator_round_bytes",
+            "Bytes moved by rounds that ended, by direction.",
+            ["direction"],
+            registry=self.registry,
+        )
+        self.refused = Counter(
+            "minga_coordinator_refused_messages",
+            "Messages of devices that were refused.",
+            registry=self.registry,
+        )
+
+    def observe_round(self, round_: Round, received: int, sent: int) -> None:
+        """Count a round that ended."""
+        committed = round_.stage is Stage.COMMITTED
+        self._rounds.labels(result="committed" if committed else "aborted").inc()
+        self._bytes.labels(direction="received").inc(received)
+        self._bytes.labels(direction="sent").inc(sent)
+        if committed:
+            assert round_.ended_at is not None
+            self._duration.observe(round_.ended_at - round_.started_at)
+            self._lost.inc(len(round_.order.invited) - len(round_.survivors))

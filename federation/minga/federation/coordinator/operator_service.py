@@ -1,0 +1,131 @@
+"""What operators may ask of the coordinator."""
+
+import resource
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from minga.federation.blobs import BlobStore
+from minga.federation.coordinator.campaigns import Campaigns
+from minga.federation.coordinator.hub import Hub
+from minga.federation.coordinator.models import PublishedModels
+from minga.federation.coordinator.store import DeviceRow, Store
+from minga.federation.errors import CampaignError, FederationError
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from minga.federation.wire import timestamp
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class OperatorService(pb_grpc.OperatorServiceServicer):
+    """Tokens, devices, campaigns, models. Errors become statuses in the interceptor."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: BlobStore,
+        hub: Hub,
+        campaigns: Campaigns,
+        models: PublishedModels,
+        mint_token: Callable[[str, float], tuple[str, float]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._hub = hub
+        self._campaigns = campaigns
+        self._models = models
+        self._mint_token = mint_token
+        self._clock = clock
+        self._started_at = clock()
+
+    async def CreateToken(
+        self, request: pb.CreateTokenRequest, context: Context
+    ) -> pb.CreateTokenResponse:
+        """Make a token; it is shown this once."""
+        token, expires_at = self._mint_token(request.group, float(request.lifetime_s))
+        return pb.CreateTokenResponse(token=token, expires_at=timestamp(expires_at))
+
+    async def ListDevices(
+        self, request: pb.ListDevicesRequest, context: Context
+    ) -> pb.ListDevicesResponse:
+        """List devices."""
+        rows = self._store.devices(request.group)
+        return pb.ListDevicesResponse(devices=[self._device(row) for row in rows])
+
+    def _device(self, row: DeviceRow) -> pb.Device:
+        return pb.Device(
+            device_id=row.device_id,
+            group=row.group,
+            connected=self._hub.connection(row.device_id) is not None,
+            revoked=row.revoked_at is not None,
+            trains=row.trains,
+            enrolled_at=timestamp(row.enrolled_at),
+            last_seen_at=timestamp(row.last_seen_at),
+            model=pb.ModelReport.FromString(row.model) if row.model else None,
+            rounds_counted=row.rounds_counted,
+            agent_version=row.agent_version,
+        )
+
+    async def RevokeDevice(
+        self, request: pb.RevokeDeviceRequest, context: Context
+    ) -> pb.RevokeDeviceResponse:
+        """Refuse a device and close its stream."""
+        if not self._store.revoke_device(request.device_id, self._clock()):
+            raise FederationError(
+                f"there is no device {request.device_id!r}; `minga device list` lists them"
+            )
+        self._hub.drop(request.device_id)
+        return pb.RevokeDeviceResponse()
+
+    async def StartCampaign(
+        self, request: pb.StartCampaignRequest, context: Context
+    ) -> pb.StartCampaignResponse:
+        """Start a campaign."""
+        campaign = self._campaigns.start(request.plan)
+        return pb.StartCampaignResponse(campaign_id=campaign.campaign_id)
+
+    async def WatchCampaign(
+        self, request: pb.WatchCampaignRequest, context: Context
+    ) -> AsyncIterator[pb.WatchCampaignResponse]:
+        """Stream a campaign's state until it ends."""
+        async for campaign in self._campaigns.watch(request.campaign_id):
+            yield pb.WatchCampaignResponse(campaign=campaign)
+
+    async def CancelCampaign(
+        self, request: pb.CancelCampaignRequest, context: Context
+    ) -> pb.CancelCampaignResponse:
+        """Stop a campaign."""
+        self._campaigns.cancel(request.campaign_id)
+        return pb.CancelCampaignResponse()
+
+    async def PublishModel(
+        self, request: pb.PublishModelRequest, context: Context
+    ) -> pb.PublishModelResponse:
+        """Offer an uploaded model to devices."""
+        if not self._blobs.has(request.model.digest):
+            raise CampaignError("the model is not uploaded; upload it before publishing it")
+        num_devices = self._models.publish(request.model, request.group)
+        return pb.PublishModelResponse(num_devices=num_devices)
+
+    async def GetStatus(
+        self, request: pb.GetStatusRequest, context: Context
+    ) -> pb.GetStatusResponse:
+        """Tell what goes on."""
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return pb.GetStatusResponse(
+            version=version("minga"),
+            started_at=timestamp(self._started_at),
+            num_devices=len(self._store.devices()),
+            num_connected=len(self._hub.connected()),
+            campaigns=[campaign.describe() for campaign in self._campaigns.all()],
+            peak_memory_bytes=peak_kib * 1024,
+            models=[
+                pb.PublishModelRequest(model=offer, group=group)
+                for group, offer in self._models.all()
+            ],
+        )

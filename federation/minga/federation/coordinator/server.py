@@ -1,0 +1,225 @@
+"""Puts the coordinator together and runs it."""
+
+import asyncio
+import logging
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+from prometheus_client import start_http_server
+
+from minga.federation import identity as identities
+from minga.federation import transport
+from minga.federation.blobs import BlobStore
+from minga.federation.coordinator.access import AccessInterceptor, Gatekeeper
+from minga.federation.coordinator.authority import Authority
+from minga.federation.coordinator.blob_service import BlobServicer
+from minga.federation.coordinator.campaigns import Campaigns
+from minga.federation.coordinator.enrolment import Enroller
+from minga.federation.coordinator.enrolment_service import EnrolmentServicer
+from minga.federation.coordinator.federation_service import FederationService
+from minga.federation.coordinator.hub import Hub
+from minga.federation.coordinator.metrics import Metrics
+from minga.federation.coordinator.models import PublishedModels
+from minga.federation.coordinator.operator_service import OperatorService
+from minga.federation.coordinator.settings import CoordinatorSettings
+from minga.federation.coordinator.store import Store
+from minga.federation.coordinator.token_table import TokenTable
+from minga.federation.coordinator.tokens import TokenIssuer
+from minga.federation.identity import CertificateVerifier, Identity, Principal, Role
+from minga.federation.operator import OPERATOR_FOLDER, write_address
+from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+
+_log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Where a running coordinator listens, `host:port` each."""
+
+    device: str
+    enrol: str
+    metrics: str
+
+
+class Coordinator:
+    """One coordinator process. Use as an asynchronous context manager.
+
+    Raises (on entering):
+        PortInUseError: one of the ports is taken.
+        IdentityError: the authority's files are damaged.
+    """
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        self._settings = settings
+        self._clock = time.time
+        self._stack = AsyncExitStack()
+        self._driver: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Coordinator":
+        async with AsyncExitStack() as stack:
+            await self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def wait(self) -> None:
+        """Run until cancelled."""
+        assert self._driver is not None
+        await self._driver
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        for port in (settings.port, settings.enrol_port, settings.metrics_port):
+            transport.require_free_port(settings.host, port)
+        settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._store = Store(settings.state / "coordinator.db")
+        stack.callback(self._store.close)
+        self._blobs = BlobStore(settings.state / "blobs")
+        self._authority = Authority.open(settings.state / "authority")
+        self._hub = Hub(self._clock)
+        self._metrics = Metrics()
+        self._campaigns = Campaigns(
+            store=self._store,
+            blobs=self._blobs,
+            hub=self._hub,
+            verifier=CertificateVerifier(authority=self._authority.certificate),
+            clock=self._clock,
+            metrics=self._metrics,
+            reconnect_grace_s=settings.reconnect_grace_s,
+        )
+        self._models = PublishedModels(store=self._store, hub=self._hub, clock=self._clock)
+        await self._listen(stack)
+        self._driver = asyncio.create_task(self._campaigns.run())
+        stack.callback(self._driver.cancel)
+
+    async def _listen(self, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        tls = self._authority.issue_server(sorted({settings.dial_host, settings.host}))
+        gatekeeper = Gatekeeper(authority=self._authority.certificate, is_revoked=self._is_revoked)
+        interceptors = [transport.ErrorInterceptor(), AccessInterceptor(gatekeeper)]
+        device_server = grpc.aio.server(interceptors=interceptors, options=transport.SERVER_OPTIONS)
+        device_port = device_server.add_secure_port(
+            f"{settings.host}:{settings.port}", transport.mutual_server_credentials(tls)
+        )
+        enrol_server = grpc.aio.server(
+            interceptors=interceptors, options=transport.ENROLMENT_SERVER_OPTIONS
+        )
+        enrol_port = enrol_server.add_secure_port(
+            f"{settings.host}:{settings.enrol_port}", transport.open_server_credentials(tls)
+        )
+        http, thread = start_http_server(
+            settings.metrics_port, addr=settings.host, registry=self._metrics.registry
+        )
+        stack.callback(thread.join)
+        stack.callback(http.server_close)
+        stack.callback(http.shutdown)
+        self.addresses = Addresses(
+            device=f"{settings.dial_host}:{device_port}",
+            enrol=f"{settings.dial_host}:{enrol_port}",
+            metrics=f"{settings.host}:{http.server_port}",
+        )
+        tokens = TokenIssuer(
+            store=TokenTable(self._store.connection),
+            enrol_address=self.addresses.enrol,
+            device_address=self.addresses.device,
+            authority_der=self._authority.certificate_der,
+        )
+        self._add_services(device_server, enrol_server, tokens)
+        self._admit_operator()
+        for server in (device_server, enrol_server):
+            await server.start()
+            stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        stack.callback(self._hub.drop_all)
+
+    def _add_services(
+        self, device_server: grpc.aio.Server, enrol_server: grpc.aio.Server, tokens: TokenIssuer
+    ) -> None:
+        enroller = Enroller(
+            authority=self._authority, tokens=tokens, register_device=self._register
+        )
+        pb_grpc.add_EnrollmentServiceServicer_to_server(EnrolmentServicer(enroller), enrol_server)
+        federation = FederationService(
+            store=self._store,
+            hub=self._hub,
+            campaigns=self._campaigns,
+            models=self._models,
+            metrics=self._metrics,
+            clock=self._clock,
+        )
+        pb_grpc.add_FederationServiceServicer_to_server(federation, device_server)
+        blobs = BlobServicer(
+            self._blobs,
+            may_upload=self._may_upload,
+            may_download=self._may_download,
+            on_transfer=self._count_transfer,
+        )
+        pb_grpc.add_BlobServiceServicer_to_server(blobs, device_server)
+        operators = OperatorService(
+            store=self._store,
+            blobs=self._blobs,
+            hub=self._hub,
+            campaigns=self._campaigns,
+            models=self._models,
+            mint_token=lambda group, lifetime_s: self._mint(tokens, group, lifetime_s),
+            clock=self._clock,
+        )
+        pb_grpc.add_OperatorServiceServicer_to_server(operators, device_server)
+
+    # --- policy ---
+
+    def _is_revoked(self, principal: Principal) -> bool:
+        if principal.role is not Role.DEVICE:
+            return False
+        device = self._store.device(principal.name)
+        return device is None or device.revoked_at is not None
+
+    def _register(self, device_id: str, group: str, key_digest: bytes) -> None:
+        self._store.register_device(device_id, group, key_digest, self._clock())
+
+    def _mint(self, tokens: TokenIssuer, group: str, lifetime_s: float) -> tuple[str, float]:
+        lifetime = timedelta(seconds=lifetime_s)
+        return tokens.mint(group, lifetime), self._clock() + lifetime_s
+
+    def _may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:  # noqa: ARG002
+        """Operators bring models; a device brings its update of the round that waits for it."""
+        if principal.role is Role.OPERATOR:
+            return True
+        return self._campaigns.expects_upload(principal.name, size)
+
+    def _may_download(self, principal: Principal, digest: bytes) -> bool:
+        """Operators read models; a device reads what it is to train or to run."""
+        if principal.role is Role.OPERATOR:
+            return True
+        return self._campaigns.needs_blob(digest) or self._models.needs_blob(digest)
+
+    def _count_transfer(self, principal: Principal, received: int, sent: int) -> None:
+        if principal.role is Role.DEVICE:
+            self._campaigns.count_transfer(principal.name, received=received, sent=sent)
+
+    # --- the operator of this machine ---
+
+    def _admit_operator(self) -> None:
+        """Keep a valid operator identity in the state folder, for whoever may read it."""
+        folder: Path = self._settings.state / OPERATOR_FOLDER
+        key = identities.load_or_create_key(folder / identities.KEY_FILE)
+        csr = identities.make_csr(key, "operator")
+        certificate = self._authority.issue_client(Role.OPERATOR, "operator", csr)
+        identities.save_identity(folder, Identity.of(key, certificate, self._authority.certificate))
+        write_address(folder, self.addresses.device)
+
+
+async def run(settings: CoordinatorSettings) -> None:
+    """Run a coordinator until cancelled."""
+    async with Coordinator(settings) as coordinator:
+        _log.info("devices: %s (mutual TLS)", coordinator.addresses.device)
+        _log.info("enrolment: %s (TLS)", coordinator.addresses.enrol)
+        _log.info("metrics: http://%s/metrics", coordinator.addresses.metrics)
+        await coordinator.wait()

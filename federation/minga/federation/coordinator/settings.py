@@ -1,0 +1,45 @@
+"""How one coordinator process is set up: `MINGA_COORDINATOR_*` in the environment, or flags."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from minga.federation.limits import RECONNECT_GRACE_S
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class CoordinatorSettings(BaseSettings):
+    """The coordinator's process settings; a port of 0 takes any free one."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MINGA_COORDINATOR_", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    state: Path = Path("coordinator")
+    """Folder of everything that must survive: database, authority, blobs."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    public_host: str = ""
+    """Name or address under which devices dial; empty: the address listened on."""
+
+    port: Port = 7443
+    """Port of enrolled devices and operators (mutual TLS)."""
+
+    enrol_port: Port = 7444
+    """Port where tokens are redeemed (server TLS)."""
+
+    metrics_port: Port = 9464
+    """Port of the Prometheus endpoint, on loopback."""
+
+    reconnect_grace_s: Annotated[float, Field(ge=0)] = RECONNECT_GRACE_S
+    """How long a device may be away during a round before it counts as lost."""
+
+    @property
+    def dial_host(self) -> str:
+        """The host that tokens name."""
+        return self.public_host or self.host

@@ -1,0 +1,378 @@
+"""What the coordinator remembers, in one SQLite file.
+
+The contract: every method is one transaction, and it is on the disk when the method returns
+(`synchronous=FULL`). One coordinator process owns the file; it is opened by one thread.
+A round is stored as its order and the events it took, in order; `rounds.Round` rebuilds itself
+from them.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from minga.federation.errors import EnrolmentError, FederationError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS devices (
+    device_id TEXT PRIMARY KEY,
+    group_name TEXT NOT NULL,
+    key_digest BLOB NOT NULL UNIQUE,
+    enrolled_at REAL NOT NULL,
+    last_seen_at REAL,
+    revoked_at REAL,
+    trains INTEGER NOT NULL DEFAULT 0,
+    agent_version TEXT NOT NULL DEFAULT '',
+    model BLOB,
+    rounds_counted INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS campaigns (
+    campaign_id TEXT PRIMARY KEY,
+    started_at REAL NOT NULL,
+    plan BLOB NOT NULL,
+    state INTEGER NOT NULL,
+    reason TEXT NOT NULL DEFAULT '',
+    model_digest BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (
+    round_id TEXT PRIMARY KEY,
+    campaign_id TEXT NOT NULL REFERENCES campaigns (campaign_id),
+    number INTEGER NOT NULL,
+    started_at REAL NOT NULL,
+    invited TEXT NOT NULL,
+    invite BLOB NOT NULL,
+    bytes_received INTEGER NOT NULL DEFAULT 0,
+    bytes_sent INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS round_events (
+    round_id TEXT NOT NULL REFERENCES rounds (round_id),
+    sequence INTEGER NOT NULL,
+    at REAL NOT NULL,
+    device_id TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    payload BLOB NOT NULL,
+    PRIMARY KEY (round_id, sequence)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS published_models (
+    group_name TEXT NOT NULL,
+    name TEXT NOT NULL,
+    offer BLOB NOT NULL,
+    published_at REAL NOT NULL,
+    PRIMARY KEY (group_name, name)
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRow:
+    """One enrolled device."""
+
+    device_id: str
+    group: str
+    key_digest: bytes
+    enrolled_at: float
+    last_seen_at: float | None
+    revoked_at: float | None
+    trains: bool
+    agent_version: str
+    model: bytes | None
+    rounds_counted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignRow:
+    """One campaign; `plan` is a serialised CampaignPlan."""
+
+    campaign_id: str
+    started_at: float
+    plan: bytes
+    state: int
+    reason: str
+    model_digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRow:
+    """One round as ordered; `invite` is a serialised RoundInvite."""
+
+    round_id: str
+    campaign_id: str
+    number: int
+    started_at: float
+    invited: tuple[str, ...]
+    invite: bytes
+    bytes_received: int = 0
+    bytes_sent: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRow:
+    """One event that a round took."""
+
+    at: float
+    device_id: str
+    kind: str
+    payload: bytes
+
+
+class Store:
+    """The coordinator's SQLite file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.connection = sqlite3.connect(path, isolation_level=None)
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA synchronous=FULL")
+            self.connection.execute("PRAGMA foreign_keys=ON")
+            self.connection.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise FederationError(
+                f"the coordinator's database {path} cannot be opened: {error}. "
+                "Check the folder's rights, or restore the file from a backup."
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Make several changes one: all or none."""
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield self.connection
+        except BaseException:
+            self.connection.execute("ROLLBACK")
+            raise
+        self.connection.execute("COMMIT")
+
+    # --- devices ---
+
+    def register_device(self, device_id: str, group: str, key_digest: bytes, at: float) -> None:
+        """Enrol a device; again with the same name and key changes nothing.
+
+        Args:
+            device_id: its name.
+            group: its group.
+            key_digest: SHA-256 of its public key.
+            at: the time.
+
+        Raises:
+            EnrolmentError: the name has another key, the key another name, or it was revoked.
+        """
+        rows = self._devices("WHERE device_id = ? OR key_digest = ?", (device_id, key_digest))
+        if not rows:
+            self.connection.execute(
+                "INSERT INTO devices (device_id, group_name, key_digest, enrolled_at)"
+                " VALUES (?, ?, ?, ?)",
+                (device_id, group, key_digest, at),
+            )
+            return
+        row = rows[0]
+        if row.device_id != device_id:
+            raise EnrolmentError(f"this key is enrolled as {row.device_id!r} already")
+        if row.key_digest != key_digest:
+            raise EnrolmentError(
+                f"the name {device_id!r} belongs to another device; choose another name"
+            )
+        if row.revoked_at is not None:
+            raise EnrolmentError(f"device {device_id!r} was revoked; ask the operator")
+
+    def device(self, device_id: str) -> DeviceRow | None:
+        """Give one device."""
+        rows = self._devices("WHERE device_id = ?", (device_id,))
+        return rows[0] if rows else None
+
+    def devices(self, group: str = "") -> list[DeviceRow]:
+        """Give the devices of a group, or all, by name."""
+        return self._devices("WHERE ? IN ('', group_name)", (group,))
+
+    def _devices(self, where: str, values: Sequence[str | bytes]) -> list[DeviceRow]:
+        # `where` is one of the literals in this class; values are bound.
+        rows = self.connection.execute(
+            "SELECT device_id, group_name, key_digest, enrolled_at, last_seen_at, revoked_at,"  # noqa: S608
+            f" trains, agent_version, model, rounds_counted FROM devices {where}"
+            " ORDER BY device_id",
+            values,
+        )
+        return [
+            DeviceRow(
+                device_id=row[0],
+                group=row[1],
+                key_digest=row[2],
+                enrolled_at=row[3],
+                last_seen_at=row[4],
+                revoked_at=row[5],
+                trains=bool(row[6]),
+                agent_version=row[7],
+                model=row[8],
+                rounds_counted=row[9],
+            )
+            for row in rows
+        ]
+
+    def note_hello(self, device_id: str, *, trains: bool, agent_version: str, at: float) -> None:
+        """Remember what a device said of itself when it connected."""
+        self.connection.execute(
+            "UPDATE devices SET trains = ?, agent_version = ?, last_seen_at = ?"
+            " WHERE device_id = ?",
+            (trains, agent_version, at, device_id),
+        )
+
+    def note_seen(self, device_id: str, at: float) -> None:
+        """Remember when a device was last heard of."""
+        self.connection.execute(
+            "UPDATE devices SET last_seen_at = ? WHERE device_id = ?", (at, device_id)
+        )
+
+    def note_model(self, device_id: str, report: bytes) -> None:
+        """Remember which model a device says it runs."""
+        self.connection.execute(
+            "UPDATE devices SET model = ? WHERE device_id = ?", (report, device_id)
+        )
+
+    def revoke_device(self, device_id: str, at: float) -> bool:
+        """Refuse a device from now on; False if there is no such device."""
+        cursor = self.connection.execute(
+            "UPDATE devices SET revoked_at = coalesce(revoked_at, ?) WHERE device_id = ?",
+            (at, device_id),
+        )
+        return cursor.rowcount == 1
+
+    # --- campaigns ---
+
+    def add_campaign(self, row: CampaignRow) -> None:
+        """Store a new campaign."""
+        self.connection.execute(
+            "INSERT INTO campaigns (campaign_id, started_at, plan, state, reason, model_digest)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (row.campaign_id, row.started_at, row.plan, row.state, row.reason, row.model_digest),
+        )
+
+    def end_campaign(self, campaign_id: str, state: int, reason: str) -> None:
+        """Store how a campaign ended."""
+        self.connection.execute(
+            "UPDATE campaigns SET state = ?, reason = ? WHERE campaign_id = ?",
+            (state, reason, campaign_id),
+        )
+
+    def campaigns(self) -> list[CampaignRow]:
+        """Give all campaigns, oldest first."""
+        rows = self.connection.execute(
+            "SELECT campaign_id, started_at, plan, state, reason, model_digest FROM campaigns"
+            " ORDER BY started_at, rowid"
+        )
+        return [
+            CampaignRow(
+                campaign_id=row[0],
+                started_at=row[1],
+                plan=row[2],
+                state=row[3],
+                reason=row[4],
+                model_digest=row[5],
+            )
+            for row in rows
+        ]
+
+    # --- rounds ---
+
+    def add_round(self, row: RoundRow) -> None:
+        """Store a new round."""
+        self.connection.execute(
+            "INSERT INTO rounds (round_id, campaign_id, number, started_at, invited, invite)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                row.round_id,
+                row.campaign_id,
+                row.number,
+                row.started_at,
+                json.dumps(row.invited),
+                row.invite,
+            ),
+        )
+
+    def rounds(self, campaign_id: str) -> list[RoundRow]:
+        """Give a campaign's rounds in order."""
+        rows = self.connection.execute(
+            "SELECT round_id, campaign_id, number, started_at, invited, invite, bytes_received,"
+            " bytes_sent FROM rounds WHERE campaign_id = ? ORDER BY started_at, rowid",
+            (campaign_id,),
+        )
+        return [
+            RoundRow(
+                round_id=row[0],
+                campaign_id=row[1],
+                number=row[2],
+                started_at=row[3],
+                invited=tuple(json.loads(row[4])),
+                invite=row[5],
+                bytes_received=row[6],
+                bytes_sent=row[7],
+            )
+            for row in rows
+        ]
+
+    def append_event(self, round_id: str, row: EventRow) -> None:
+        """Store the next event of a round."""
+        self.connection.execute(
+            "INSERT INTO round_events (round_id, sequence, at, device_id, kind, payload)"
+            " SELECT ?, coalesce(max(sequence), 0) + 1, ?, ?, ?, ?"
+            " FROM round_events WHERE round_id = ?",
+            (round_id, row.at, row.device_id, row.kind, row.payload, round_id),
+        )
+
+    def events(self, round_id: str) -> list[EventRow]:
+        """Give a round's events in order."""
+        rows = self.connection.execute(
+            "SELECT at, device_id, kind, payload FROM round_events WHERE round_id = ?"
+            " ORDER BY sequence",
+            (round_id,),
+        )
+        return [EventRow(at=row[0], device_id=row[1], kind=row[2], payload=row[3]) for row in rows]
+
+    def close_round(self, round_id: str, bytes_received: int, bytes_sent: int) -> None:
+        """Store what a round moved."""
+        self.connection.execute(
+            "UPDATE rounds SET bytes_received = ?, bytes_sent = ? WHERE round_id = ?",
+            (bytes_received, bytes_sent, round_id),
+        )
+
+    def commit_round(
+        self,
+        campaign_id: str,
+        round_id: str,
+        row: EventRow,
+        model_digest: bytes,
+        counted: Sequence[str],
+    ) -> None:
+        """Store a round's result, the campaign's new model and who was counted, all at once."""
+        with self.transaction():
+            self.append_event(round_id, row)
+            self.connection.execute(
+                "UPDATE campaigns SET model_digest = ? WHERE campaign_id = ?",
+                (model_digest, campaign_id),
+            )
+            self.connection.executemany(
+                "UPDATE devices SET rounds_counted = rounds_counted + 1 WHERE device_id = ?",
+                [(device_id,) for device_id in counted],
+            )
+
+    # --- published models ---
+
+    def publish_model(self, group: str, name: str, offer: bytes, at: float) -> None:
+        """Store the version of a model that a group should run."""
+        self.connection.execute(
+            "INSERT INTO published_models (group_name, name, offer, published_at)"
+            " VALUES (?, ?, ?, ?) ON CONFLICT (group_name, name)"
+            " DO UPDATE SET offer = excluded.offer, published_at = excluded.published_at",
+            (group, name, offer, at),
+        )
+
+    def published_models(self) -> list[tuple[str, bytes]]:
+        """Give (group, offer), the newest last; an empty group means all devices."""
+        rows = self.connection.execute(
+            "SELECT group_name, offer FROM published_models ORDER BY published_at, rowid"
+        )
+        return [(row[0], row[1]) for row in rows]

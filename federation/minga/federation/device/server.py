@@ -1,0 +1,54 @@
+"""Puts one device together and runs it: the agent and the local inference server."""
+
+import json
+import logging
+from contextlib import AsyncExitStack
+
+from minga.federation.device.agent import Agent
+from minga.federation.device.enrolment import CoordinatorAddress
+from minga.federation.device.metrics import Metrics
+from minga.federation.device.settings import DeviceSettings
+from minga.federation.device.slots import ModelSlots
+from minga.federation.device.trainer_process import TrainerProcess
+from minga.federation.durable import replace_file
+from minga.federation.identity import load_identity
+from minga.inference.app import InferenceApp
+from minga.inference.repository import ModelRepository
+from minga.inference.server import Server
+
+_log = logging.getLogger(__name__)
+
+ENDPOINTS_FILE = "endpoints.json"
+"""Written into the device's folder: where its local server and metrics listen."""
+
+
+async def run(settings: DeviceSettings) -> None:
+    """Run a device until cancelled.
+
+    Raises:
+        IdentityError: the folder holds no identity, or the coordinator refuses it.
+        PortInUseError: one of the ports is taken.
+    """
+    identity = load_identity(settings.folder)
+    models = ModelRepository()
+    metrics = Metrics()
+    trainer = None
+    if settings.trainer:
+        trainer = TrainerProcess(settings.trainer, settings.trainer_options)
+    agent = Agent(
+        identity=identity,
+        address=CoordinatorAddress.load(settings.folder).device_address,
+        trainer=trainer,
+        slots=ModelSlots(settings.folder / "models"),
+        models=models,
+        metrics=metrics,
+    )
+    async with AsyncExitStack() as stack:
+        app = InferenceApp(models, registry=metrics.registry)
+        server = await stack.enter_async_context(
+            Server(app, host=settings.host, port=settings.port)
+        )
+        endpoints = {"inference": server.url, "metrics": f"{server.url}/metrics"}
+        replace_file(settings.folder / ENDPOINTS_FILE, json.dumps(endpoints).encode())
+        _log.info("models: %s", server.url)
+        await agent.run()

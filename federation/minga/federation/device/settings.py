@@ -1,0 +1,34 @@
+"""How one device process is set up: `MINGA_DEVICE_*` in the environment, or flags."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from minga.federation.trainer import Scalar
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class DeviceSettings(BaseSettings):
+    """A device's process settings; a port of 0 takes any free one."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MINGA_DEVICE_", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    folder: Path = Path("device")
+    """Folder of the identity and the models, made by enrolment."""
+
+    trainer: str = ""
+    """What trains here, `package.module:attribute`; empty: the device only runs models."""
+
+    trainer_options: dict[str, Scalar] = Field(default_factory=dict)
+    """What the trainer is made with, for instance where this site's data lies."""
+
+    host: str = "127.0.0.1"
+    """Address of the local inference server."""
+
+    port: Port = 8080
+    """Port of the local inference server (Open Inference Protocol, and `/metrics`)."""

@@ -1,0 +1,106 @@
+"""The child process in which a device's own training code runs.
+
+The agent stays small and answers the coordinator while the child trains; a crash of user code, or
+memory that it runs out of, ends the child alone. The two speak frames over a pipe: a 4-byte length,
+a JSON header, then `header["size"]` bytes of safetensors. Nothing is pickled.
+
+Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE OPTIONS_JSON`.
+"""
+
+import importlib
+import json
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from minga.federation.errors import TrainerError
+from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.trainer import LocalTrainer, Scalar
+
+_LENGTH = struct.Struct("<I")
+PREFIX_BYTES = _LENGTH.size
+
+
+def pack_frame(header: Mapping[str, Any], body: bytes = b"") -> bytes:
+    """Give the bytes of one frame."""
+    head = json.dumps({**header, "size": len(body)}).encode()
+    return b"".join((_LENGTH.pack(len(head)), head, body))
+
+
+def head_size(prefix: bytes) -> int:
+    """Give the length of the JSON header that follows a frame's first `PREFIX_BYTES`."""
+    size: int = _LENGTH.unpack(prefix)[0]
+    return size
+
+
+def _read_frame(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+    """Read one frame; None at the end of the stream."""
+    prefix = stream.read(PREFIX_BYTES)
+    if len(prefix) < PREFIX_BYTES:
+        return None
+    head = json.loads(stream.read(head_size(prefix)))
+    body = stream.read(head["size"])
+    return (head, body) if len(body) == head["size"] else None
+
+
+def _write_frame(stream: BinaryIO, header: Mapping[str, Any], body: bytes = b"") -> None:
+    stream.write(pack_frame(header, body))
+    stream.flush()
+
+
+def load_factory(reference: str) -> Any:
+    """Import what `module:attribute` names.
+
+    Raises:
+        TrainerError: the reference is malformed, or names nothing.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not colon or not module_name or not attribute:
+        raise TrainerError(f"a trainer is named as package.module:attribute, not {reference!r}")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise TrainerError(f"the trainer {reference!r} cannot be loaded: {error}") from error
+
+
+def _answer(
+    trainer: LocalTrainer, call: str, parameters: Parameters, config: Mapping[str, Scalar]
+) -> tuple[dict[str, Any], bytes]:
+    if call == "evaluate":
+        return {"metrics": dict(trainer.evaluate(parameters, config))}, b""
+    update = trainer.fit(parameters, config)
+    header = {"num_examples": int(update.num_examples), "metrics": dict(update.metrics)}
+    return header, to_bytes(update.delta)
+
+
+def serve(trainer: LocalTrainer, requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer frames until the agent closes the pipe."""
+    while (frame := _read_frame(requests)) is not None:
+        header, body = frame
+        try:
+            answer, data = _answer(trainer, header["call"], from_bytes(body), header["config"])
+        except Exception as error:  # noqa: BLE001 - user code may raise anything; the agent is told
+            _write_frame(answers, {"error": f"{type(error).__name__}: {error}"})
+        else:
+            _write_frame(answers, answer, data)
+
+
+def main() -> None:
+    """Make the trainer that the command line names and serve it."""
+    reference, options = sys.argv[1], json.loads(sys.argv[2])
+    # Whatever user code prints goes to the log, not into the frames.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        trainer = load_factory(reference)(options)
+    except Exception as error:  # noqa: BLE001 - as above
+        _write_frame(answers, {"error": f"{type(error).__name__}: {error}"})
+        sys.exit(1)
+    _write_frame(answers, {"ready": True})
+    serve(trainer, sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

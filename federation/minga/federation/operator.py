@@ -1,0 +1,135 @@
+"""The operator's side: a client of the coordinator's OperatorService.
+
+An operator is whoever holds an operator's identity folder; a coordinator keeps one in its state
+folder.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from minga.federation import transfer, transport
+from minga.federation.durable import replace_file
+from minga.federation.errors import IdentityError
+from minga.federation.identity import holds_identity, load_identity
+from minga.federation.limits import CALL_TIMEOUT_S
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from minga.federation.v1.federation_pb2_grpc import (
+        BlobServiceAsyncStub,
+        OperatorServiceAsyncStub,
+    )
+
+OPERATOR_FOLDER = "operator"
+_ADDRESS_FILE = "coordinator.json"
+
+
+def write_address(folder: Path, address: str) -> None:
+    """Note beside an operator's identity where its coordinator is."""
+    replace_file(folder / _ADDRESS_FILE, json.dumps({"address": address}).encode())
+
+
+class Operator:
+    """An open connection to a coordinator; make one with `connect`."""
+
+    def __init__(
+        self, stub: "OperatorServiceAsyncStub", blobs: "BlobServiceAsyncStub", address: str
+    ) -> None:
+        self._stub = stub
+        self._blobs = blobs
+        self.address = address
+
+    async def create_token(self, group: str, lifetime_s: int) -> pb.CreateTokenResponse:
+        """Make a one-time enrolment token."""
+        request = pb.CreateTokenRequest(group=group, lifetime_s=lifetime_s)
+        with transport.calling(self.address):
+            return await self._stub.CreateToken(request, timeout=CALL_TIMEOUT_S)
+
+    async def devices(self, group: str = "") -> list[pb.Device]:
+        """List the devices of a group, or all."""
+        request = pb.ListDevicesRequest(group=group)
+        with transport.calling(self.address):
+            response = await self._stub.ListDevices(request, timeout=CALL_TIMEOUT_S)
+        return list(response.devices)
+
+    async def revoke(self, device_id: str) -> None:
+        """Refuse a device from now on."""
+        request = pb.RevokeDeviceRequest(device_id=device_id)
+        with transport.calling(self.address):
+            await self._stub.RevokeDevice(request, timeout=CALL_TIMEOUT_S)
+
+    async def start_campaign(self, plan: pb.CampaignPlan, model: bytes) -> str:
+        """Upload a model (safetensors) and start a campaign from it; gives its name."""
+        plan.model_digest = await self._upload(model)
+        with transport.calling(self.address):
+            response = await self._stub.StartCampaign(
+                pb.StartCampaignRequest(plan=plan), timeout=CALL_TIMEOUT_S
+            )
+        return response.campaign_id
+
+    async def watch(self, campaign_id: str) -> AsyncIterator[pb.Campaign]:
+        """Give a campaign's state now and after each change, until it ends."""
+        request = pb.WatchCampaignRequest(campaign_id=campaign_id)
+        with transport.calling(self.address):
+            async for response in self._stub.WatchCampaign(request):
+                yield response.campaign
+
+    async def cancel(self, campaign_id: str) -> None:
+        """Stop a campaign."""
+        request = pb.CancelCampaignRequest(campaign_id=campaign_id)
+        with transport.calling(self.address):
+            await self._stub.CancelCampaign(request, timeout=CALL_TIMEOUT_S)
+
+    async def publish_model(self, name: str, version: str, model: bytes, group: str = "") -> int:
+        """Upload an ONNX model and offer it to a group; gives how many devices hear of it now."""
+        digest = await self._upload(model)
+        offer = pb.ModelOffer(name=name, version=version, digest=digest)
+        with transport.calling(self.address):
+            response = await self._stub.PublishModel(
+                pb.PublishModelRequest(model=offer, group=group), timeout=CALL_TIMEOUT_S
+            )
+        return response.num_devices
+
+    async def read(self, digest: bytes) -> bytes:
+        """Read a blob."""
+        with TemporaryDirectory(prefix="minga-") as folder:
+            path = Path(folder) / "blob"
+            await transfer.download(self._blobs, digest, path, address=self.address)
+            return path.read_bytes()
+
+    async def status(self) -> pb.GetStatusResponse:
+        """Ask what the coordinator is doing."""
+        with transport.calling(self.address):
+            return await self._stub.GetStatus(pb.GetStatusRequest(), timeout=CALL_TIMEOUT_S)
+
+    async def _upload(self, data: bytes) -> bytes:
+        digest = transfer.digest_of(data)
+        await transfer.upload(self._blobs, data, digest, address=self.address)
+        return digest
+
+
+@asynccontextmanager
+async def connect(folder: Path) -> AsyncIterator[Operator]:
+    """Connect with the operator's identity in a folder, or in a coordinator's state folder.
+
+    Raises:
+        IdentityError: the folder holds none.
+    """
+    if holds_identity(folder / OPERATOR_FOLDER):
+        folder = folder / OPERATOR_FOLDER
+    if not holds_identity(folder):
+        raise IdentityError(
+            f"{folder} holds no operator identity; name the coordinator's state folder, "
+            "or a copy of its 'operator' folder"
+        )
+    identity = load_identity(folder)
+    address = str(json.loads((folder / _ADDRESS_FILE).read_text())["address"])
+    async with transport.open_channel(address, identity) as channel:
+        yield Operator(
+            pb_grpc.OperatorServiceStub(channel), pb_grpc.BlobServiceStub(channel), address
+        )

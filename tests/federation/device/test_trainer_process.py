@@ -1,0 +1,89 @@
+"""The child process that trains: frames, errors, death."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minga.federation.device.trainer_process import TrainerProcess
+from minga.federation.errors import TrainerError
+
+FOLDER = Path(__file__).parent
+PARAMETERS = {"w": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def _trainer_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+
+
+@pytest.fixture
+async def trainer() -> AsyncIterator[TrainerProcess]:
+    process = TrainerProcess("constant_trainer:make", {"step": 0.25, "num_examples": 7})
+    yield process
+    await process.close()
+
+
+async def test_fit_in_child(trainer: TrainerProcess) -> None:
+    """An update comes back with its shapes, count and metrics, whatever user code prints."""
+    update = await trainer.fit(PARAMETERS, {"epochs": 1})
+    assert update.num_examples == 7
+    assert update.metrics == {"step": 0.25}
+    np.testing.assert_array_equal(update.delta["w"], np.full((2, 3), 0.25, np.float32))
+
+
+async def test_evaluate_reuses_the_child(trainer: TrainerProcess) -> None:
+    """The child stays warm between calls."""
+    first = await trainer.evaluate(PARAMETERS, {})
+    pid = trainer.pid
+    assert await trainer.evaluate(PARAMETERS, {}) == first == {"sum": 6.0}
+    assert trainer.pid == pid
+
+
+async def test_user_code_raises() -> None:
+    """An exception of user code is a TrainerError that names it; the child lives on."""
+    trainer = TrainerProcess("constant_trainer:make", {"fail": "no data for sensor 3"})
+    with pytest.raises(TrainerError, match="ValueError: no data for sensor 3"):
+        await trainer.fit(PARAMETERS, {})
+    assert trainer.pid is not None
+    await trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("constant_trainer", "package.module:attribute"),
+        ("constant_trainer:nothing", "cannot be loaded"),
+        ("no_such_module:make", "cannot be loaded"),
+    ],
+)
+async def test_bad_reference(reference: str, message: str) -> None:
+    """A trainer that cannot be loaded says so at the first call."""
+    with pytest.raises(TrainerError, match=message):
+        await TrainerProcess(reference, {}).fit(PARAMETERS, {})
+
+
+async def test_killed_child(trainer: TrainerProcess) -> None:
+    """A child that dies is an error; the next call starts a new one."""
+    await trainer.evaluate(PARAMETERS, {})
+    assert trainer.pid is not None
+    os.kill(trainer.pid, signal.SIGKILL)
+    with pytest.raises(TrainerError, match="died"):
+        await trainer.fit(PARAMETERS, {})
+    assert (await trainer.fit(PARAMETERS, {})).num_examples == 7
+
+
+async def test_cancelled_call_ends_the_child() -> None:
+    """Cancelling a call kills the training that runs."""
+    trainer = TrainerProcess("constant_trainer:make", {"delay_s": 600.0})
+    await trainer.evaluate(PARAMETERS, {})
+    task = asyncio.create_task(trainer.fit(PARAMETERS, {}))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert trainer.pid is None
