@@ -1,0 +1,1 @@
+"""What becomes of updates once their mean is known."""
