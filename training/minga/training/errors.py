@@ -1,0 +1,40 @@
+"""What goes wrong on the central path, from reading a Task to registering a model.
+
+    TrainingError                training or search could not finish
+    ├── DivergedError            the loss is no longer a finite number
+    ├── TaskError (ValueError)   the researcher's Task cannot be used
+    │   └── ShapeError           its model, its data and its loss disagree in shape
+    ├── DataError (ValueError)   the data cannot be used, or broke its schema
+    ├── GateError                a version that failed its gates was to be promoted
+    └── RegistryError            a version is missing, or its files are not what was registered
+
+Each message says what is wrong, the value seen, and what to do.
+"""
+
+
+class TrainingError(Exception):
+    """Training or search could not finish."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no longer a finite number."""
+
+
+class TaskError(TrainingError, ValueError):
+    """The Task's file, class or attributes cannot be used."""
+
+
+class ShapeError(TaskError):
+    """Model, data and loss of a Task disagree in shape."""
+
+
+class DataError(TrainingError, ValueError):
+    """The data cannot be used, or broke the schema it is checked against."""
+
+
+class GateError(TrainingError):
+    """A version that its gates refused was to be promoted."""
+
+
+class RegistryError(TrainingError):
+    """A registered version is missing, or its files differ from what was registered."""

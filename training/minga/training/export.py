@@ -1,0 +1,103 @@
+"""A network as an ONNX model: the same bytes for the same weights, computing the same.
+
+The model takes `input`, float32 of shape `(batch, ...)`, and gives `output`. The network's
+preparation is inside.
+"""
+
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+from torch import nn
+
+from minga.training.errors import TaskError
+from minga.training.evaluate import predict
+
+INPUT = "input"
+OUTPUT = "output"
+
+MAX_BATCH = 1 << 20
+
+
+def to_onnx(network: nn.Module, example: NDArray[Any]) -> bytes:
+    """Export a network.
+
+    Args:
+        network: from inputs of shape `(batch, ...)` to outputs of shape `(batch, ...)`.
+        example: one or more inputs; only their shape and type matter.
+
+    Raises:
+        TaskError: the network uses something that ONNX cannot express.
+    """
+    # A batch of 1 would be taken for a constant.
+    inputs = torch.from_numpy(np.repeat(example[:1], 2, axis=0))
+    was_training = network.training
+    network.eval()
+    try:
+        program = _export(network, inputs)
+    except Exception as error:
+        raise TaskError(
+            f"the network does not export to ONNX: {str(error).strip().splitlines()[0]}; "
+            "keep the shapes in `forward` static except for the batch"
+        ) from error
+    finally:
+        network.train(was_training)
+    model = program.model_proto
+    _strip(model)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def session(model: bytes) -> onnxruntime.InferenceSession:
+    """Open an ONNX model as devices do: one thread, CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(model: bytes, inputs: NDArray[Any], *, batch: int = 4096) -> NDArray[Any]:
+    """Give the ONNX model's outputs for inputs of shape `(n, ...)`."""
+    opened = session(model)
+    parts = [
+        opened.run([OUTPUT], {INPUT: inputs[start : start + batch]})[0]
+        for start in range(0, len(inputs), batch)
+    ]
+    return np.concatenate(parts)
+
+
+def parity_error(network: nn.Module, onnx_outputs: NDArray[Any], inputs: NDArray[Any]) -> float:
+    """Give the largest difference between the network's outputs and the ONNX model's."""
+    expected = predict(network, inputs)
+    return float(np.max(np.abs(expected - onnx_outputs), initial=0.0))
+
+
+def _export(network: nn.Module, inputs: torch.Tensor) -> Any:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            network,
+            (inputs,),
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},),
+        )
+
+
+def _strip(message: Message) -> None:
+    """Drop stack traces and class paths, which differ between machines and tell on them."""
+    for name in ("metadata_props", "doc_string"):
+        if name in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(name)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in (value,) if isinstance(value, Message) else value:
+                _strip(part)

@@ -1,0 +1,107 @@
+"""A Task as what a device runs to learn: the adapter to `minga.federation.trainer`."""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from minga.federation.parameters import Parameters
+from minga.federation.trainer import Scalar, TrainingConfig, Update
+from minga.training.errors import TaskError
+from minga.training.evaluate import evaluate
+from minga.training.loop import Learner, fit
+from minga.training.network import build_network, load_parameters, parameters_of
+from minga.training.space import Params
+from minga.training.task import Splits, Task, TaskReference
+
+
+class TaskTrainer:
+    """Trains a Task on this site's data, with the same loop as everywhere.
+
+    The coordinator's configuration overrides the Task's defaults; `epochs` (1) and `seed` (0) are
+    read from it too. The same parameters, data and configuration give the same update.
+    """
+
+    def __init__(self, task: Task, splits: Splits) -> None:
+        self._task = task
+        self._splits = splits
+
+    def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
+        """Train from `parameters` and give the difference.
+
+        Raises:
+            ShapeError: the parameters are not of this Task's network.
+            DivergedError: the loss is no longer a finite number.
+        """
+        params = self._params(config)
+        network = self._network(parameters, params)
+        history = fit(
+            Learner(self._task, network, params),
+            self._splits.train,
+            epochs=int(config.get("epochs", 1)),
+            seed=int(config.get("seed", 0)),
+        )
+        return Update(
+            delta={
+                name: value - parameters[name] for name, value in parameters_of(network).items()
+            },
+            num_examples=len(self._splits.train),
+            metrics={"train_loss": history[-1]["train_loss"]},
+        )
+
+    def evaluate(self, parameters: Parameters, config: TrainingConfig) -> Mapping[str, float]:
+        """Measure `parameters` on this site's validation split; what has no value is left out.
+
+        Raises:
+            ShapeError: the parameters are not of this Task's network.
+        """
+        network = self._network(parameters, self._params(config))
+        metrics = evaluate(self._task, network, self._splits.validation)
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def _params(self, config: TrainingConfig) -> Params:
+        return {**self._task.defaults, **config}
+
+    def _network(self, parameters: Parameters, params: Params) -> nn.Module:
+        network = build_network(
+            self._task, params, self._splits.train, seed=int(params.get("seed", 0))
+        )
+        load_parameters(network, parameters)
+        return network
+
+
+def trainer_from_options(options: Mapping[str, Scalar]) -> TaskTrainer:
+    """Make the trainer of a device from its options.
+
+    Args:
+        options: `project`, the folder with `minga.toml` and the Task's file, and `source`, this
+            site's data, a relative path taken from that folder.
+
+    Raises:
+        TaskError: an option is missing, or the project's Task cannot be used.
+    """
+    missing = [name for name in ("project", "source") if name not in options]
+    if missing:
+        raise TaskError(
+            f"the trainer's options lack {' and '.join(missing)}; give project, the folder with "
+            "minga.toml, and source, this site's data"
+        )
+    root = Path(str(options["project"])).absolute()
+    reference = TaskReference(root=root, name=_task_name(root / "minga.toml"))
+    task = reference.load()
+    return TaskTrainer(task, task.data(reference.resolve(str(options["source"]))))
+
+
+def _task_name(file: Path) -> str:
+    """Read only which Task it is: the rest of the project's settings is not a device's."""
+    try:
+        name = tomllib.loads(file.read_text(encoding="utf-8")).get("task")
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise TaskError(
+            f"{file} cannot be read: {error}; copy the project to this device"
+        ) from error
+    if not isinstance(name, str):
+        raise TaskError(f'{file} has no task; add: task = "task.py:Class"')
+    return name

@@ -1,0 +1,189 @@
+"""What a version must reach before it may become champion.
+
+Every gate leaves what it saw and what it wanted, passed or not; the verdict is stored with the
+version. The numbers come from `minga.training.candidate`; here is only the judgement.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minga.training.config import GateConfig
+from minga.training.document import Document
+from minga.training.space import Objective
+
+
+class Gate(Document):
+    """One condition and its verdict."""
+
+    name: str
+    passed: bool
+    seen: str
+    goal: str
+
+
+class GateReport(Document):
+    """The verdict over all gates: a version is blessed if every one passed."""
+
+    blessed: bool
+    metrics: dict[str, float]
+    """Of the candidate, on the test split."""
+    gates: tuple[Gate, ...]
+
+    @property
+    def refused(self) -> tuple[Gate, ...]:
+        """The gates that did not pass."""
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How much better the candidate's objective is than the champion's, with its interval.
+
+    All three are negative where the candidate is worse, whatever the objective's direction.
+    """
+
+    gain: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What was measured of a candidate, on the test split where data is involved.
+
+    Attributes:
+        metrics: of the candidate.
+        slices: slice -> the objective's metric on it.
+        parity_error: largest difference between ONNX model and network.
+        latency_ms: 95th percentile for one example.
+        size_bytes: of the ONNX model.
+        champion: version that it is compared with, None if there is none.
+        difference: to the champion; None without one, or if it cannot take the same inputs.
+        schema_breaks: what the champion's clients would trip over.
+    """
+
+    metrics: Mapping[str, float]
+    slices: Mapping[str, float]
+    parity_error: float
+    latency_ms: float
+    size_bytes: int
+    champion: int | None
+    difference: Difference | None
+    schema_breaks: tuple[str, ...]
+
+
+def judge(evidence: Evidence, config: GateConfig, objective: Objective) -> GateReport:
+    """Pass the verdict on a candidate."""
+    gates = (
+        *_floors(evidence, config, objective),
+        _regression(evidence, config, objective),
+        *_slices(evidence, config, objective),
+        _schema(evidence),
+        _budget("onnx parity", evidence.parity_error, config.max_parity_error, ""),
+        _budget("latency p95", evidence.latency_ms, config.max_latency_ms, " ms"),
+        _budget("size", evidence.size_bytes / 1e6, config.max_size_mb, " MB"),
+    )
+    return GateReport(
+        blessed=all(gate.passed for gate in gates), metrics=dict(evidence.metrics), gates=gates
+    )
+
+
+def compare(
+    measure: Callable[[NDArray[np.intp]], tuple[float, float]],
+    num_examples: int,
+    config: GateConfig,
+    objective: Objective,
+    *,
+    seed: int,
+) -> Difference:
+    """Compare two models on the same examples by a paired bootstrap.
+
+    Both models are measured on the same resampled examples, so what makes an example hard for
+    both cancels (Efron and Tibshirani 1993, chapter 13: percentile interval).
+
+    Args:
+        measure: from indices of examples to the objective's metric of candidate and champion.
+        num_examples: of the test split.
+        config: number of resamples and confidence.
+        objective: decides the sign.
+        seed: of the resampling.
+    """
+    generator = np.random.default_rng(seed)
+    gains = []
+    for _ in range(config.num_resamples):
+        candidate, champion = measure(generator.integers(num_examples, size=num_examples))
+        gains.append(objective.gain(candidate, champion))
+    # A resample without any positive example can have no value.
+    finite = np.asarray(gains)[np.isfinite(gains)]
+    tail = (1 - config.confidence) / 2
+    low, high = np.quantile(finite, [tail, 1 - tail]) if len(finite) else (-np.inf, np.inf)
+    candidate, champion = measure(np.arange(num_examples))
+    return Difference(gain=objective.gain(candidate, champion), low=float(low), high=float(high))
+
+
+def _floors(evidence: Evidence, config: GateConfig, objective: Objective) -> tuple[Gate, ...]:
+    return tuple(
+        _floor(name, evidence.metrics.get(name), goal, objective)
+        for name, goal in sorted(config.floors.items())
+    )
+
+
+def _floor(name: str, seen: float | None, goal: float, objective: Objective) -> Gate:
+    is_ceiling = name == objective.metric and objective.mode == "min"
+    sign = "<=" if is_ceiling else ">="
+    reached = seen is not None and (seen <= goal if is_ceiling else seen >= goal)
+    return Gate(
+        name=name,
+        passed=reached,
+        seen="not measured" if seen is None else f"{seen:.4f}",
+        goal=f"{sign} {goal:g}",
+    )
+
+
+def _regression(evidence: Evidence, config: GateConfig, objective: Objective) -> Gate:
+    name = f"{objective.metric} against champion"
+    goal = f"interval above -{config.max_regression:g}"
+    if evidence.champion is None:
+        return Gate(name=name, passed=True, seen="no champion yet", goal=goal)
+    if evidence.difference is None:
+        seen = f"version {evidence.champion} does not take this data"
+        return Gate(name=name, passed=False, seen=seen, goal=goal)
+    difference = evidence.difference
+    return Gate(
+        name=name,
+        passed=difference.low >= -config.max_regression,
+        seen=f"{difference.gain:+.4f} ({difference.low:+.4f} .. {difference.high:+.4f}) "
+        f"to version {evidence.champion}",
+        goal=goal,
+    )
+
+
+def _slices(evidence: Evidence, config: GateConfig, objective: Objective) -> tuple[Gate, ...]:
+    whole = evidence.metrics[objective.metric]
+    return tuple(
+        Gate(
+            name=f"slice {name}",
+            passed=objective.gain(value, whole) >= -config.max_slice_gap,
+            seen=f"{objective.metric} {value:.4f}, overall {whole:.4f}",
+            goal=f"gap <= {config.max_slice_gap:g}",
+        )
+        for name, value in sorted(evidence.slices.items())
+    )
+
+
+def _schema(evidence: Evidence) -> Gate:
+    return Gate(
+        name="schema",
+        passed=not evidence.schema_breaks,
+        seen="; ".join(evidence.schema_breaks) or "unbroken",
+        goal="what the champion takes",
+    )
+
+
+def _budget(name: str, seen: float, limit: float, unit: str) -> Gate:
+    return Gate(
+        name=name, passed=seen <= limit, seen=f"{seen:.3g}{unit}", goal=f"<= {limit:g}{unit}"
+    )

@@ -1,0 +1,142 @@
+"""Where a version comes from: data, code, environment, parameters, parent."""
+
+import hashlib
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Literal
+
+from minga.training.document import Document
+from minga.training.space import Param, Params
+from minga.training.task import Task, TaskReference
+
+
+class Code(Document):
+    """The project's state in Git."""
+
+    commit: str = ""
+    """Empty outside of a repository."""
+    dirty: bool = False
+    task_sha256: str
+    """Of the Task's file."""
+
+
+class Environment(Document):
+    """What the numbers were computed with."""
+
+    digest: str
+    """SHA-256 over the names and versions of all installed distributions."""
+    lock_sha256: str = ""
+    """Of the project's own lock file, if it has one."""
+    python: str
+    minga: str
+    torch: str
+    machine: str
+
+
+class Campaign(Document):
+    """The federated campaign that a version is the product of."""
+
+    name: str
+    rounds: int
+    cohort: int
+    """Devices in the last round's sum."""
+    num_examples: int = 0
+    """Examples behind the last round's updates."""
+
+
+class Lineage(Document):
+    """Everything needed to say where a version comes from, and to train it again."""
+
+    task: str
+    reference: str
+    origin: Literal["central", "federated"]
+    params: dict[str, Param]
+    seed: int
+    source: str
+    data_digest: str
+    num_examples: int
+    code: Code
+    environment: Environment
+    parent_version: int | None = None
+    campaign: Campaign | None = None
+    created_at: str
+
+
+LOCK_FILES = ("uv.lock", "poetry.lock", "pdm.lock", "constraints.txt", "requirements.txt")
+
+
+def trace(
+    task: Task,
+    reference: TaskReference,
+    *,
+    params: Params,
+    seed: int,
+    source: str,
+    data_digest: str,
+    num_examples: int,
+    parent_version: int | None = None,
+    campaign: Campaign | None = None,
+) -> Lineage:
+    """Record where a version comes from, as of now."""
+    return Lineage(
+        task=task.name,
+        reference=reference.name,
+        origin="federated" if campaign else "central",
+        params=dict(params),
+        seed=seed,
+        source=source,
+        data_digest=data_digest,
+        num_examples=num_examples,
+        code=_code(reference),
+        environment=_environment(reference.root),
+        parent_version=parent_version,
+        campaign=campaign,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _code(reference: TaskReference) -> Code:
+    task_sha256 = _sha256(reference.file)
+    commit = _git(reference.root, "rev-parse", "HEAD")
+    if commit is None:
+        return Code(task_sha256=task_sha256)
+    return Code(
+        commit=commit,
+        dirty=bool(_git(reference.root, "status", "--porcelain", "--", ".")),
+        task_sha256=task_sha256,
+    )
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """Ask Git about the project; None without Git or outside of a repository."""
+    try:
+        answer = subprocess.run(  # noqa: S603 - fixed words, no shell
+            ("git", "-C", str(root), *words),  # noqa: S607 - whichever git the user has
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _environment(root: Path) -> Environment:
+    names = sorted(f"{found.name}=={found.version}" for found in distributions())
+    lock = next((root / name for name in LOCK_FILES if (root / name).is_file()), None)
+    return Environment(
+        digest=hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        lock_sha256=_sha256(lock) if lock else "",
+        python=platform.python_version(),
+        minga=version("minga"),
+        torch=version("torch"),
+        machine=platform.machine(),
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,136 @@
+"""The network of a Task: its preparation and its model in one, and its parameters as arrays.
+
+A network's parameters are the float32 tensors of its `state_dict`, named `preparation.*` and
+`model.*`; other tensors, such as counters, stay at home.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from minga.federation.parameters import Parameters
+from minga.training.errors import DataError, ShapeError, TaskError
+from minga.training.space import Params
+from minga.training.task import Batch, Split, Splits, Task
+
+PROBE_EXAMPLES = 4
+"""Enough examples that a batch axis cannot be mistaken for another."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, so that results repeat bit by bit and workers do not fight for cores.
+
+    Two threads beside other work were 5 to 10 times slower than one, and gave other bits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def build_network(task: Task, params: Params, train: Split, *, seed: int) -> nn.Sequential:
+    """Make an untrained network; the seed decides its first weights.
+
+    Raises:
+        TaskError: `model` or `preparation` fails or gives no module.
+    """
+    torch.manual_seed(seed)
+    preparation = _made(task, "preparation", lambda: task.preparation(train))
+    model = _made(task, "model", lambda: task.model(params))
+    return nn.Sequential(OrderedDict(preparation=preparation, model=model))
+
+
+def _made(task: Task, part: str, make: Callable[[], object]) -> nn.Module:
+    try:
+        made = make()
+    except Exception as error:
+        raise TaskError(
+            f"{type(task).__name__}.{part} failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise TaskError(
+            f"{type(task).__name__}.{part} gave a {type(made).__name__}; "
+            "it must return a torch.nn.Module"
+        )
+    return made
+
+
+def parameters_of(network: nn.Module) -> Parameters:
+    """Copy the network's parameters out."""
+    return {
+        name: tensor.detach().cpu().numpy().copy()
+        for name, tensor in network.state_dict().items()
+        if tensor.dtype == torch.float32
+    }
+
+
+def load_parameters(network: nn.Module, parameters: Parameters) -> None:
+    """Copy parameters into the network.
+
+    Raises:
+        ShapeError: names or shapes are not the network's.
+    """
+    own = {
+        name: tensor
+        for name, tensor in network.state_dict().items()
+        if tensor.dtype == torch.float32
+    }
+    for name in sorted(own.keys() | parameters.keys()):
+        mine = tuple(own[name].shape) if name in own else None
+        theirs = parameters[name].shape if name in parameters else None
+        if mine != theirs:
+            raise ShapeError(
+                f"parameter {name} is {theirs or 'absent'}, the network's is {mine or 'absent'}; "
+                "were the parameters trained with other hyper-parameters?"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(torch.from_numpy(np.array(parameters[name], np.float32)))
+
+
+def batch_of(split: Split) -> Batch:
+    """Copy a split into tensors, of the types that it has."""
+    return Batch(torch.from_numpy(split.inputs.copy()), torch.from_numpy(split.targets.copy()))
+
+
+def probe(task: Task, params: Params, splits: Splits) -> None:
+    """Try one step and the metrics on a few examples, before hours are spent on a typing error.
+
+    Raises:
+        ShapeError: forward, loss or metrics do not take these shapes.
+        TaskError: the metrics lack the objective's.
+        DataError: the loss of the untrained network is not finite.
+    """
+    few = Split(
+        inputs=splits.train.inputs[:PROBE_EXAMPLES], targets=splits.train.targets[:PROBE_EXAMPLES]
+    )
+    network = build_network(task, params, splits.train, seed=0)
+    shapes = f"inputs {few.inputs.shape} {few.inputs.dtype}, targets {few.targets.shape}"
+    try:
+        loss = task.step(network, batch_of(few))
+        loss.backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ShapeError(
+            f"{type(task).__name__}: one training step fails on {shapes}: {_first_line(error)}; "
+            "make model, loss and data agree"
+        ) from error
+    if loss.ndim != 0:
+        raise ShapeError(
+            f"{type(task).__name__}.loss gave shape {tuple(loss.shape)}; it must be one number, "
+            "for instance its mean"
+        )
+    if not torch.isfinite(loss):
+        raise DataError(
+            f"the untrained network's loss is {float(loss)} on {shapes}; are values missing?"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

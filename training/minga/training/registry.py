@@ -1,0 +1,220 @@
+"""Registered model versions: their files, their digests, and which of them is champion.
+
+A version's files are never changed. What it carries is in `minga.training.bundle`; the verdict of
+its gates is its tag `minga.blessed`. The aliases `champion` and `challenger` say which is used.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlparse
+
+from mlflow.exceptions import MlflowException
+
+from minga.training.bundle import Digests
+from minga.training.errors import GateError, RegistryError
+from minga.training.progress import OnProgress, silent
+from minga.training.tracking import connect
+
+Alias = Literal["champion", "challenger"]
+
+CHAMPION: Alias = "champion"
+CHALLENGER: Alias = "challenger"
+
+ARTIFACT_PATH = "bundle"
+"""Where in its run's artifacts a version's files are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """One registered version, as the registry tells it."""
+
+    name: str
+    version: int
+    run_id: str
+    blessed: bool
+    aliases: tuple[str, ...]
+    created_at_ms: int
+    digests: Digests
+    tags: dict[str, str]
+
+
+class Registry:
+    """Model versions in one MLflow database.
+
+    Several processes may read and register at once; of two that promote at once, the later wins.
+    """
+
+    def __init__(self, tracking_uri: str, on_progress: OnProgress = silent) -> None:
+        self._client = connect(tracking_uri, on_progress)
+
+    def names(self) -> tuple[str, ...]:
+        """Name all registered models."""
+        return tuple(sorted(model.name for model in self._client.search_registered_models()))
+
+    def register(
+        self, name: str, bundle: Path, *, run_id: str, blessed: bool, tags: dict[str, str]
+    ) -> Version:
+        """Store a bundle with its run and make it a version.
+
+        Args:
+            name: of the model; it is made if it is new.
+            bundle: the folder; it may be deleted afterwards.
+            run_id: the run that the version belongs to.
+            blessed: whether it passed its gates.
+            tags: more facts about it.
+        """
+        digests = Digests.of(bundle)
+        self._client.log_artifacts(run_id, str(bundle), ARTIFACT_PATH)
+        if name not in self.names():
+            self._client.create_registered_model(name)
+        source = self._client.get_run(run_id).info.artifact_uri + f"/{ARTIFACT_PATH}"
+        made = self._client.create_model_version(
+            name,
+            source,
+            run_id,
+            tags={
+                "minga.blessed": str(blessed).lower(),
+                "minga.onnx_sha256": digests.onnx,
+                "minga.weights_sha256": digests.weights,
+                "minga.bundle_sha256": digests.bundle,
+                **tags,
+            },
+        )
+        return self.get(name, int(made.version))
+
+    def list_versions(self, name: str) -> tuple[Version, ...]:
+        """Give all versions of a model, the newest first."""
+        model = self._registered(name)
+        found = self._client.search_model_versions(f"name='{name}'", max_results=10_000)
+        versions = (_version(item, model.aliases) for item in found)
+        return tuple(sorted(versions, key=lambda version: version.version, reverse=True))
+
+    def get(self, name: str, which: int | str) -> Version:
+        """Give one version, by number or alias.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        model = self._registered(name)
+        number = _number(which, model.aliases)
+        if number is None:
+            known = ", ".join(sorted(model.aliases)) or "none yet"
+            raise RegistryError(
+                f"{name} has no version called {which!r}; aliases: {known}; "
+                "see all with: minga model list"
+            )
+        try:
+            return _version(self._client.get_model_version(name, str(number)), model.aliases)
+        except MlflowException as error:
+            raise RegistryError(
+                f"{name} has no version {number}; see all with: minga model list"
+            ) from error
+
+    def find(self, name: str, which: int | str) -> Version | None:
+        """Give one version, or None if the model or the version does not exist."""
+        if name not in self.names():
+            return None
+        try:
+            return self.get(name, which)
+        except RegistryError:
+            return None
+
+    def fetch(self, name: str, which: int | str) -> Path:
+        """Bring a version's files to this machine and check them against what was registered.
+
+        Returns:
+            the folder; it is the registry's own if that is on this machine, so only read it.
+
+        Raises:
+            RegistryError: there is no such version, or its files are not what was registered.
+        """
+        version = self.get(name, which)
+        source = self._client.get_model_version(name, str(version.version)).source
+        folder = _local_path(source)
+        if folder is None:
+            folder = Path(self._client.download_artifacts(version.run_id, ARTIFACT_PATH))
+        if not folder.is_dir():
+            raise RegistryError(f"{name} version {version.version}: its files are gone: {folder}")
+        seen = Digests.of(folder)
+        if seen != version.digests:
+            raise RegistryError(
+                f"{name} version {version.version} was changed after it was registered: "
+                f"sha256 {seen.bundle[:12]}, registered {version.digests.bundle[:12]}; "
+                "do not use it, register it anew"
+            )
+        return folder
+
+    def set_alias(self, name: str, alias: Alias, version: int) -> None:
+        """Let an alias name a version, and no other one."""
+        self._client.set_registered_model_alias(name, alias, str(version))
+
+    def promote(self, name: str, which: int | str, *, override: bool = False) -> Version:
+        """Make a version the champion.
+
+        Args:
+            name: of the model.
+            which: number or alias.
+            override: promote it even if its gates refused it; the version is tagged so.
+
+        Raises:
+            GateError: its gates refused it, and `override` is not set.
+            RegistryError: there is no such version, or its files are not what was registered.
+        """
+        version = self.get(name, which)
+        if not version.blessed and not override:
+            raise GateError(
+                f"{name} version {version.version} did not pass its gates and stays a candidate; "
+                f"see why with: minga model show {version.version}"
+            )
+        self.fetch(name, version.version)
+        if not version.blessed:
+            self._client.set_model_version_tag(
+                name, str(version.version), "minga.overridden", "true"
+            )
+        self.set_alias(name, CHAMPION, version.version)
+        if CHALLENGER in version.aliases:
+            self._client.delete_registered_model_alias(name, CHALLENGER)
+        return self.get(name, version.version)
+
+    def _registered(self, name: str) -> Any:
+        try:
+            return self._client.get_registered_model(name)
+        except MlflowException as error:
+            known = ", ".join(self.names()) or "none yet; make one with: minga run"
+            raise RegistryError(f"no model {name!r} is registered; models: {known}") from error
+
+
+def _number(which: int | str, aliases: dict[str, str]) -> int | None:
+    if isinstance(which, int) or which.isdecimal():
+        return int(which)
+    found = aliases.get(which)
+    return None if found is None else int(found)
+
+
+def _version(item: Any, aliases: dict[str, str]) -> Version:
+    tags = dict(item.tags)
+    return Version(
+        name=item.name,
+        version=int(item.version),
+        run_id=item.run_id or "",
+        blessed=tags.get("minga.blessed") == "true",
+        aliases=tuple(
+            sorted(alias for alias, number in aliases.items() if int(number) == int(item.version))
+        ),
+        created_at_ms=int(item.creation_timestamp),
+        digests=Digests(
+            onnx=tags.get("minga.onnx_sha256", ""),
+            weights=tags.get("minga.weights_sha256", ""),
+            bundle=tags.get("minga.bundle_sha256", ""),
+        ),
+        tags=tags,
+    )
+
+
+def _local_path(uri: str) -> Path | None:
+    """Give the path behind a file URI or a bare path; None if it is somewhere else."""
+    parsed = urlparse(uri)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    return Path(uri) if not parsed.scheme else None

@@ -1,0 +1,126 @@
+"""What a Task says about its hyper-parameters: their domains and what is best.
+
+Domains know no search library; `minga.training.search` translates them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from minga.training.errors import TaskError
+
+Param = bool | int | float | str
+"""A hyper-parameter's value."""
+
+Params = Mapping[str, Param]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of some values."""
+
+    options: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """A float of `[low, high)`, each as likely."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class LogUniform:
+    """A float of `[low, high)`, each order of magnitude as likely."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class RandInt:
+    """An integer of `[low, high)`, each as likely."""
+
+    low: int
+    high: int
+
+
+Domain = Choice | Uniform | LogUniform | RandInt
+
+
+def choice(options: Sequence[Param]) -> Choice:
+    """Search over the given values.
+
+    Raises:
+        TaskError: there is no value.
+    """
+    if not options:
+        raise TaskError("choice([]) has nothing to choose from; give it at least one value")
+    return Choice(tuple(options))
+
+
+def uniform(low: float, high: float) -> Uniform:
+    """Search over floats of `[low, high)`.
+
+    Raises:
+        TaskError: the range is empty.
+    """
+    _refuse_empty("uniform", low, high)
+    return Uniform(float(low), float(high))
+
+
+def loguniform(low: float, high: float) -> LogUniform:
+    """Search over floats of `[low, high)` by order of magnitude.
+
+    Raises:
+        TaskError: the range is empty or not above zero.
+    """
+    _refuse_empty("loguniform", low, high)
+    if low <= 0:
+        raise TaskError(f"loguniform({low}, {high}) starts at {low}; it must start above 0")
+    return LogUniform(float(low), float(high))
+
+
+def randint(low: int, high: int) -> RandInt:
+    """Search over integers of `[low, high)`.
+
+    Raises:
+        TaskError: the range is empty.
+    """
+    _refuse_empty("randint", low, high)
+    return RandInt(low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class Maximize:
+    """The larger this metric, the better."""
+
+    metric: str
+    mode = "max"
+    worst = -inf
+
+    def gain(self, value: float, over: float) -> float:
+        """Give how much better `value` is than `over`; negative if it is worse."""
+        return value - over
+
+
+@dataclass(frozen=True, slots=True)
+class Minimize:
+    """The smaller this metric, the better."""
+
+    metric: str
+    mode = "min"
+    worst = inf
+
+    def gain(self, value: float, over: float) -> float:
+        """Give how much better `value` is than `over`; negative if it is worse."""
+        return over - value
+
+
+Objective = Maximize | Minimize
+
+
+def _refuse_empty(name: str, low: float, high: float) -> None:
+    if not low < high:
+        raise TaskError(f"{name}({low}, {high}) is an empty range; low must be below high")

@@ -1,0 +1,275 @@
+"""The researcher's side: a Task, its data, and how it is loaded from a project's file.
+
+Importing this module loads neither torch nor Ray; a Task's own file usually loads torch.
+"""
+
+import hashlib
+import importlib.util
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minga.training.errors import DataError, TaskError
+from minga.training.space import (
+    Choice,
+    Domain,
+    LogUniform,
+    Maximize,
+    Minimize,
+    Objective,
+    Params,
+    RandInt,
+    Uniform,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from minga.training.schema import Schema
+
+SplitName = Literal["train", "validation", "test"]
+
+
+class Batch(NamedTuple):
+    """The examples of one training step, first axis the batch."""
+
+    inputs: "torch.Tensor"
+    targets: "torch.Tensor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Examples: `inputs` of shape `(n, ...)` and `targets` of shape `(n, ...)`.
+
+    Float arrays of another width become float32, the only width that networks compute in here.
+
+    Raises:
+        DataError: the two differ in length, or inputs are not numbers.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "targets"):
+            array = np.asarray(getattr(self, name))
+            if array.ndim == 0 or array.dtype.kind not in "fiub":
+                raise DataError(
+                    f"{name} are {array.dtype} of shape {array.shape}; "
+                    "give an array of numbers whose first axis counts the examples"
+                )
+            if array.dtype.kind == "f":
+                array = array.astype(np.float32, copy=False)
+            object.__setattr__(self, name, array)
+        if len(self.inputs) != len(self.targets):
+            raise DataError(
+                f"{len(self.inputs)} inputs but {len(self.targets)} targets; "
+                "each example needs one of each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splits:
+    """The examples to learn from, to choose by, and to judge by."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+    def __getitem__(self, name: SplitName) -> Split:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+class Task(ABC):
+    """What is learned from which data, with which model, and how it is judged.
+
+    One Task runs unchanged in search, in distributed training and on devices.
+
+    Attributes:
+        name: the registered model's name: lower-case letters, digits and dashes.
+        defaults: hyper-parameters used where nothing was searched. `lr`, `batch_size` and
+            `max_grad_norm` are understood by the defaults of this class and by the training loop.
+        search_space: domains of the hyper-parameters to search; each has a default.
+        objective: the metric that search, checkpoints and gates go by.
+        columns: names of the inputs' columns, for messages and profiles.
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[Params] = {}
+    search_space: ClassVar[Mapping[str, Domain]] = {}
+    objective: ClassVar[Objective]
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def data(self, source: str) -> Splits:
+        """Read the examples behind `source`; the same source gives the same splits."""
+
+    @abstractmethod
+    def model(self, params: Params) -> "torch.nn.Module":
+        """Build the model, untrained; it gets inputs that `preparation` has prepared."""
+
+    @abstractmethod
+    def loss(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """Give the mean loss over a batch, a scalar."""
+
+    @abstractmethod
+    def metrics(self, outputs: NDArray[Any], targets: NDArray[Any]) -> Mapping[str, float]:
+        """Judge the model's raw outputs; the objective's metric must be among the names."""
+
+    def preparation(self, train: Split) -> "torch.nn.Module":
+        """Build the network's first part, fitted on the training split.
+
+        It is exported and federated with the model, so that training, serving and devices
+        prepare inputs alike. The default standardises float inputs of shape `(n, columns)`.
+        """
+        from minga.training.preparation import default_preparation
+
+        return default_preparation(train)
+
+    def optimiser(self, model: "torch.nn.Module", params: Params) -> "torch.optim.Optimizer":
+        """Build the optimiser; Adam at `lr` (0.001) unless overridden."""
+        import torch
+
+        return torch.optim.Adam(model.parameters(), lr=float(params.get("lr", 1e-3)))
+
+    def step(self, model: "torch.nn.Module", batch: Batch) -> "torch.Tensor":
+        """Give the loss of one training step; the loop does the rest."""
+        return self.loss(model(batch.inputs), batch.targets)
+
+    def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:  # noqa: ARG002
+        """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail."""
+        return {}
+
+    def schema(self, train: Split) -> "Schema":
+        """Describe valid data; inferred from the training split unless overridden."""
+        from minga.training.schema import infer_schema
+
+        return infer_schema(train, self.columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskReference:
+    """Where a Task is, so that another process can load it; the class itself does not travel.
+
+    Attributes:
+        root: the project folder, absolute.
+        name: `file.py:Class`, the file relative to `root`.
+    """
+
+    root: Path
+    name: str
+
+    @property
+    def file(self) -> Path:
+        """The Task's file."""
+        return self.root / self.name.partition(":")[0]
+
+    def load(self) -> Task:
+        """Load the file and make the Task; see `load_task`."""
+        return load_task(self.name, self.root)
+
+    def resolve(self, source: str) -> str:
+        """Take a relative path from the project folder; leave URIs and absolute paths alone."""
+        return source if "://" in source else str(self.root / source)
+
+
+def load_task(reference: str, root: Path) -> Task:
+    """Load a Task by reference and make one.
+
+    The Task's folder is appended to `sys.path`, so that it may import files beside it.
+
+    Args:
+        reference: `file.py:Class`, the file relative to `root`.
+        root: the project folder.
+
+    Raises:
+        TaskError: no such file or class, the file does not import, or the class is no usable Task.
+    """
+    file, _, name = reference.partition(":")
+    if not file or not name:
+        raise TaskError(f'task = "{reference}" is not of the form "task.py:Class"')
+    module = _load_module((root / file).resolve(), reference)
+    kind = getattr(module, name, None)
+    if kind is None:
+        raise TaskError(f"{file} has no class {name!r}; {_known_tasks(module)}")
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise TaskError(f"{reference} is not a Task; derive it: class {name}(minga.training.Task)")
+    _check_class(kind, reference)
+    return kind()
+
+
+def _load_module(path: Path, reference: str) -> ModuleType:
+    if not path.is_file():
+        raise TaskError(f'task = "{reference}": there is no file {path}')
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"minga_task_{digest}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        raise TaskError(
+            f"{path.name} does not import: {type(error).__name__}: {error}; "
+            f"try it with: python {path}"
+        ) from error
+    return module
+
+
+def _known_tasks(module: ModuleType) -> str:
+    names = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Task) and value is not Task
+    ]
+    if not names:
+        return "it has no Task at all; derive one from minga.training.Task"
+    return f"it has {', '.join(sorted(names))}"
+
+
+def _check_class(kind: type[Task], reference: str) -> None:
+    missing = sorted(kind.__abstractmethods__) + [
+        name for name in ("name", "objective") if not hasattr(kind, name)
+    ]
+    if missing:
+        raise TaskError(f"{reference} lacks {', '.join(missing)}; every Task defines them")
+    if not isinstance(kind.name, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", kind.name):
+        raise TaskError(
+            f"{reference}: name is {kind.name!r}; use lower-case letters, digits and dashes"
+        )
+    if not isinstance(kind.objective, Maximize | Minimize):
+        raise TaskError(
+            f'{reference}: objective is {kind.objective!r}; use Maximize("metric") or Minimize'
+        )
+    _check_params(kind, reference)
+
+
+def _check_params(kind: type[Task], reference: str) -> None:
+    for name, value in kind.defaults.items():
+        if not isinstance(value, bool | int | float | str):
+            raise TaskError(
+                f"{reference}: default {name} is {value!r}; use a bool, a number or a string"
+            )
+    for name, domain in kind.search_space.items():
+        if not isinstance(domain, Choice | Uniform | LogUniform | RandInt):
+            raise TaskError(
+                f"{reference}: search_space {name} is {domain!r}; "
+                "use choice, uniform, loguniform or randint"
+            )
+        if name not in kind.defaults:
+            raise TaskError(f"{reference}: {name} is searched but has no value in defaults")

@@ -1,0 +1,184 @@
+"""The record of runs in MLflow, and the only module that loads it.
+
+A `Tracker` is bound to one tracking database and one experiment; it sets no global state, so
+several may live in one process. The database is SQLite unless the URI says otherwise, because
+MLflow's file store is out of support.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from minga.training.loop import Record
+from minga.training.progress import OnProgress, Progress, silent
+from minga.training.space import Params
+
+# MLflow reads this when it is imported: nothing is to be sent anywhere.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow.onnx
+import onnx
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from onnx.helper import tensor_dtype_to_np_dtype
+
+for _noisy in ("alembic", "mlflow"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+PARENT_TAG = "mlflow.parentRunId"
+
+BATCH_METRICS = 1000
+"""The most values that MLflow takes at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """Writes the runs of one experiment.
+
+    Concurrent writers of one SQLite file are fine once the database and the experiment exist.
+    """
+
+    client: Any
+    experiment_id: str
+
+    @classmethod
+    def open(
+        cls,
+        tracking_uri: str,
+        artifact_root: str,
+        experiment: str,
+        on_progress: OnProgress = silent,
+    ) -> Self:
+        """Open the database and the experiment; both are made the first time.
+
+        Args:
+            tracking_uri: of MLflow, such as `sqlite:////path/mlflow.db`.
+            artifact_root: folder or URI of new experiments' artifacts.
+            experiment: its name.
+            on_progress: hears of the seconds that making a database takes.
+        """
+        client = connect(tracking_uri, on_progress)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            return cls(client, found.experiment_id)
+        location = artifact_root
+        if "://" not in location:
+            location = (Path(location).absolute() / experiment).as_uri()
+        return cls(client, client.create_experiment(experiment, artifact_location=location))
+
+    @contextmanager
+    def run(
+        self, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
+    ) -> Iterator[str]:
+        """Open a run and give its id; it ends as finished, killed or failed."""
+        run_id = self.start(name, tags=tags, parent=parent)
+        try:
+            yield run_id
+        except KeyboardInterrupt:
+            self.end(run_id, "KILLED")
+            raise
+        except BaseException:
+            self.end(run_id, "FAILED")
+            raise
+        self.end(run_id, "FINISHED")
+
+    def start(
+        self, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
+    ) -> str:
+        """Start a run, nested under `parent` if given, and give its id."""
+        all_tags = dict(tags or {}) | ({PARENT_TAG: parent} if parent else {})
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=all_tags)
+        return str(run.info.run_id)
+
+    def end(self, run_id: str, status: str) -> None:
+        """End a run as FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(run_id, status)
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        params: Params | None = None,
+        history: Iterable[Record] = (),
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write all that is given with as few transactions as possible; each costs about 20 ms.
+
+        Args:
+            run_id: of the run.
+            params: are written once and never changed.
+            history: one record for each epoch; its number is the metrics' step.
+            metrics: final ones, at step 0.
+            tags: replace those of the same name.
+        """
+        now = int(time.time() * 1000)
+        values = [
+            Metric(name, value, now, int(record["epoch"]))
+            for record in history
+            for name, value in record.items()
+            if name != "epoch"
+        ]
+        values += [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
+        self.client.log_batch(
+            run_id,
+            metrics=values[:BATCH_METRICS],
+            params=[Param(name, str(value)) for name, value in (params or {}).items()],
+            tags=[RunTag(name, value) for name, value in (tags or {}).items()],
+        )
+        for start in range(BATCH_METRICS, len(values), BATCH_METRICS):
+            self.client.log_batch(run_id, metrics=values[start : start + BATCH_METRICS])
+
+
+def connect(tracking_uri: str, on_progress: OnProgress = silent) -> Any:
+    """Give a client of a tracking database, which is made if it is a missing SQLite file."""
+    scheme, separator, file = tracking_uri.partition("sqlite:///")
+    if separator and not scheme and not Path(file).exists():
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        on_progress(Progress(step="track", done=0, total=1, note="making the database, once"))
+        client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        client.search_experiments(max_results=1)
+        on_progress(Progress(step="track", done=1, total=1, note=f"runs are kept in {file}"))
+        return client
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def save_mlflow_model(model: bytes, folder: Path) -> None:
+    """Write what `mlflow.onnx.load_model` reads, with exactly the given bytes as its model."""
+    proto = onnx.load_from_string(model)
+    mlflow.onnx.save_model(
+        proto,
+        str(folder),
+        signature=_signature(proto),
+        # Named here, or MLflow imports the model in another process to find them.
+        pip_requirements=["numpy", "onnx", "onnxruntime"],
+        onnx_execution_providers=["CPUExecutionProvider"],
+        # External data gets a random file name, and so other bytes each time.
+        save_as_external_data=False,
+    )
+    (folder / "model.onnx").write_bytes(model)
+
+
+def _signature(proto: onnx.ModelProto) -> Any:
+    """Take names, types and shapes from the model itself; -1 stands for any length."""
+
+    def specs(values: Iterable[onnx.ValueInfoProto]) -> Any:
+        return Schema(
+            [
+                TensorSpec(
+                    tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
+                    tuple(axis.dim_value or -1 for axis in value.type.tensor_type.shape.dim),
+                    value.name,
+                )
+                for value in values
+            ]
+        )
+
+    return ModelSignature(inputs=specs(proto.graph.input), outputs=specs(proto.graph.output))

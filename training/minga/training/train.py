@@ -1,0 +1,245 @@
+"""The training of the chosen parameters: Ray Train, on as many workers as the project says.
+
+Every worker runs the one loop on its part of each batch, under PyTorch's DDP. Each epoch leaves a
+checkpoint. A lost worker costs the epoch it was in: the others are restarted from the last
+checkpoint and end with the very weights of an undisturbed run.
+
+An interrupted training is kept in its folder; calling `train` again with that folder goes on.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from minga.federation.parameters import Parameters
+from minga.training.config import TrainConfig
+from minga.training.errors import TrainingError
+from minga.training.interrupts import handler_restored
+from minga.training.loop import Learner, Record, Shard, best_record, fit
+from minga.training.network import build_network, parameters_of
+from minga.training.progress import OnProgress, Progress, silent
+from minga.training.space import Params
+from minga.training.task import Splits, Task, TaskReference
+
+CHECKPOINT = "learner.pt"
+PROGRESS_FILE = "history.jsonl"
+POLL_S = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """The network of the best epoch on the validation split.
+
+    Attributes:
+        parameters: of the complete network.
+        params: the hyper-parameters it was built with.
+        metrics: the best epoch's, on the validation split.
+        history: one record for each epoch.
+    """
+
+    parameters: Parameters
+    params: Params
+    metrics: Mapping[str, float]
+    history: tuple[Record, ...]
+
+
+def train(
+    reference: TaskReference,
+    task: Task,
+    splits: Splits,
+    params: Params,
+    *,
+    config: TrainConfig,
+    seed: int,
+    folder: Path,
+    on_progress: OnProgress = silent,
+) -> Trained:
+    """Train with given parameters. Ray must be running.
+
+    The same arguments give the same weights, bit by bit, on the same kind of machine.
+
+    Args:
+        reference: of the Task, which every worker loads for itself.
+        task: the same, loaded.
+        splits: travel to the workers through Ray's object store.
+        params: complete hyper-parameters.
+        config: how many workers and epochs, and how often lost workers are replaced.
+        seed: of the first weights and of the order of examples.
+        folder: of this training and no other; only reuse it with the same arguments.
+        on_progress: hears of every epoch.
+
+    Raises:
+        TrainingError: Ray has too few CPUs, or training failed more often than it may.
+        KeyboardInterrupt: the user stopped it; its checkpoints are kept in `folder`.
+    """
+    _require_cpus(config.num_workers)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "reference": reference,
+            "splits": ray.put(splits),
+            "params": dict(params),
+            "epochs": config.epochs,
+            "seed": seed,
+            "history": str(folder / PROGRESS_FILE),
+        },
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=config.num_workers),
+        run_config=_run_config(task, config, folder),
+    )
+    with _reporting(folder / PROGRESS_FILE, config.epochs, on_progress), handler_restored():
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(_reason(error)) from error
+        except SystemExit:  # what Ray makes of Ctrl-C once it has stopped the workers
+            raise KeyboardInterrupt(
+                f"checkpoints are kept in {folder}; the same command goes on from there"
+            ) from None
+    trained = _read_best(result, task, splits, params, seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    return trained
+
+
+def _run_config(task: Task, config: TrainConfig, folder: Path) -> RunConfig:
+    return RunConfig(
+        name=folder.name,
+        storage_path=str(folder.parent),
+        failure_config=FailureConfig(max_failures=config.max_failures),
+        # The latest is kept as well, whatever it scores: training goes on from it.
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=2,
+            checkpoint_score_attribute=task.objective.metric,
+            checkpoint_score_order=task.objective.mode,
+        ),
+        logging_config=LoggingConfig(log_level="ERROR"),
+    )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """Train as one worker; only the first one validates, the others wait for its report."""
+    context = ray.train.get_context()
+    shard = Shard(rank=context.get_world_rank(), num_workers=context.get_world_size())
+    splits: Splits = ray.get(config["splits"])
+    task = config["reference"].load()
+    learner = _learner(task, config["params"], splits, config["seed"], shard)
+    is_first = shard.rank == 0
+
+    def report(record: Record) -> bool:
+        with tempfile.TemporaryDirectory() as saved:
+            checkpoint = None
+            if is_first:
+                torch.save(learner.state(), Path(saved) / CHECKPOINT)
+                checkpoint = Checkpoint.from_directory(saved)
+            ray.train.report(dict(record), checkpoint=checkpoint)
+        if is_first:
+            with Path(config["history"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return False
+
+    fit(
+        learner,
+        splits.train,
+        epochs=config["epochs"],
+        seed=config["seed"],
+        validation=splits.validation if is_first else None,
+        shard=shard,
+        on_epoch=report,
+    )
+
+
+def _learner(task: Task, params: Params, splits: Splits, seed: int, shard: Shard) -> Learner:
+    """Make the learner, or restore it from the last checkpoint, and wrap it for several workers."""
+    learner = Learner(task, build_network(task, params, splits.train, seed=seed), params)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        learner.load(_read(checkpoint))
+    if shard.num_workers > 1:
+        learner.network = ray.train.torch.prepare_model(learner.network)
+    return learner
+
+
+def _read_best(result: Any, task: Task, splits: Splits, params: Params, seed: int) -> Trained:
+    """Read the weights of the best epoch, and the history, which the last checkpoint has."""
+    kept = {metrics["epoch"]: checkpoint for checkpoint, metrics in result.best_checkpoints}
+    records = [metrics for _, metrics in result.best_checkpoints]
+    best = best_record(records, task.objective) or records[-1]
+    history = _read(result.checkpoint)["history"]
+    network = build_network(task, params, splits.train, seed=seed)
+    network.load_state_dict(_read(kept[best["epoch"]])["network"])
+    return Trained(
+        parameters=parameters_of(network),
+        params=dict(params),
+        metrics={name: value for name, value in best.items() if name != "epoch"},
+        history=tuple(history),
+    )
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Any]:
+    with checkpoint.as_directory() as saved:
+        state: dict[str, Any] = torch.load(Path(saved) / CHECKPOINT, weights_only=True)
+    return state
+
+
+def _require_cpus(num_workers: int) -> None:
+    num_cpus = int(ray.cluster_resources().get("CPU", 0))
+    if num_cpus < num_workers:
+        raise TrainingError(
+            f"training.num_workers = {num_workers} but Ray has {num_cpus} CPUs; "
+            "ask for fewer workers"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line what made training fail: the last one of the first worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"training failed: {lines[-1] if lines else type(error).__name__}"
+
+
+@contextlib.contextmanager
+def _reporting(file: Path, epochs: int, on_progress: OnProgress) -> Iterator[None]:
+    """Report every epoch that the first worker notes, while this thread waits for the workers."""
+    on_progress(Progress(step="train", done=0, total=epochs, note="starting workers"))
+    ended = threading.Event()
+    num_seen = 0
+
+    def look() -> None:
+        nonlocal num_seen
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        for line in lines[num_seen:]:
+            record: Record = json.loads(line)
+            note = ", ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "epoch")
+            on_progress(Progress(step="train", done=int(record["epoch"]), total=epochs, note=note))
+        num_seen = len(lines)
+
+    def watch() -> None:
+        while not ended.wait(POLL_S):
+            look()
+
+    watcher = threading.Thread(target=watch, name="minga-train-progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        look()
