@@ -1,0 +1,96 @@
+"""What runs in each replica of the Ray Serve application.
+
+A replica hosts the ASGI application of `minga.inference` and nothing in front of it. All models
+are in the one application, so a URL names a model and not a deployment, and a version is
+exchanged inside the replica by `user_config`, which restarts nothing.
+
+A rollout has two steps. `prepare` is sent to every replica: each loads and tests the new
+versions, and says if it cannot. Only then is the new `user_config` declared, and `reconfigure`
+swaps what is loaded already. A replica that starts later, or again, loads what is declared.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Final, TypedDict
+
+from ray import serve
+from ray.serve import Application
+
+from minga.inference.app import InferenceApp, Limits
+from minga.inference.engine import ModelRef
+from minga.inference.errors import ModelError
+from minga.inference.repository import ModelRepository
+
+APPLICATION: Final = "minga"
+DEPLOYMENT: Final = "InferenceReplica"
+IMPORT_PATH: Final = "minga.serving.application:build"
+
+_LOG: Final = logging.getLogger("ray.serve")  # the only one whose lines reach the replica's log
+
+
+class UserConfig(TypedDict):
+    """What Ray Serve hands to `reconfigure`: plain values, as a Serve config file holds them."""
+
+    models: list[dict[str, str]]
+
+
+def user_config(refs: Sequence[ModelRef]) -> UserConfig:
+    """Write versions as a user config; of a model's versions the first is its default."""
+    return {"models": [asdict(ref) for ref in refs]}
+
+
+class InferenceReplica:
+    """One process that answers for all models.
+
+    Args:
+        limits: what callers are granted.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._repository = ModelRepository()
+        self._limits = limits
+
+    def __serve_build_asgi_app__(self) -> InferenceApp:
+        """Make the application that takes this replica's requests."""
+        return InferenceApp(self._repository, limits=self._limits)
+
+    async def prepare(self, config: UserConfig) -> str | None:
+        """Load versions without serving them yet; give the reason if one is refused."""
+        try:
+            await asyncio.to_thread(self._repository.prepare, _refs(config))
+        except ModelError as error:
+            return str(error)
+        return None
+
+    async def reconfigure(self, config: UserConfig) -> None:
+        """Serve what is declared.
+
+        A replica that serves already never fails here, because Ray Serve would stop it, and
+        with it the versions that are good. A new replica does, so that it is not used.
+        """
+        try:
+            await asyncio.to_thread(self._repository.apply, _refs(config))
+        except ModelError:
+            if not self._repository.is_ready:
+                raise
+            _LOG.exception("the declared versions are refused; the old ones go on being served")
+
+    async def served(self) -> UserConfig:
+        """Tell which versions answer requests now."""
+        return user_config(self._repository.refs)
+
+
+def build(options: dict[str, Any]) -> Application:
+    """Make the application from the options of a Serve config file.
+
+    Args:
+        options: the fields of `minga.inference.app.Limits`.
+    """
+    ingress = serve.ingress()(InferenceReplica)
+    return serve.deployment(name=DEPLOYMENT)(ingress).bind(Limits(**options))
+
+
+def _refs(config: UserConfig) -> list[ModelRef]:
+    return [ModelRef(**model) for model in config["models"]]

@@ -1,0 +1,57 @@
+"""How models are served: the `[serving]` table of minga.toml."""
+
+import math
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from minga.inference.app import Limits
+
+
+class ServingConfig(BaseModel):
+    """Where and how the champion is served."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+    host: str = Field("127.0.0.1", min_length=1)
+    """The address to listen on. Requests are not authenticated: beyond 127.0.0.1, anyone who
+    reaches the port can ask the models."""
+
+    port: int = Field(8000, ge=0, le=65535)
+    """The port to listen on; 0 takes a free one."""
+
+    num_replicas: int = Field(1, ge=1)
+    """Processes that answer, each with all models in memory."""
+
+    cpus_per_replica: float = Field(1.0, gt=0)
+    """What Ray reserves for each replica; requests slower than a millisecond compute on as many
+    threads, rounded up."""
+
+    max_ongoing_requests: int = Field(128, ge=1)
+    """Requests that a replica takes at once; more wait in the proxy."""
+
+    max_body_mb: float = Field(32.0, gt=0)
+    """The longest request body, before and after decompression."""
+
+    alias: str = Field("champion", min_length=1)
+    """Which registered version is served: the one with this alias."""
+
+    poll_interval_s: float = Field(1.0, gt=0)
+    """How often the registry is asked whether the alias has moved."""
+
+    rollout_timeout_s: float = Field(60.0, gt=0)
+    """How long a new version may take to load on every replica."""
+
+    fast_ingress: bool = False
+    """Let HAProxy take the requests instead of Ray Serve's Python proxy, which answers many times
+    more of them. Off by default: HAProxy's statistics and metrics then listen on every interface
+    (ports 8404 and 9101) without authentication, and cannot be bound to 127.0.0.1."""
+
+    @property
+    def limits(self) -> Limits:
+        """What the application grants its callers."""
+        return Limits(
+            max_body_bytes=int(self.max_body_mb * 1024 * 1024),
+            num_threads=math.ceil(self.cpus_per_replica),
+        )

@@ -1,0 +1,206 @@
+"""Starts the Ray Serve application, and changes the versions it serves without a pause.
+
+Everything goes through Ray Serve's declarative path, which `serve deploy` uses too: there, a
+change of `user_config` reaches running replicas through `reconfigure`, where `serve.run` would
+restart them all. (Ray 2.60: `serve.run` gives each deployment a random code version.)
+
+Call from a thread that runs no event loop; Ray must be initialised.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client  # no public way to deploy a schema in-process
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeDeploySchema
+
+from minga.inference.client import InferenceClient
+from minga.inference.engine import ModelRef
+from minga.inference.server import listen, url_host
+from minga.serving.application import (
+    APPLICATION,
+    DEPLOYMENT,
+    IMPORT_PATH,
+    UserConfig,
+    user_config,
+)
+from minga.serving.config import ServingConfig
+from minga.serving.errors import HostError, VersionRefusedError
+
+_POLL_S: Final = 0.1
+_START_TIMEOUT_S: Final = 120
+_QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
+
+
+class ServeHost:
+    """The running application. Made by `start`.
+
+    Args:
+        config: how to serve.
+        port: the port that is listened on.
+    """
+
+    def __init__(self, config: ServingConfig, port: int) -> None:
+        self._config = config
+        self._port = port
+        self._deploying = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach the models."""
+        return f"http://{url_host(self._config.host)}:{self._port}"
+
+    def deploy(self, refs: Sequence[ModelRef]) -> None:
+        """Serve exactly these versions on every replica, without failing a request.
+
+        Returns when every replica answers with them.
+
+        Args:
+            refs: the versions; of several of one model the first is its default.
+
+        Raises:
+            VersionRefusedError: a replica cannot load one; nothing has changed.
+            HostError: the replicas do not get there in `rollout_timeout_s`.
+        """
+        wanted = user_config(refs)
+        with self._deploying:
+            refusals = [reason for reason in self._ask_all("prepare", wanted) if reason]
+            if refusals:
+                raise VersionRefusedError(f"{refusals[0]}; what was served before is served still")
+            self._declare(wanted)
+            self._wait(
+                lambda: self._is_served(wanted),
+                self._config.rollout_timeout_s,
+                "the new versions do not reach every replica",
+            )
+
+    def wait_ready(self, timeout_s: float = 30) -> None:
+        """Wait until a request through the front door is answered by a model.
+
+        Raises:
+            HostError: it is not within the time.
+        """
+        with InferenceClient(self.url, timeout_s=timeout_s) as client:
+            self._wait(client.ready, timeout_s, f"no model answers at {self.url}")
+
+    def stop(self) -> None:
+        """Finish the requests in flight, then stop Ray Serve; Ray itself goes on."""
+        serve.shutdown()
+
+    def _launch(self) -> None:
+        """Bring up replicas that serve nothing yet."""
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(
+            http_options={"host": self._config.host, "port": self._port}, logging_config=_QUIET
+        )
+        self._declare(user_config([]))
+        self._wait(self._is_running, _START_TIMEOUT_S, "the replicas do not start")
+
+    def _declare(self, config: UserConfig) -> None:
+        schema = {"applications": [application_schema(self._config, config)]}
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(schema))
+
+    def _is_running(self) -> bool:
+        application = serve.status().applications.get(APPLICATION)
+        if application is not None and application.status == "DEPLOY_FAILED":
+            raise HostError(f"Ray Serve cannot start the replicas: {application.message}")
+        return application is not None and application.status == "RUNNING"
+
+    def _is_served(self, wanted: UserConfig) -> bool:
+        """Tell whether every replica answers with this; one that just died is not the last word."""
+        try:
+            return all(served == wanted for served in self._ask_all("served"))
+        except HostError:
+            return False
+
+    def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method on every replica; at least one must answer."""
+        try:
+            response = self._replicas().broadcast(method, *arguments)
+            answers = response.results(timeout_s=self._config.rollout_timeout_s)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise HostError(f"a replica does not answer: {error}") from error
+        if not answers:
+            raise HostError("no replica is running")
+        return list(answers)
+
+    def _replicas(self) -> Any:
+        handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+        if not handle.is_initialized:
+            # The fast ingress wants its routers on a loop of their owner; this thread has none.
+            handle._init(_run_router_in_separate_loop=True)
+        return handle
+
+    def _wait(self, is_done: Callable[[], bool], timeout_s: float, complaint: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not is_done():
+            if time.monotonic() > deadline:
+                raise HostError(f"{complaint} within {timeout_s:g} s; Ray Serve says: {_status()}")
+            time.sleep(_POLL_S)
+
+
+def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
+    """Start the application on the Ray that this process has initialised.
+
+    Args:
+        config: how to serve.
+        refs: what to serve; may be empty, and `ServeHost.deploy` follow.
+
+    Raises:
+        PortInUseError: the port is taken.
+        VersionRefusedError: one of the versions cannot be loaded.
+        HostError: the replicas do not start.
+    """
+    host = ServeHost(config, claim_port(config))
+    try:
+        host._launch()
+        if refs:
+            host.deploy(refs)
+    except BaseException:
+        host.stop()
+        raise
+    return host
+
+
+def claim_port(config: ServingConfig) -> int:
+    """Check that the port can be listened on, and choose one if any will do.
+
+    Raises:
+        PortInUseError: the port is taken.
+    """
+    with listen(config.host, config.port) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, Any]:
+    """Write the application as an entry of a Serve config file."""
+    return {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": IMPORT_PATH,
+        "args": asdict(config.limits),
+        "deployments": [
+            {
+                "name": DEPLOYMENT,
+                "num_replicas": config.num_replicas,
+                "max_ongoing_requests": config.max_ongoing_requests,
+                # A replica that is replaced at all is replaced by one that runs already.
+                "max_surge_percent": 100,
+                "ray_actor_options": {"num_cpus": config.cpus_per_replica},
+                "logging_config": _QUIET,
+                "user_config": models,
+            }
+        ],
+    }
+
+
+def _status() -> str:
+    application = serve.status().applications.get(APPLICATION)
+    return "nothing" if application is None else f"{application.status} {application.message}"

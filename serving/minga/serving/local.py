@@ -1,0 +1,45 @@
+"""Serving from this process alone, without Ray: one machine, 60 MB instead of 1 GB."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+
+from minga.inference.app import InferenceApp
+from minga.inference.engine import ModelRef
+from minga.inference.repository import ModelRepository
+from minga.inference.server import Server
+from minga.serving.config import ServingConfig
+from minga.serving.watcher import ModelSource, Watcher
+
+
+async def serve_locally(
+    config: ServingConfig,
+    source: ModelSource,
+    refs: Sequence[ModelRef],
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve versions and follow their source until cancelled.
+
+    `num_replicas` and what else concerns Ray is not heeded.
+
+    Args:
+        config: how to serve.
+        source: where new versions come from.
+        refs: what to serve first.
+        on_ready: hears the URL once requests are answered.
+
+    Raises:
+        PortInUseError: the port is taken.
+        ModelError: one of the versions cannot be loaded.
+    """
+    repository = ModelRepository()
+    repository.apply(refs)
+    app = InferenceApp(repository, limits=config.limits)
+    stop = threading.Event()
+    watcher = Watcher(source, refs, repository.apply)
+    async with Server(app, host=config.host, port=config.port) as server:
+        on_ready(server.url)
+        try:
+            await asyncio.to_thread(watcher.run, stop, config.poll_interval_s)
+        finally:
+            stop.set()

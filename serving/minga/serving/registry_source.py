@@ -1,0 +1,140 @@
+"""The MLflow model registry as a source of models: the version that an alias names.
+
+Of a version only three things matter here: its `source` (the folder of its files), the file
+`model.onnx` in it, and the tag `minga.onnx_sha256`, which is what may be loaded.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+# MLflow reads these when it is imported: send nothing anywhere, and give up on a registry
+# that is away within seconds, for the watcher asks again anyway.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from sqlalchemy.exc import SQLAlchemyError
+
+from minga.inference.engine import ModelRef
+from minga.serving.errors import NoChampionError, RegistryUnreachableError, ServingError
+
+_MODEL_FILE: Final = "model.onnx"
+_DIGEST_TAG: Final = "minga.onnx_sha256"
+_MISSING: Final = ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)
+
+
+class RegistrySource:
+    """A `ModelSource` over one registry.
+
+    Files on this machine are read where they lie; others are downloaded once per version.
+
+    Args:
+        tracking_uri: of MLflow, such as `sqlite:////path/mlflow.db`.
+        alias: which version of a model is meant.
+
+    Raises:
+        NoChampionError: there is no registry yet.
+        RegistryUnreachableError: the registry does not answer.
+    """
+
+    def __init__(self, tracking_uri: str, *, alias: str = "champion") -> None:
+        self._uri = tracking_uri
+        self._alias = alias
+        self._refs: dict[tuple[str, str], ModelRef] = {}
+        self._downloads = tempfile.TemporaryDirectory(prefix="minga-models-")
+        database = _sqlite_file(tracking_uri)
+        if database is not None and not database.is_file():  # MLflow would make an empty one
+            raise NoChampionError(
+                f"no model is registered yet ({database} does not exist): `minga run` makes one"
+            )
+        try:
+            self._client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise self._unreachable(error) from error
+
+    def names(self) -> tuple[str, ...]:
+        """Name the models that have a version with the alias.
+
+        Raises:
+            RegistryUnreachableError: the registry does not answer.
+        """
+        try:
+            models = self._client.search_registered_models()
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise self._unreachable(error) from error
+        return tuple(sorted(model.name for model in models if self._alias in model.aliases))
+
+    def current(self, name: str) -> ModelRef | None:
+        """Give the version that the alias names; None if there is none.
+
+        Raises:
+            RegistryUnreachableError: the registry does not answer.
+            ServingError: the version has no ONNX model that could be checked.
+        """
+        try:
+            model = self._client.get_registered_model(name)
+            version = model.aliases.get(self._alias)
+            if version is None:
+                return None
+            if (name, version) not in self._refs:
+                found = self._client.get_model_version(name, version)
+                self._refs[name, version] = self._ref(found)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            if getattr(error, "error_code", None) == _MISSING:
+                return None
+            raise self._unreachable(error) from error
+        return self._refs[name, version]
+
+    def _ref(self, found: Any) -> ModelRef:
+        digest = found.tags.get(_DIGEST_TAG)
+        if digest is None:
+            raise ServingError(
+                f"model '{found.name}' version {found.version} has no tag {_DIGEST_TAG}: "
+                "it was not registered by Minga; `minga run` registers one that can be served"
+            )
+        return ModelRef(
+            name=found.name,
+            version=str(found.version),
+            path=str(self._fetch(found)),
+            sha256=digest,
+        )
+
+    def _fetch(self, found: Any) -> Path:
+        folder = _local_path(found.source)
+        if folder is not None:
+            return folder / _MODEL_FILE
+        target = Path(self._downloads.name) / found.name / str(found.version)
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{found.source.rstrip('/')}/{_MODEL_FILE}",
+                dst_path=str(target),
+                tracking_uri=self._uri,
+            )
+        )
+
+    def _unreachable(self, error: Exception) -> RegistryUnreachableError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return RegistryUnreachableError(
+            f"the model registry at {self._uri} does not answer ({reason}): "
+            "is MINGA_TRACKING_URI right, and is its server up?"
+        )
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) else None
+
+
+def _local_path(uri: str) -> Path | None:
+    """Give the path behind a file URI or a bare path; None if it is somewhere else."""
+    parsed = urlsplit(uri)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    return None if parsed.scheme else Path(uri)

@@ -1,0 +1,137 @@
+"""The MLflow registry as a source: the alias's version, its file, and its digest."""
+
+import hashlib
+
+import pytest
+
+from minga.inference.engine import OnnxModel
+from minga.serving.errors import NoChampionError, RegistryUnreachableError, ServingError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def registry_uri(tmp_path_factory):
+    """An empty registry; making its database takes seconds, so there is one for all tests."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models()
+    return uri
+
+
+@pytest.fixture
+def register(registry_uri, tmp_path, models):
+    """Register a version of a model that scales, as a training run does."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=registry_uri, registry_uri=registry_uri)
+
+    def make(name: str, factor: float, *, alias: str | None = "champion", **changes) -> str:
+        content = models["scaling"](factor)
+        bundle = tmp_path / f"{name}-{factor}"
+        bundle.mkdir()
+        (bundle / "model.onnx").write_bytes(content)
+        experiment = client.get_experiment_by_name(name)
+        location = (tmp_path / "artifacts").as_uri()
+        experiment_id = (
+            experiment.experiment_id
+            if experiment
+            else client.create_experiment(name, artifact_location=location)
+        )
+        run = client.create_run(experiment_id)
+        client.log_artifacts(run.info.run_id, str(bundle), "bundle")
+        if not experiment:
+            client.create_registered_model(name)
+        tags = {"minga.onnx_sha256": hashlib.sha256(content).hexdigest()}
+        source = changes.get("source", run.info.artifact_uri + "/bundle")
+        version = client.create_model_version(
+            name,
+            source.format(run_id=run.info.run_id),
+            run.info.run_id,
+            tags=changes.get("tags", tags),
+        ).version
+        if alias:
+            client.set_registered_model_alias(name, alias, version)
+        return str(version)
+
+    return make
+
+
+@pytest.fixture
+def source(registry_uri):
+    """The source of champions."""
+    from minga.serving.registry_source import RegistrySource
+
+    return RegistrySource(registry_uri)
+
+
+def test_the_champion_is_found_and_can_be_loaded(register, source):
+    """The alias's version comes with its file, in place, and the digest that it must have."""
+    version = register("found", 2)
+    ref = source.current("found")
+    assert (ref.name, ref.version) == ("found", version)
+    assert OnnxModel.load(ref).ref == ref
+    assert "found" in source.names()
+
+
+def test_the_source_follows_the_alias(register, source, registry_uri):
+    """When the alias moves, forth or back, so does what the source says."""
+    from mlflow import MlflowClient
+
+    first = register("moving", 1)
+    second = register("moving", 2, alias=None)
+    assert source.current("moving").version == first
+    client = MlflowClient(tracking_uri=registry_uri, registry_uri=registry_uri)
+    for version in (second, first):
+        client.set_registered_model_alias("moving", "champion", version)
+        assert source.current("moving").version == version
+
+
+def test_files_behind_a_run_uri_are_brought_here(register, source):
+    """A version whose source is a run is downloaded before it is loaded."""
+    register("remote", 3, source="runs:/{run_id}/bundle")
+    assert OnnxModel.load(source.current("remote")).inputs[0].name == "input"
+
+
+def test_models_without_the_alias_have_no_version(register, source):
+    """An unknown model and one without a champion are both "not yet", not errors."""
+    register("candidate", 1, alias="challenger")
+    assert source.current("candidate") is None
+    assert source.current("unknown") is None
+    assert "candidate" not in source.names()
+
+
+def test_a_version_without_a_digest_is_refused(register, source):
+    """What Minga did not register is not served, for it cannot be checked."""
+    register("foreign", 1, tags={})
+    with pytest.raises(ServingError, match=r"minga\.onnx_sha256"):
+        source.current("foreign")
+
+
+def test_a_registry_that_does_not_exist_is_not_made(tmp_path):
+    """Serving never creates an empty database; it says what to run first."""
+    from minga.serving.registry_source import RegistrySource
+
+    database = tmp_path / "mlflow.db"
+    with pytest.raises(NoChampionError, match="minga run"):
+        RegistrySource(f"sqlite:///{database}")
+    assert not database.exists()
+
+
+def test_a_database_of_another_kind_is_one_clear_error(tmp_path):
+    """A file that is no registry is reported with its place."""
+    from minga.serving.registry_source import RegistrySource
+
+    database = tmp_path / "mlflow.db"
+    database.write_bytes(b"no database" * 100)
+    with pytest.raises(RegistryUnreachableError, match="does not answer"):
+        RegistrySource(f"sqlite:///{database}").names()
+
+
+def test_a_registry_server_that_is_away_is_one_clear_error():
+    """A tracking server that nobody runs is reported within seconds."""
+    from minga.serving.registry_source import RegistrySource
+
+    with pytest.raises(RegistryUnreachableError, match="does not answer"):
+        RegistrySource("http://127.0.0.1:1").names()
