@@ -70,6 +70,27 @@ class DataReport(Document):
             )
 
 
+def read_splits(task: Task, source: str) -> Splits:
+    """Read a Task's data.
+
+    Raises:
+        DataError: the Task cannot read this source, or gives something else than Splits.
+    """
+    try:
+        splits = task.data(source)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{type(task).__name__}.data cannot read {source}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(splits, Splits):
+        raise DataError(
+            f"{type(task).__name__}.data gave a {type(splits).__name__}; it must return Splits"
+        )
+    return splits
+
+
 def digest_of(splits: Splits) -> str:
     """Name the content of all splits by a SHA-256: types, shapes and every value."""
     digest = hashlib.sha256()

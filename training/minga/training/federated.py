@@ -9,6 +9,7 @@ from torch import nn
 
 from minga.federation.parameters import Parameters
 from minga.federation.trainer import Scalar, TrainingConfig, Update
+from minga.training.data import read_splits
 from minga.training.errors import TaskError
 from minga.training.evaluate import evaluate
 from minga.training.loop import Learner, fit
@@ -81,6 +82,7 @@ def trainer_from_options(options: Mapping[str, Scalar]) -> TaskTrainer:
 
     Raises:
         TaskError: an option is missing, or the project's Task cannot be used.
+        DataError: the Task cannot read the source.
     """
     missing = [name for name in ("project", "source") if name not in options]
     if missing:
@@ -91,7 +93,7 @@ def trainer_from_options(options: Mapping[str, Scalar]) -> TaskTrainer:
     root = Path(str(options["project"])).absolute()
     reference = TaskReference(root=root, name=_task_name(root / "minga.toml"))
     task = reference.load()
-    return TaskTrainer(task, task.data(reference.resolve(str(options["source"]))))
+    return TaskTrainer(task, read_splits(task, reference.resolve(str(options["source"]))))
 
 
 def _task_name(file: Path) -> str:

@@ -5,8 +5,7 @@ checkpoint sees what it would have seen, and several workers that each take thei
 batch compute the step that one worker would have computed.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from minga.training.errors import DataError, DivergedError
 from minga.training.evaluate import evaluate
+from minga.training.history import Record
 from minga.training.network import batch_of, one_thread
-from minga.training.space import Objective, Params
+from minga.training.space import Params
 from minga.training.task import Batch, Split, Task
 
 BATCH_SIZE = 64
@@ -24,9 +24,6 @@ BATCH_SIZE = 64
 
 MAX_GRAD_NORM = 5.0
 """Longer gradients are scaled down to this norm, unless the parameters say `max_grad_norm`."""
-
-Record = dict[str, float]
-"""What an epoch came to: `epoch`, counted from 1, `train_loss`, and the validation metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,12 +121,6 @@ def fit(
             if on_epoch is not None and on_epoch(record):
                 break
     return learner.history
-
-
-def best_record(history: Sequence[Record], objective: Objective) -> Record:
-    """Give the record of the best epoch; an empty one if no epoch has the metric."""
-    found = [record for record in history if math.isfinite(record.get(objective.metric, math.nan))]
-    return max(found, key=lambda record: objective.gain(record[objective.metric], 0.0), default={})
 
 
 def _train_epoch(learner: Learner, batches: Iterator[Batch], epoch: int) -> float:

@@ -13,9 +13,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +25,14 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from minga.training.config import SearchConfig
+from minga.training.document import Document
 from minga.training.errors import DivergedError, TrainingError
+from minga.training.history import Record, best_record
 from minga.training.interrupts import handler_restored
-from minga.training.loop import Learner, Record, best_record, fit
+from minga.training.loop import Learner, fit
 from minga.training.network import build_network
 from minga.training.progress import OnProgress, Progress, silent
-from minga.training.space import Choice, Domain, LogUniform, Params, RandInt, Uniform
+from minga.training.space import Choice, Domain, LogUniform, Param, RandInt, Uniform
 from minga.training.task import Splits, Task, TaskReference
 
 CHECKPOINT = "learner.pt"
@@ -46,31 +47,29 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
 TrialStatus = Literal["finished", "cut", "diverged", "failed"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class Trial(Document):
     """One point of the search space and what became of it.
 
     `cut` trials were stopped before `max_epochs` because others did better by then.
     """
 
     number: int
-    params: Params
-    metrics: Mapping[str, float]
+    params: dict[str, Param]
+    metrics: dict[str, float]
     """Of its best epoch."""
     epochs: int
     status: TrialStatus
     history: tuple[Record, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchResult:
+class SearchResult(Document):
     """The best parameters found, complete with the Task's defaults, and every trial."""
 
-    params: Params
-    metrics: Mapping[str, float]
+    params: dict[str, Param]
+    metrics: dict[str, float]
     trials: tuple[Trial, ...]
     resumed: bool
-    """Whether it went on from an interrupted search, or was found finished."""
+    """Whether it went on from an interrupted search."""
 
 
 def search(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from minga.training.loop import Record
+from minga.training.history import Record
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Params
 

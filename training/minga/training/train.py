@@ -33,8 +33,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from minga.federation.parameters import Parameters
 from minga.training.config import TrainConfig
 from minga.training.errors import TrainingError
+from minga.training.history import Record, best_record
 from minga.training.interrupts import handler_restored
-from minga.training.loop import Learner, Record, Shard, best_record, fit
+from minga.training.loop import Learner, Shard, fit
 from minga.training.network import build_network, parameters_of
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Params
@@ -54,12 +55,14 @@ class Trained:
         params: the hyper-parameters it was built with.
         metrics: the best epoch's, on the validation split.
         history: one record for each epoch.
+        run_id: of the MLflow run that recorded it, if one did.
     """
 
     parameters: Parameters
     params: Params
     metrics: Mapping[str, float]
     history: tuple[Record, ...]
+    run_id: str = ""
 
 
 def train(

@@ -1,0 +1,21 @@
+"""What is wrong with a project, or with what Minga runs on this machine.
+
+    ProjectError (ValueError)    minga.toml, its folder, or what is asked of them cannot be used
+    StackError                   a process of the local stack does not start, or ended
+    DemoError                    a step of the demo did not give what it must
+
+Each message says what is wrong, the value seen, and what to do. The parts below have error trees
+of their own: `minga.training.errors`, `minga.serving.errors`, `minga.federation.errors`.
+"""
+
+
+class ProjectError(ValueError):
+    """A project folder or its minga.toml cannot be used."""
+
+
+class StackError(Exception):
+    """A process of the local stack does not start, or ended by itself."""
+
+
+class DemoError(Exception):
+    """A step of the demo did not give what it must."""

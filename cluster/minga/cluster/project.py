@@ -1,0 +1,155 @@
+"""A project: a folder with `minga.toml` and the Task's file."""
+
+import difflib
+import tomllib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_core import ErrorDetails
+
+from minga.cluster.errors import ProjectError
+from minga.cluster.settings import Settings
+from minga.federation.config import FederationConfig
+from minga.serving.config import ServingConfig
+from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainConfig
+from minga.training.data import read_splits
+from minga.training.progress import OnProgress, silent
+from minga.training.task import Splits, Task, TaskReference
+
+if TYPE_CHECKING:
+    from minga.training.registry import Registry
+    from minga.training.tracking import Tracker
+
+FILE = "minga.toml"
+
+
+class Project(BaseModel):
+    """The tables of `minga.toml`, and what they stand for.
+
+    The Task and its data are loaded when they are first asked for, and kept.
+    """
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    task: Annotated[str, Field(pattern=r"^[^:]+\.py:\w+$")]
+    """The Task: `file.py:Class`, the file relative to the project folder."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides everything that is drawn: search, first weights, order of examples, resampling."""
+    data: DataConfig
+    search: SearchConfig = SearchConfig()
+    training: TrainConfig = TrainConfig()
+    gates: GateConfig = GateConfig()
+    serving: ServingConfig = Field(default_factory=lambda: ServingConfig.model_validate({}))
+    federation: FederationConfig = FederationConfig()
+
+    _directory: Path = PrivateAttr()
+
+    @property
+    def directory(self) -> Path:
+        """The project folder, absolute."""
+        return self._directory
+
+    @property
+    def work_folder(self) -> Path:
+        """Where Minga keeps what it makes: the registry, unfinished work."""
+        return self._directory / ".minga"
+
+    @property
+    def reference(self) -> TaskReference:
+        """Where the Task is, for other processes."""
+        return TaskReference(root=self._directory, name=self.task)
+
+    @property
+    def source(self) -> str:
+        """What the Task's `data` gets."""
+        return self.reference.resolve(self.data.source)
+
+    @cached_property
+    def loaded_task(self) -> Task:
+        """The Task; see `minga.training.task.load_task` for the errors."""
+        return self.reference.load()
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The data of `[data] source`."""
+        return read_splits(self.loaded_task, self.source)
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's database: MINGA_TRACKING_URI, or a file in the project."""
+        return Settings().tracking_uri or f"sqlite:///{self.work_folder / 'mlflow.db'}"
+
+    @property
+    def artifact_root(self) -> str:
+        """Where runs keep files: MINGA_ARTIFACT_ROOT, or a folder in the project."""
+        return Settings().artifact_root or str(self.work_folder / "artifacts")
+
+    def registry(self, on_progress: OnProgress = silent) -> "Registry":
+        """Open the model registry; the database is made the first time."""
+        from minga.training.registry import Registry  # noqa: PLC0415 - loads MLflow
+
+        return Registry(self.tracking_uri, on_progress)
+
+    def tracker(self, on_progress: OnProgress = silent) -> "Tracker":
+        """Open the record of runs, in the experiment named after the Task."""
+        from minga.training.tracking import Tracker  # noqa: PLC0415 - loads MLflow
+
+        return Tracker.open(
+            self.tracking_uri, self.artifact_root, self.loaded_task.name, on_progress
+        )
+
+    @property
+    def ray_storage(self) -> Path:
+        """Where unfinished work is kept: MINGA_RAY_STORAGE, or a folder in the project."""
+        return Path(Settings().ray_storage or self.work_folder / "ray")
+
+
+def load(directory: Path | str = ".") -> Project:
+    """Read a project's `minga.toml`.
+
+    Raises:
+        ProjectError: there is none, it is no TOML, or it holds what it should not; all that is
+            wrong is said at once.
+    """
+    folder = Path(directory).absolute()
+    file = folder / FILE
+    if not file.is_file():
+        raise ProjectError(
+            f"no {FILE} in {folder}; go to a project folder, or make one with: minga init DIR"
+        )
+    try:
+        project = Project.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProjectError(f"{file} is no TOML: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(_explain(detail) for detail in error.errors())
+        raise ProjectError(f"{file}: {problems}") from error
+    project._directory = folder
+    return project
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """Say what is wrong with one entry, where, and what to do."""
+    path = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        known = list(_known_keys(detail["loc"][:-1]))
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"unknown key {path}; {advice}"
+    if detail["type"] == "missing":
+        return f"{path} is missing; add it"
+    message = detail["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return f"{path or 'the file'} {message}, not {detail['input']!r}"
+
+
+def _known_keys(table: tuple[int | str, ...]) -> Iterator[str]:
+    """Name the keys of a table, such as `("search",)`."""
+    model: Any = Project
+    for name in table:
+        model = model.model_fields[name].annotation
+    yield from model.model_fields
