@@ -116,18 +116,22 @@ class Simulation:
             )
             for name in self.ids
         }
-        rng = np.random.default_rng(self.seed)
-        shape = (len(self.ids), self.plan.num_values)
-        grid = WEIGHT_UNIT * rng.integers(-100, 101, shape).astype(np.float32)
-        self.deltas = dict(zip(self.ids, grid, strict=True))
-        weights = rng.integers(1, WEIGHT_UNIT + 1, len(self.ids))
-        self.weights = {name: int(w) for name, w in zip(self.ids, weights, strict=True)}
+        self.deltas = {name: self._draw_update(name) for name in self.ids}
+        self.weights = {
+            name: 1 + seeded_bytes((self.seed, name, "weight"))(1)[0] % WEIGHT_UNIT
+            for name in self.ids
+        }
         self.graph: dict[str, tuple[str, ...]] = {}
         self.adverts: dict[str, Advert] = {}
         self.shares: dict[str, tuple[EncryptedShare, ...]] = {}
         self.uploads: dict[str, bytes] = {}
         self.confirmations: dict[str, Confirmation] = {}
         self.reveals: dict[str, Reveal] = {}
+
+    def _draw_update(self, name: str) -> NDArray[np.float32]:
+        drawn = seeded_bytes((self.seed, name, "update"))(2 * self.plan.num_values)
+        steps = np.frombuffer(drawn, "<u2").astype(np.int32) % 201 - 100
+        return (WEIGHT_UNIT * steps).astype(np.float32)
 
     # -- who is there --
 

@@ -146,7 +146,7 @@ class Unmasked:
     total_weight: int
     """Sum of their weights."""
     liars: tuple[str, ...]
-    """Devices whose revealed shares were false; the result is right in spite of them."""
+    """Devices whose false shares had to be left out; the result is right in spite of them."""
 
 
 def unmask(

@@ -33,7 +33,11 @@ class Recovery:
     masks: tuple[Mask, ...] = field(repr=False)
     """To be applied to the sum as they are."""
     liars: tuple[str, ...]
-    """Devices whose shares were false (or were given false ones to hold), sorted."""
+    """Devices whose false shares had to be left out, sorted.
+
+    A false share that was not needed goes unnoticed. One from a device that is honest was false when
+    it was given to it.
+    """
 
 
 def can_unmask(

@@ -1,0 +1,84 @@
+"""Frozen bytes: a change here means that old and new devices no longer understand each other."""
+
+from hashlib import sha256
+
+from minga.federation.secagg import agreement
+from minga.federation.secagg.device import Step
+from minga.federation.secagg.encoding import encode
+from minga.federation.secagg.graph import neighbours
+from minga.federation.secagg.plan import context_digest
+from minga.federation.secagg.shamir import split
+
+from .simulator import Simulation, make_plan, names, seeded_bytes
+
+
+def test_encoding():
+    """Type, length, value: nothing else."""
+    assert encode("p", b"\xff", "a", True, -12, 0.5) == (
+        b"s\0\0\0\x0fminga secagg v1s\0\0\0\x01px\0\0\0\x01\xffs\0\0\0\x01a"
+        b"b\0\0\0\x01\x01i\0\0\0\x03-12f\0\0\0\x08\x3f\xe0\0\0\0\0\0\0"
+    )
+
+
+def test_digests():
+    """The digests of a plan and of a context."""
+    assert (
+        make_plan().digest.hex()
+        == "3a74797f2723e268b60da40a2d7b5a2f4bd6ad061cf3268ab17acef5da4e9dae"
+    )
+    context = context_digest(bytes(32), {"lr": 0.1, "epochs": 2, "resume": False, "loss": "mse"})
+    assert context.hex() == "e33f49d37bbe90c731443b578372f6bfa9fbbf0c0fe9f9d3c5fa37efd7963dd3"
+
+
+def test_graph():
+    """The ring over ten devices."""
+    assert neighbours(names(10), 2, b"seed")["device-00"] == ("device-03", "device-09")
+
+
+def test_keys():
+    """A pairwise mask, a self mask, a commitment, and a device's place in the field."""
+    plan, draw = make_plan(), seeded_bytes((0, "device-00"))
+    adverts = Simulation().until(Step.ADVERTISE).adverts
+    seed, mask_secret = draw(32), draw(32)
+    pair = agreement.pair_mask(plan, mask_secret, adverts["device-00"], adverts["device-01"])
+    assert pair.key.hex() == "c662960f4cc303bc38a183e9d2b36af9"
+    assert (
+        agreement.self_mask(plan, "device-00", seed).key.hex() == "3e4e253b845463b13316af1ed4e18edd"
+    )
+    assert (
+        adverts["device-00"].self_seed_commitment.hex()
+        == "61a4a4c2c929149b97f0c890ec936ca8c7fb653cfcde738450d1fa05044de722"
+    )
+    assert (
+        hex(agreement.share_place("device-00"))
+        == "0x79a71c64278bd4ad7fcfc8b3abc313d614945ac34dd3b5955b9b494d1045fef8"
+    )
+
+
+def test_shares():
+    """A share of a secret, from given randomness."""
+    share = split(bytes(range(32)), 3, [1, 2, 3], seeded_bytes(0))[2]
+    assert share.hex() == "003298fa6735f1b372d3ac226679ab05503c47ae83594a3af8070cc0e766dd2a75"
+
+
+def test_a_whole_round():
+    """Everything that eight devices send in a round, from given randomness."""
+    simulation = Simulation()
+    simulation.run()
+    sent = {
+        "adverts": [advert.signature for advert in simulation.adverts.values()],
+        "shares": [share.ciphertext for sent in simulation.shares.values() for share in sent],
+        "uploads": list(simulation.uploads.values()),
+        "confirmations": [one.signature for one in simulation.confirmations.values()],
+        "reveals": [
+            share for one in simulation.reveals.values() for share in one.self_seed_shares.values()
+        ],
+    }
+    digests = {step: sha256(b"".join(parts)).hexdigest()[:32] for step, parts in sent.items()}
+    assert digests == {
+        "adverts": "2d1e236641fc60c4360e274a4bdade6d",
+        "shares": "bd0e30a740a0f4f3eba94d09e8cfe100",
+        "uploads": "0d0bf8c720584e4d8de7733b9b2b8f5f",
+        "confirmations": "f93fac58aceec48512bb67afa6920852",
+        "reveals": "17a247a2b18f942ba2a822dab3b16796",
+    }
