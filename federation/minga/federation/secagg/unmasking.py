@@ -35,8 +35,8 @@ class Recovery:
     liars: tuple[str, ...]
     """Devices whose false shares had to be left out, sorted.
 
-    A false share that was not needed goes unnoticed. One from a device that is honest was false when
-    it was given to it.
+    A false share that was not needed goes unnoticed. One from an honest device was false already
+    when it was given to it.
     """
 
 
