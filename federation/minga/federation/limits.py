@@ -51,7 +51,10 @@ MAX_BLOB_BYTES: Final = 4 * GIB
 """Largest blob, by default."""
 
 SENDER_QUOTA_BYTES: Final = 8 * GIB
-"""Bytes that one sender may have in the store at a time, unfinished uploads included, by default."""
+"""Bytes that one sender may have in the store at a time, unfinished ones included, by default."""
+
+SENDER_MAX_BLOBS: Final = 1000
+"""Blobs that one sender may have in the store at a time, unfinished ones included."""
 
 PART_LIFETIME_S: Final = 24 * 3600.0
 """How long an unfinished upload waits for its sender to come back, by default."""
@@ -68,8 +71,31 @@ KEEPALIVE_TIMEOUT_S: Final = 20.0
 MIN_KEEPALIVE_INTERVAL_S: Final = 20.0
 """A peer that probes more often than this is disconnected."""
 
+FIRST_RECONNECT_BACKOFF_S: Final = 0.2
+"""A device that lost its link dials again this soon, in case it was a hiccup."""
+
 MAX_RECONNECT_BACKOFF_S: Final = 10.0
 """A device waits at most this long, and somewhat at random, before it dials again."""
 
+REFUSAL_GRACE_S: Final = 1.0
+"""How long a refused stream may take to send what it opens with, before it is closed."""
+
 CALL_TIMEOUT_S: Final = 30.0
 """How long a single call with a small answer may take."""
+
+# -- control streams --------------------------------------------------------------------------
+
+OUTBOX_MESSAGES: Final = 64
+"""Messages that wait for one device before its stream is cut; a round needs six."""
+
+HEARTBEAT_INTERVAL_S: Final = 15.0
+"""How often a device says that it is alive."""
+
+RECONNECT_GRACE_S: Final = 10.0
+"""How long a device may be away during a round before it counts as lost, by default."""
+
+MAX_CONSECUTIVE_ABORTS: Final = 3
+"""Rounds in a row that may fail before their campaign is given up."""
+
+MAX_REASON_CHARS: Final = 500
+"""Length at which a device's free text is cut."""
