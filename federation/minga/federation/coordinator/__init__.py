@@ -1,0 +1,1 @@
+"""The federation's server: rounds, devices, identity, storage, the gRPC services."""

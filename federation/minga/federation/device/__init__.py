@@ -1,0 +1,1 @@
+"""The agent on the edge node: enrols once, joins rounds, runs models on site."""

@@ -1,0 +1,128 @@
+"""The device's side of enrolment: a token becomes an identity folder.
+
+The folder gets, in this order: `key.pem`, made here and never sent; `coordinator.json`, `ca.pem`;
+and last `cert.pem`, whose presence says that the device is enrolled. If anything breaks in between,
+enrolling again with the same token and folder uses the same key, and the coordinator, which counts
+a token's uses by key, answers again.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from minga.federation import durable
+from minga.federation.enrolment_token import EnrolmentToken
+from minga.federation.errors import EnrolmentError, IdentityError
+from minga.federation.identity import (
+    KEY_FILE,
+    Identity,
+    Role,
+    holds_identity,
+    is_name,
+    load_or_create_key,
+    make_csr,
+    parse_certificate,
+    save_identity,
+    utc_now,
+    verify_certificate,
+)
+from minga.federation.limits import CALL_TIMEOUT_S
+from minga.federation.transport import calling, open_pinned_channel
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.v1.federation_pb2_grpc import EnrollmentServiceStub
+
+COORDINATOR_FILE: Final = "coordinator.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorAddress:
+    """Where a device's coordinator is, each as `host:port`."""
+
+    enrol_address: str
+    device_address: str
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read it from an identity folder.
+
+        Raises:
+            IdentityError: the file is missing or damaged.
+        """
+        path = directory / COORDINATOR_FILE
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise IdentityError(
+                f"cannot read the coordinator's address from {path}; enrol this device"
+            ) from error
+
+    def save(self, directory: Path) -> None:
+        """Write it into an identity folder."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        durable.replace_file(directory / COORDINATOR_FILE, text.encode())
+
+
+async def enrol(token_text: str, directory: Path, name: str) -> Identity:
+    """Enrol this machine as a device.
+
+    Args:
+        token_text: The enrolment token that the operator gave.
+        directory: The identity folder; made if missing.
+        name: The device's name: a-z, 0-9 and '-'.
+
+    Raises:
+        EnrolmentError: the token or the name is refused, or the folder has an identity already.
+        IdentityError: who answered is not the coordinator that the token names.
+        UnreachableError: nobody answered; the same token may be tried again.
+    """
+    token = EnrolmentToken.parse(token_text)
+    if not is_name(name):
+        raise EnrolmentError(
+            f"device name {name!r} is not possible; use a-z, 0-9 and '-', "
+            "beginning with a letter or digit, at most 63 characters"
+        )
+    if holds_identity(directory):
+        raise EnrolmentError(
+            f"{directory} holds an identity already; use another folder, or remove this one"
+        )
+    key = load_or_create_key(directory / KEY_FILE)
+    response = await _redeem(token, name, make_csr(key, name))
+    identity = _identity_of(response, key, token.authority, name)
+    CoordinatorAddress(enrol_address=token.enrol_address, device_address=token.device_address).save(
+        directory
+    )
+    save_identity(directory, identity)
+    return identity
+
+
+async def _redeem(token: EnrolmentToken, name: str, csr: bytes) -> pb.EnrollResponse:
+    async with open_pinned_channel(token.enrol_address, token.authority) as channel:
+        with calling(token.enrol_address):
+            return await EnrollmentServiceStub(channel).Enroll(
+                pb.EnrollRequest(
+                    token_secret=token.secret,
+                    device_name=name,
+                    certificate_signing_request=csr,
+                ),
+                timeout=CALL_TIMEOUT_S,
+            )
+
+
+def _identity_of(
+    response: pb.EnrollResponse,
+    key: ec.EllipticCurvePrivateKey,
+    authority: x509.Certificate,
+    name: str,
+) -> Identity:
+    """Check what came: the authority stays the token's, whatever the answer says.
+
+    The clock of a device that was never online may be wrong; then it is told so here.
+    """
+    principal = verify_certificate(response.certificate, authority, utc_now())
+    if (principal.role, principal.name) != (Role.DEVICE, name):
+        raise IdentityError(f"the coordinator answered with a certificate of {principal}")
+    return Identity.of(key, parse_certificate(response.certificate), authority)
