@@ -1,0 +1,160 @@
+"""Who may call what: one table, enforced by one interceptor.
+
+A method that is not in the table is refused to everybody: forgetting a row locks out, never in.
+The caller's role and name come from the certificate that TLS accepted, never from a message.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from minga.federation.errors import AccessError, IdentityError
+from minga.federation.identity import (
+    Clock,
+    Principal,
+    Role,
+    principal_of,
+    utc_now,
+    verify_certificate,
+)
+from minga.federation.interception import Context, Handler, around
+from minga.federation.limits import REFUSAL_GRACE_S
+
+
+class Everybody(Enum):
+    """Stands for all callers, with or without a certificate."""
+
+    ANYBODY = "anybody"
+
+
+_PACKAGE: Final = "/minga.federation.v1"
+_DEVICES: Final = frozenset({Role.DEVICE})
+_OPERATORS: Final = frozenset({Role.OPERATOR})
+
+ALLOWED: Final[Mapping[str, frozenset[Role] | Everybody]] = {
+    # Its proof is the enrolment token.
+    f"{_PACKAGE}.EnrollmentService/Enroll": Everybody.ANYBODY,
+    f"{_PACKAGE}.FederationService/Session": _DEVICES,
+    f"{_PACKAGE}.BlobService/Upload": _DEVICES | _OPERATORS,
+    f"{_PACKAGE}.BlobService/GetUploadOffset": _DEVICES | _OPERATORS,
+    f"{_PACKAGE}.BlobService/Download": _DEVICES | _OPERATORS,
+    f"{_PACKAGE}.OperatorService/CreateToken": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/ListDevices": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/RevokeDevice": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/StartCampaign": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/WatchCampaign": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/CancelCampaign": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/PublishModel": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/GetStatus": _OPERATORS,
+}
+"""RPC method -> the roles that may call it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gatekeeper:
+    """Decides whether a caller may call.
+
+    Attributes:
+        authority: Issuer of all client certificates.
+        is_revoked: Tells whether a principal is refused from now on.
+        clock: The time to check certificates by.
+    """
+
+    authority: x509.Certificate
+    is_revoked: Callable[[Principal], bool]
+    clock: Clock = utc_now
+
+    def admit(self, method: str, certificate_pem: bytes | None) -> None:
+        """Let a call pass, or refuse it.
+
+        TLS has checked the certificate once, when the connection was made; here it is checked at
+        each call, since connections outlive certificates.
+
+        Args:
+            method: `/package.Service/Method`.
+            certificate_pem: The caller's certificate, if it has shown one.
+
+        Raises:
+            IdentityError: no certificate, or one that does not hold (any more).
+            AccessError: the caller's role is not among those allowed.
+        """
+        allowed = ALLOWED.get(method, frozenset())
+        if isinstance(allowed, Everybody):
+            return
+        principal = self._authenticate(certificate_pem)
+        if principal.role not in allowed:
+            raise AccessError(f"{principal} may not call {method.rpartition('/')[2]}")
+
+    def _authenticate(self, certificate_pem: bytes | None) -> Principal:
+        der = _load(certificate_pem).public_bytes(Encoding.DER)
+        principal = verify_certificate(der, self.authority, self.clock())
+        if self.is_revoked(principal):
+            raise IdentityError(f"{principal} was revoked; ask the operator to let it in again")
+        return principal
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Asks the gatekeeper before each call; goes behind `transport.ErrorInterceptor`."""
+
+    def __init__(self, gatekeeper: Gatekeeper) -> None:
+        self._gatekeeper = gatekeeper
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Put the check in front of a call."""
+        handler: Handler | None = await continuation(handler_call_details)
+        if handler is None:
+            return None
+
+        @asynccontextmanager
+        async def admitting(context: Context) -> AsyncIterator[None]:
+            try:
+                self._gatekeeper.admit(handler_call_details.method, _certificate_pem_of(context))
+            except IdentityError:
+                if handler.request_streaming:
+                    await _take_opening(context)
+                raise
+            yield
+
+        return around(handler, admitting)
+
+
+def principal_of_call(context: Context) -> Principal:
+    """Give the caller of a call that passed the interceptor.
+
+    Read from the certificate each time: that is cheaper than keeping it anywhere, and cannot go
+    stale.
+
+    Raises:
+        IdentityError: the caller has shown no certificate.
+    """
+    return principal_of(_load(_certificate_pem_of(context)))
+
+
+async def _take_opening(context: Context) -> None:
+    """Read what a stream opens with, although it is refused.
+
+    A client of grpc.aio that is still writing when the refusal arrives learns that its message
+    was not sent, and not why.
+    """
+    with suppress(TimeoutError):
+        await asyncio.wait_for(context.read(), REFUSAL_GRACE_S)
+
+
+def _certificate_pem_of(context: Context) -> bytes | None:
+    return next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+
+
+def _load(certificate_pem: bytes | None) -> x509.Certificate:
+    if certificate_pem is None:
+        raise IdentityError("this call needs a client certificate; enrol first")
+    try:
+        return x509.load_pem_x509_certificate(certificate_pem)
+    except ValueError as error:
+        raise IdentityError(f"the client certificate cannot be read ({error})") from error
