@@ -1,0 +1,138 @@
+"""The bulk transfer's gRPC service over a `BlobStore`.
+
+The two hooks decide who may move what; the service itself knows sizes and digests only. What
+blocks on the disk runs in threads, so that a large blob holds up nobody's control stream.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from minga.federation.blobs import BlobStore
+from minga.federation.blobs import Upload as OpenUpload
+from minga.federation.coordinator.access import principal_of_call
+from minga.federation.errors import AccessError, PeerError
+from minga.federation.identity import Principal
+from minga.federation.interception import Context
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+
+
+class MayUpload(Protocol):
+    """Decides whether somebody may send a blob."""
+
+    def __call__(self, principal: Principal, digest: bytes, size: int) -> bool:
+        """Tell whether it may; `size` is as announced."""
+        ...
+
+
+class MayDownload(Protocol):
+    """Decides whether somebody may read a blob."""
+
+    def __call__(self, principal: Principal, digest: bytes) -> bool:
+        """Tell whether it may."""
+        ...
+
+
+class OnTransfer(Protocol):
+    """Hears how many bytes of blobs a call moved, also of a call that broke."""
+
+    def __call__(self, principal: Principal, *, received: int, sent: int) -> None:
+        """Take note; `received` and `sent` as seen from the coordinator."""
+        ...
+
+
+class BlobServicer(pb_grpc.BlobServiceServicer):
+    """Takes and gives blobs; errors reach callers through `transport.ErrorInterceptor`."""
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        *,
+        may_upload: MayUpload,
+        may_download: MayDownload,
+        on_transfer: OnTransfer,
+    ) -> None:
+        self._blobs = blobs
+        self._may_upload = may_upload
+        self._may_download = may_download
+        self._on_transfer = on_transfer
+
+    async def Upload(
+        self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context
+    ) -> pb.UploadResponse:
+        """Take a blob, from the offset that is here; a broken link leaves what came for later."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise PeerError("an upload starts with its header")
+        header = first.header
+        principal = principal_of_call(context)
+        if not self._may_upload(principal, header.digest, header.size):
+            raise AccessError(f"{principal} may not upload blob {header.digest.hex()} now")
+        if not self._blobs.has(header.digest):
+            upload = await asyncio.to_thread(
+                self._blobs.begin, header.digest, size=header.size, sender=sender_of(principal)
+            )
+            with upload:
+                # Tells a sender that waits for it that its chunks are welcome.
+                await context.send_initial_metadata(())
+                await self._receive(upload, header.offset, request_iterator, principal)
+        return pb.UploadResponse(size=header.size)
+
+    async def GetUploadOffset(
+        self, request: pb.GetUploadOffsetRequest, context: Context
+    ) -> pb.GetUploadOffsetResponse:
+        """Tell from where on the caller should send."""
+        sender = sender_of(principal_of_call(context))
+        return pb.GetUploadOffsetResponse(
+            offset=self._blobs.offset(request.digest, sender),
+            complete=self._blobs.has(request.digest),
+        )
+
+    async def Download(
+        self, request: pb.DownloadRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadResponse]:
+        """Give a blob from an offset on; of an empty rest comes one empty message."""
+        principal = principal_of_call(context)
+        if not self._may_download(principal, request.digest):
+            raise AccessError(f"{principal} may not download blob {request.digest.hex()} now")
+        size = self._blobs.size(request.digest)
+        if request.offset > size:
+            raise PeerError(f"the blob has {size} bytes, none at offset {request.offset}")
+        chunks = self._blobs.chunks(request.digest, offset=request.offset)
+        sent = 0
+        try:
+            chunk = await asyncio.to_thread(next, chunks, b"")
+            while True:
+                yield pb.DownloadResponse(chunk=chunk, size=size)
+                sent += len(chunk)
+                if not (chunk := await asyncio.to_thread(next, chunks, b"")):
+                    break
+        finally:
+            self._on_transfer(principal, received=0, sent=sent)
+
+    async def _receive(
+        self,
+        upload: OpenUpload,
+        offset: int,
+        requests: AsyncIterator[pb.UploadRequest],
+        principal: Principal,
+    ) -> None:
+        """Take the chunks that follow a header, and finish."""
+        received = 0
+        try:
+            async for request in requests:
+                chunk = request.chunk  # each access copies
+                if not chunk:
+                    raise PeerError("after the header come chunks, and none is empty")
+                received += len(chunk)
+                await asyncio.to_thread(upload.append, offset, chunk)
+                offset += len(chunk)
+        finally:
+            self._on_transfer(principal, received=received, sent=0)
+        await asyncio.to_thread(upload.finish)
+
+
+def sender_of(principal: Principal) -> str:
+    """Name a principal to the store: a device and an operator of one name stay apart."""
+    return f"{principal.role}-{principal.name}"

@@ -1,0 +1,242 @@
+"""Moving blobs over a link that breaks: both directions go on where they stopped.
+
+Only a link that broke is tried again, and the count of tries starts anew whenever bytes got
+through: a transfer over a bad link ends as long as it makes progress. What the other side refused
+(a limit, a role) is raised at once. A resumed blob that turns out damaged at its end is moved once
+more from the start, since the damage may be older than this transfer; then it is an error.
+"""
+
+import asyncio
+import glob
+import hashlib
+import random
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+from minga.federation.errors import LimitError, PeerError, UnreachableError
+from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES
+from minga.federation.part_file import PartFile
+from minga.federation.transport import calling
+from minga.federation.v1 import federation_pb2 as pb
+
+if TYPE_CHECKING:
+    from minga.federation.v1.federation_pb2_grpc import BlobServiceAsyncStub
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """How patient a transfer is with a link that breaks without letting bytes through."""
+
+    attempts: int = 8
+    first_delay_s: float = 0.2
+    max_delay_s: float = 10.0
+
+    def delay_s(self, failures: int) -> float:
+        """Give the pause after some failures in a row; at random, so that a fleet spreads out."""
+        longest = min(self.max_delay_s, self.first_delay_s * 2.0 ** (failures - 1))
+        return longest * random.uniform(0.5, 1.0)  # noqa: S311 - nothing secret about a pause
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What one transfer has seen so far."""
+
+    offset: int = 0
+    failures: int = 0
+    is_resumed: bool = False
+    is_restarted: bool = False
+
+    def note(self, offset: int) -> None:
+        """Take down how many bytes are through."""
+        if offset > self.offset:
+            self.failures = 0
+        self.offset = offset
+
+
+def digest_of(source: Path | bytes) -> bytes:
+    """Give the digest of content, or of a file's, that names it as a blob: SHA-256, 32 bytes."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+async def upload(
+    stub: "BlobServiceAsyncStub",
+    source: Path | bytes,
+    digest: bytes,
+    *,
+    address: str,
+    retry: Retry | None = None,
+) -> None:
+    """Send a blob, from where the coordinator has it on; returns when it is stored there.
+
+    Args:
+        stub: The blob service.
+        source: The content, or the file that holds it.
+        digest: SHA-256 of the content, 32 bytes.
+        address: The coordinator's address, for messages.
+        retry: How patient to be.
+
+    Raises:
+        UnreachableError: the link stayed broken.
+        PeerError: the content does not have that digest.
+        LimitError: the blob or the sender's quota is too large.
+        AccessError: this blob is not expected from this sender.
+    """
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+
+    async def attempt(progress: _Progress) -> None:
+        with calling(address):
+            known = await stub.GetUploadOffset(
+                pb.GetUploadOffsetRequest(digest=digest), timeout=CALL_TIMEOUT_S
+            )
+            progress.note(known.offset)
+            progress.is_resumed = known.offset > 0
+            if not known.complete:
+                offset = min(known.offset, size)
+                header = pb.UploadHeader(digest=digest, size=size, offset=offset)
+                await _send(stub, header, source)
+
+    await _persist(attempt, retry or Retry())
+
+
+async def download(
+    stub: "BlobServiceAsyncStub",
+    digest: bytes,
+    path: Path,
+    *,
+    address: str,
+    max_bytes: int = MAX_BLOB_BYTES,
+    retry: Retry | None = None,
+) -> None:
+    """Fetch a blob into a file, which appears when it is complete and its digest was checked.
+
+    What came so far waits beside the file under a name with the digest, also for another process.
+
+    Args:
+        stub: The blob service.
+        digest: SHA-256 of the content, 32 bytes.
+        path: Where the blob goes; replaced if it exists.
+        address: The coordinator's address, for messages.
+        max_bytes: Largest blob that is taken.
+        retry: How patient to be.
+
+    Raises:
+        UnreachableError: the link stayed broken.
+        MissingBlobError: the coordinator has no such blob.
+        PeerError: what came does not have that digest.
+        LimitError: the blob is too large.
+        AccessError: this caller may not have it.
+    """
+    part_path = path.with_name(f".{path.name}.{digest.hex()}.part")
+    _remove_other_parts(path, part_path)
+
+    async def attempt(progress: _Progress) -> None:
+        offset = part_path.stat().st_size if part_path.exists() else 0
+        progress.is_resumed = offset > 0
+        request = pb.DownloadRequest(digest=digest, offset=offset)
+        try:
+            with calling(address):
+                part = await _receive(stub, request, part_path, progress, max_bytes)
+            await asyncio.to_thread(part.finish, path)
+        except PeerError:
+            part_path.unlink(missing_ok=True)
+            raise
+
+    await _persist(attempt, retry or Retry())
+
+
+async def _persist(attempt: Callable[[_Progress], Awaitable[None]], retry: Retry) -> None:
+    """Try until it is done, the link stays broken, or the other side refuses."""
+    progress = _Progress()
+    while True:
+        try:
+            return await attempt(progress)
+        except UnreachableError:
+            progress.failures += 1
+            if progress.failures >= retry.attempts:
+                raise
+            await asyncio.sleep(retry.delay_s(progress.failures))
+        except LimitError:
+            raise
+        except PeerError:
+            if progress.is_restarted or not progress.is_resumed:
+                raise
+            progress.is_restarted = True
+
+
+async def _send(
+    stub: "BlobServiceAsyncStub", header: pb.UploadHeader, source: Path | bytes
+) -> None:
+    """Send the header, wait until it is accepted or refused, send the rest."""
+    call = stub.Upload()
+    pieces = _pieces(source, header.offset)
+    try:
+        await call.write(pb.UploadRequest(header=header))
+        # Chunks sent into a refusal would be lost, and so would its reason: see `error_of`.
+        await call.initial_metadata()
+        while chunk := await asyncio.to_thread(next, pieces, b""):
+            await call.write(pb.UploadRequest(chunk=chunk))
+        await call.done_writing()
+    except (asyncio.InvalidStateError, grpc.aio.InternalError):
+        pass  # the coordinator has answered already; the call says what
+    await call
+
+
+def _pieces(source: Path | bytes, offset: int) -> Generator[bytes, None, None]:
+    """Cut the content into chunks, from an offset on."""
+    if isinstance(source, bytes):
+        for start in range(offset, len(source), CHUNK_BYTES):
+            yield source[start : start + CHUNK_BYTES]
+        return
+    with source.open("rb") as file:
+        file.seek(offset)
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+async def _receive(
+    stub: "BlobServiceAsyncStub",
+    request: pb.DownloadRequest,
+    part_path: Path,
+    progress: _Progress,
+    max_bytes: int,
+) -> PartFile:
+    """Append what comes to the part, until the other side has sent all.
+
+    The part is returned open: the caller finishes it.
+    """
+    part: PartFile | None = None
+    try:
+        async for response in stub.Download(request):
+            if part is None:
+                part = await _open_part(part_path, request.digest, response.size, max_bytes)
+            await asyncio.to_thread(part.append, part.offset, response.chunk)
+            progress.note(part.offset)
+    except BaseException:
+        if part is not None:
+            part.close()
+        raise
+    if part is None:
+        raise PeerError("the coordinator sent an empty answer instead of the blob")
+    return part
+
+
+async def _open_part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:
+    if size > max_bytes:
+        raise LimitError(f"the blob has {size} bytes, more than the {max_bytes} allowed here")
+    part = PartFile(path, digest=digest, size=size)
+    await asyncio.to_thread(part.open)
+    return part
+
+
+def _remove_other_parts(path: Path, part_path: Path) -> None:
+    """Forget what was fetched of earlier contents of the same file."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if other != part_path:
+            other.unlink(missing_ok=True)
