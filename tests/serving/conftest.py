@@ -14,10 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from minga.inference.app import InferenceApp, Limits
+from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ClientError
+from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 
@@ -250,3 +251,51 @@ class Load:
 def load() -> type[Load]:
     """Constant load on a server, with failures counted on the callers' side."""
     return Load
+
+
+@pytest.fixture(scope="session")
+def registry_uri(tmp_path_factory):
+    """An empty registry; making its database takes seconds, so there is one for all tests."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models()
+    return uri
+
+
+@pytest.fixture
+def register(registry_uri, tmp_path, models):
+    """Register a version of a model that scales, as a training run does."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=registry_uri, registry_uri=registry_uri)
+
+    def make(name: str, factor: float, *, alias: str | None = "champion", **changes) -> str:
+        content = models["scaling"](factor)
+        bundle = tmp_path / f"{name}-{factor}"
+        bundle.mkdir()
+        (bundle / "model.onnx").write_bytes(content)
+        experiment = client.get_experiment_by_name(name)
+        location = (tmp_path / "artifacts").as_uri()
+        experiment_id = (
+            experiment.experiment_id
+            if experiment
+            else client.create_experiment(name, artifact_location=location)
+        )
+        run = client.create_run(experiment_id)
+        client.log_artifacts(run.info.run_id, str(bundle), "bundle")
+        if not experiment:
+            client.create_registered_model(name)
+        tags = {"minga.onnx_sha256": hashlib.sha256(content).hexdigest()}
+        source = changes.get("source", run.info.artifact_uri + "/bundle")
+        version = client.create_model_version(
+            name,
+            source.format(run_id=run.info.run_id),
+            run.info.run_id,
+            tags=changes.get("tags", tags),
+        ).version
+        if alias:
+            client.set_registered_model_alias(name, alias, version)
+        return str(version)
+
+    return make

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from minga.inference.app import InferenceApp, Limits
+from minga.inference.app import InferenceApp
+from minga.inference.limits import Limits
 from minga.inference.protocol import JSON_SIZE_HEADER, Message, decode_response
 from minga.inference.repository import ModelRepository
 

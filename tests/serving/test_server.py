@@ -8,9 +8,10 @@ import httpx
 import numpy as np
 import pytest
 
-from minga.inference.app import InferenceApp, Limits
+from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
 from minga.inference.errors import InferenceError, PortInUseError
+from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server, url_host
 

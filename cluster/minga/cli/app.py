@@ -38,6 +38,12 @@ for _name, (_path, _help) in COMMANDS.items():
     app.command(_path, name=_name, help=_help)
 
 
+def _show_own_help(words: list[str]) -> None:
+    """Let the chosen command's help be its docstring, not only its line in the list."""
+    if words and words[0] in COMMANDS and app[words[0]].default_command is not None:
+        app[words[0]].help = None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and leave with its exit code.
 
@@ -48,11 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words or os.environ.get("MINGA_DEBUG") == "1"
     words = [word for word in words if word != "--debug"]
     try:
+        _show_own_help(words)
         app(words)
     except KeyboardInterrupt:
         sys.stderr.write("minga: stopped by you.\n")
         sys.exit(130)
-    except Exception as error:  # noqa: BLE001 - the command line's last resort turns errors into words
+    except Exception as error:  # the last resort turns errors into words
         if debug:
             raise
         sys.stderr.write(f"minga: {message_of(error)}\n")

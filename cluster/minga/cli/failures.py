@@ -13,8 +13,10 @@ The rest of the table is `EXIT_CODES`.
 """
 
 EXIT_CODES: dict[str, int] = {
-    # minga.cluster.project
+    # minga.cluster.errors
     "minga.cluster.errors.ProjectError": 10,
+    "minga.cluster.errors.StackError": 17,
+    "minga.cluster.errors.DemoError": 18,
     # minga.training.errors
     "minga.training.errors.TaskError": 11,
     "minga.training.errors.ShapeError": 12,
@@ -25,6 +27,14 @@ EXIT_CODES: dict[str, int] = {
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,
+    "minga.inference.errors.PortInUseError": 22,
+    "minga.inference.errors.ServerUnreachableError": 23,
+    "minga.inference.errors.RejectedError": 24,
+    "minga.inference.errors.BadRequestError": 25,
+    "minga.inference.errors.ModelError": 26,
+    "minga.serving.errors.VersionRefusedError": 26,
+    "minga.serving.errors.NoChampionError": 27,
+    "minga.serving.errors.RegistryUnreachableError": 28,
     # minga.federation.errors
     "minga.federation.errors.EnrolmentError": 30,
     "minga.federation.errors.IdentityError": 31,

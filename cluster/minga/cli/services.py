@@ -8,15 +8,18 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-def run_service(service: Coroutine[Any, Any, None]) -> None:
-    """Run a service until it ends, Ctrl-C or SIGTERM; both let it clean up.
-
-    It logs one line an event to stderr; MINGA_LOG_LEVEL chooses how much (default INFO).
-    """
+def log_to_stderr() -> None:
+    """Log one line an event; MINGA_LOG_LEVEL chooses how much (default INFO)."""
     logging.basicConfig(
         level=os.environ.get("MINGA_LOG_LEVEL", "INFO").upper(),
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for every request
+
+
+def run_service(service: Coroutine[Any, Any, None]) -> None:
+    """Run a service until it ends, Ctrl-C or SIGTERM; both let it clean up."""
+    log_to_stderr()
     asyncio.run(_until_terminated(service))
 
 

@@ -9,7 +9,6 @@ Every answer that is no success is `{"error": "..."}`, which is where clients lo
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from minga.inference.errors import (
     UnavailableError,
     UnknownPathError,
 )
+from minga.inference.limits import Limits
 from minga.inference.metrics import CONTENT_TYPE, InferenceMetrics
 from minga.inference.protocol import (
     BINARY_EXTENSION,
@@ -50,19 +50,6 @@ _MAX_HEADER_BYTES: Final = 64 * 1024
 # A hop to a thread and back costs about 0.1 ms; computing longer than this on the loop would
 # be felt by the other connections.
 _INLINE_S: Final = 0.001
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one server grants its callers.
-
-    Attributes:
-        max_body_bytes: the longest body, on the wire and after decompression.
-        num_threads: how many requests too slow for the event loop compute at once.
-    """
-
-    max_body_bytes: int = 32 * 1024 * 1024
-    num_threads: int = os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,18 @@ class InferenceClient:
                 f"{self._url} does not answer in the Open Inference Protocol: {error}"
             ) from error
 
+    def models(self) -> tuple[str, ...]:
+        """Name the models that the server answers for.
+
+        Raises:
+            ClientError: the server cannot be reached, or refuses.
+        """
+        response = self._send("GET", "/v2/models")
+        try:
+            return tuple(str(name) for name in response.json()["models"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ClientError(f"{self._url} does not list its models: {error}") from error
+
     def metadata(self, model: str, *, version: str | None = None) -> dict[str, Any]:
         """Give a model's versions, inputs and outputs as the protocol lists them.
 

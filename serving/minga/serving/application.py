@@ -18,9 +18,10 @@ from typing import Any, Final, TypedDict
 from ray import serve
 from ray.serve import Application
 
-from minga.inference.app import InferenceApp, Limits
+from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ModelError
+from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 
 APPLICATION: Final = "minga"
@@ -86,7 +87,7 @@ def build(options: dict[str, Any]) -> Application:
     """Make the application from the options of a Serve config file.
 
     Args:
-        options: the fields of `minga.inference.app.Limits`.
+        options: the fields of `minga.inference.limits.Limits`.
     """
     ingress = serve.ingress()(InferenceReplica)
     return serve.deployment(name=DEPLOYMENT)(ingress).bind(Limits(**options))

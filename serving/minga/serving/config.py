@@ -4,7 +4,7 @@ import math
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from minga.inference.app import Limits
+from minga.inference.limits import Limits
 
 
 class ServingConfig(BaseModel):

@@ -1,0 +1,103 @@
+"""`minga predict`: one request to a served model, from a file."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from minga.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from minga.inference.protocol import InferResponse
+    from minga.inference.tensors import Array
+
+File = Annotated[Path, Parameter(allow_leading_hyphen=True)]  # a hyphen alone is standard input
+
+
+def predict(
+    model: str,
+    /,
+    *,
+    input: File | None = None,  # noqa: A002 - the option's name
+    csv: File | None = None,
+    url: str = "http://127.0.0.1:8000",
+    model_version: str | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Send one request to a served model and show its outputs.
+
+    JSON is rows ([[1, 2, 3], [4, 5, 6]]), rows by input name ({"input": [[1, 2, 3]]}), or a whole
+    request of the Open Inference Protocol ({"inputs": [...]}). CSV is one row per line, its
+    columns in the model's order, with or without a line of names.
+
+    Example: echo '[[0.1, 0.2, 0.3]]' | minga predict machine-failure --input -
+
+    Example: minga predict machine-failure --csv new.csv --json
+
+    Args:
+        model: The model's name.
+        input: A JSON file; - reads standard input.
+        csv: A CSV file; - reads standard input.
+        url: The server, as `minga serve` or `minga device run` prints it.
+        model_version: The version to ask; by default the server's.
+        as_json: Write the outputs as one JSON object.
+    """
+    from minga.inference.client import InferenceClient
+    from minga.inference.errors import BadRequestError
+    from minga.inference.protocol import InferRequest
+    from minga.inference.rows import read_csv, read_json
+
+    if (input is None) == (csv is None):
+        raise BadRequestError("give the rows with either --input FILE or --csv FILE")
+    with InferenceClient(url) as client:
+        metadata = client.metadata(model, version=model_version)
+        if input is not None:
+            inputs = read_json(_read(input), metadata)
+        else:
+            assert csv is not None
+            inputs = read_csv(_read(csv).decode(errors="replace"), metadata)
+        request = InferRequest(inputs=inputs, binary_outputs=True)
+        response = client.request(model, request, version=model_version)
+    if as_json:
+        print_json(_summary(response))
+    else:
+        _print(response)
+
+
+def _read(file: Path) -> bytes:
+    from minga.inference.errors import BadRequestError
+
+    if str(file) == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadRequestError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _summary(response: "InferResponse") -> dict[str, Any]:
+    return {
+        "model_name": response.model_name,
+        "model_version": response.model_version,
+        "outputs": {name: array.tolist() for name, array in response.outputs.items()},
+    }
+
+
+def _print(response: "InferResponse") -> None:
+    """Show a line per row of the batch and a column per output."""
+    outputs = response.outputs
+    num_rows = max((len(array) if array.ndim else 1 for array in outputs.values()), default=0)
+    rows = [
+        [str(row), *(_cell(array, row) for array in outputs.values())] for row in range(num_rows)
+    ]
+    print_table(["row", *outputs], rows)
+
+
+def _cell(array: "Array", row: int) -> str:
+    if array.ndim == 0:
+        return str(array) if row == 0 else ""
+    if row >= len(array):
+        return ""
+    values = array[row].ravel().tolist() if array.ndim > 1 else [array[row].item()]
+    return "  ".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)

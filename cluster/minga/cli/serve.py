@@ -1,0 +1,116 @@
+"""`minga serve`: the registry's champions over HTTP, swapped when they change."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from minga.cli.output import print_line
+from minga.cli.services import log_to_stderr, run_service
+
+if TYPE_CHECKING:
+    from minga.inference.engine import ModelRef
+    from minga.serving.config import ServingConfig
+    from minga.serving.watcher import ModelSource
+
+
+def serve(
+    *models: str,
+    project: Path | None = None,
+    host: str | None = None,
+    port: Annotated[int | None, Parameter(validator=Number(gte=0, lte=65535))] = None,
+    engine: Literal["ray", "local"] = "ray",
+) -> None:
+    """Serve registered models over the Open Inference Protocol v2 until Ctrl-C.
+
+    When the champion of a model changes, the new version is loaded and tested first and then
+    takes over; no request fails. A version that cannot be loaded is refused and logged, and the
+    one before goes on answering. Settings are the [serving] table of minga.toml.
+
+    Example: minga serve
+
+    Example: minga serve machine-failure --port 9000 --engine local
+
+    Args:
+        models: The models to serve; by default all that have a champion.
+        project: The project folder. Without one here, MINGA_TRACKING_URI says which registry.
+        host: The address to listen on, instead of the configured one.
+        port: The port to listen on, instead of the configured one; 0 takes a free one.
+        engine: `ray` serves from replicas on Ray Serve, `local` from this process alone, which
+            starts in a second and needs a tenth of the memory.
+    """
+    config, tracking_uri = _configured(project, host, port)
+    from minga.serving.registry_source import RegistrySource
+    from minga.serving.watcher import current_versions
+
+    source = RegistrySource(tracking_uri, alias=config.alias)
+    refs = current_versions(source, models or source.names())
+    if engine == "local":
+        from minga.serving.local import serve_locally
+
+        run_service(serve_locally(config, source, refs, lambda url: _announce(url, refs)))
+    else:
+        _serve_on_ray(config, source, refs)
+
+
+def _configured(
+    project: Path | None, host: str | None, port: int | None
+) -> tuple["ServingConfig", str]:
+    """Give the configuration and the registry, from a project or from the environment alone."""
+    from minga.cluster.project import FILE, load
+    from minga.cluster.settings import Settings
+    from minga.serving.config import ServingConfig
+
+    config, uri = ServingConfig.model_validate({}), Settings().tracking_uri
+    if project is not None or not uri or Path(FILE).is_file():
+        loaded = load(project or Path())
+        config, uri = loaded.serving, loaded.tracking_uri
+    chosen = {"host": host, "port": port}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return config.model_copy(update=given), uri
+
+
+def _serve_on_ray(
+    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"]
+) -> None:
+    import tempfile
+    import threading
+
+    from minga.cluster.stack import local_ray
+    from minga.inference.server import listen
+    from minga.serving.ingress import fast_ingress, plain_ingress
+    from minga.serving.watcher import Watcher
+
+    listen(config.host, config.port).close()  # before Ray takes its seconds to start
+    log_to_stderr()
+    cpus = max(os.cpu_count() or 1, math.ceil(config.num_replicas * config.cpus_per_replica))
+    with tempfile.TemporaryDirectory(prefix="minga-ingress-") as folder:
+        os.environ.update(fast_ingress(Path(folder)) if config.fast_ingress else plain_ingress())
+        with local_ray(num_cpus=cpus):
+            # Ray's own handler would leave without stopping what it serves.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            from minga.serving.host import start
+
+            host = start(config, refs)
+            try:
+                host.wait_ready()
+                _announce(host.url, refs)
+                watcher = Watcher(source, refs, host.deploy)
+                with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
+                    watcher.run(threading.Event(), config.poll_interval_s)
+            finally:
+                host.stop()
+
+
+def _announce(url: str, refs: Sequence["ModelRef"]) -> None:
+    for ref in refs:
+        print_line(f"serving model {ref} at {url}/v2/models/{ref.name}")
+    print_line(f"ready at {url}; Ctrl-C stops serving, the models stay registered")
+    sys.stdout.flush()
