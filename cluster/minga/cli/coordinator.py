@@ -86,3 +86,23 @@ def token(
         print_json({"token": text, "group": group, "expires_at": expires_at})
     else:
         print_line(text)
+
+
+@app.command
+def cancel(campaign: str, *, state: State = Path("coordinator")) -> None:
+    """Stop a campaign; rounds that were committed stay.
+
+    Example: minga coordinator cancel 3f9a0c1d2b4e
+
+    Args:
+        campaign: The campaign's name, as `minga status` shows it.
+        state: The coordinator's state folder, or an operator's identity folder.
+    """
+    from minga.federation.operator import connect
+
+    async def stop() -> None:
+        async with connect(state) as operator:
+            await operator.cancel(campaign)
+
+    asyncio.run(stop())
+    print_line(f"campaign {campaign} is cancelled")

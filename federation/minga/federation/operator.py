@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     )
 
 OPERATOR_FOLDER = "operator"
-_ADDRESS_FILE = "coordinator.json"
+ADDRESS_FILE = "coordinator.json"
 
 
 def write_address(folder: Path, address: str) -> None:
     """Note beside an operator's identity where its coordinator is."""
-    replace_file(folder / _ADDRESS_FILE, json.dumps({"address": address}).encode())
+    replace_file(folder / ADDRESS_FILE, json.dumps({"address": address}).encode())
 
 
 class Operator:
@@ -128,7 +128,7 @@ async def connect(folder: Path) -> AsyncIterator[Operator]:
             "or a copy of its 'operator' folder"
         )
     identity = load_identity(folder)
-    address = str(json.loads((folder / _ADDRESS_FILE).read_text())["address"])
+    address = str(json.loads((folder / ADDRESS_FILE).read_text())["address"])
     async with transport.open_channel(address, identity) as channel:
         yield Operator(
             pb_grpc.OperatorServiceStub(channel), pb_grpc.BlobServiceStub(channel), address

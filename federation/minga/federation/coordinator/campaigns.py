@@ -31,6 +31,7 @@ from minga.federation.coordinator.rounds import (
     SumComputed,
     SurvivorsConfirmed,
     Timeouts,
+    UpdateUploaded,
 )
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, FederationError, PeerError
@@ -209,12 +210,12 @@ class Campaigns:
             PeerError: it is refused; nothing changed.
         """
         campaign, round_ = self._open(round_id)
-        self._check_signature(round_, event)
+        self._check_proof(round_, event)
         self._record(campaign, round_, event)
         campaign.traffic[round_id].received += size
 
-    def _check_signature(self, round_: Round, event: DeviceEvent) -> None:
-        """Refuse what its device did not sign: its neighbours would refuse it later, with cost."""
+    def _check_proof(self, round_: Round, event: DeviceEvent) -> None:
+        """Refuse what its device did not sign or upload, before it costs others their round."""
         plan = round_.order.plan
         match event:
             case KeysAdvertised(advert=advert):
@@ -223,6 +224,9 @@ class Campaigns:
                 signer = round_.adverts.get(device_id)
                 if signer is not None:
                     check_confirmation(plan, self._verifier, signer, round_.survivors, confirmation)
+            case UpdateUploaded(digest=digest, size=size):
+                if not self._blobs.has(digest) or self._blobs.size(digest) != size:
+                    raise PeerError("the update that was announced is not uploaded")
             case _:
                 pass
 
@@ -257,6 +261,15 @@ class Campaigns:
             and device_id in round_.missing()
             and size == round_.order.plan.upload_size
         )
+
+    def blobs_in_use(self) -> set[bytes]:
+        """Give the digests of all that campaigns started from, came to, or wait for."""
+        kept = set[bytes]()
+        for campaign in self._campaigns.values():
+            kept |= {campaign.plan.model_digest, campaign.model_digest}
+            if campaign.open_round is not None:
+                kept |= {update.digest for update in campaign.open_round.updates.values()}
+        return kept
 
     def needs_blob(self, digest: bytes) -> bool:
         """True if a device may fetch this blob: it is the model of a running campaign."""

@@ -46,9 +46,13 @@ class PublishedModels:
             for group, offer in self._store.published_models()
         ]
 
+    def blobs_in_use(self) -> set[bytes]:
+        """Give the digests of all published models."""
+        return {offer.digest for _, offer in self.all()}
+
     def needs_blob(self, digest: bytes) -> bool:
         """True if devices may fetch this blob: it is a published model."""
-        return any(offer.digest == digest for _, offer in self.all())
+        return digest in self.blobs_in_use()
 
     def note_report(self, device_id: str, report: pb.ModelReport) -> None:
         """Remember what a device says it runs."""

@@ -339,12 +339,17 @@ class Round:
                 raise PeerError(
                     f"{me} uploaded {size} bytes, expected {self.order.plan.upload_size}"
                 )
+            case UpdateUploaded(digest=digest) if digest in self._update_digests():
+                raise PeerError(f"{me} announced the update of another device as its own")
             case SurvivorsConfirmed(confirmation=confirmation) if confirmation.device_id != me:
                 raise PeerError(f"{me} confirmed as {confirmation.device_id}")
             case SharesRevealed(reveal=reveal):
                 check_reveal(self.graph, self.shares, self.updates, reveal)
             case _:
                 pass
+
+    def _update_digests(self) -> set[bytes]:
+        return {update.digest for update in self.updates.values()}
 
     def _lose(self, event: DeviceLost) -> bool:
         if event.device_id in self.lost or event.device_id not in self.order.invited:

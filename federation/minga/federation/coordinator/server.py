@@ -96,6 +96,7 @@ class Coordinator:
             reconnect_grace_s=settings.reconnect_grace_s,
         )
         self._models = PublishedModels(store=self._store, hub=self._hub, clock=self._clock)
+        self._blobs.collect(self._campaigns.blobs_in_use() | self._models.blobs_in_use())
         await self._listen(stack)
         self._driver = asyncio.create_task(self._campaigns.run())
         stack.callback(self._driver.cancel)

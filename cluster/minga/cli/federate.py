@@ -1,0 +1,84 @@
+"""`minga federate`: train the champion further on the fleet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minga.cli.output import print_json, print_line, print_note, print_table, show_progress
+
+if TYPE_CHECKING:
+    from minga.federation.v1 import federation_pb2 as pb
+    from minga.training.progress import OnProgress
+
+
+def federate(
+    *, project: Path = Path(), state: Path = Path("coordinator"), json: bool = False
+) -> None:
+    """Train the champion further on devices, judge the result, promote and publish it if it passes.
+
+    The `[federation]` table of minga.toml says how many rounds over how many devices. Only sums of
+    updates leave the coordinator's secure aggregation; data never leaves a device. Ctrl-C leaves
+    the campaign running at the coordinator and says its name.
+
+    Example: minga federate --project plant --state coordinator
+
+    Args:
+        project: The project folder.
+        state: The coordinator's state folder, or an operator's identity folder.
+        json: Print JSON.
+    """
+    from minga.cluster.federate import federate as run
+    from minga.cluster.fleet import describe_campaign
+    from minga.cluster.project import load
+
+    loaded = load(project)
+    seen: list[pb.Campaign] = []
+    try:
+        with show_progress() as show:
+            watch = campaign_progress(show)
+
+            def on_campaign(campaign: "pb.Campaign") -> None:
+                seen[:] = [campaign]
+                watch(campaign)
+
+            result = run(loaded, state, on_campaign=on_campaign, on_progress=show)
+    except KeyboardInterrupt:
+        if seen:
+            print_note(
+                f"campaign {seen[0].campaign_id} goes on at the coordinator; watch it with: "
+                f"minga status; stop it with: minga coordinator cancel {seen[0].campaign_id}"
+            )
+        raise
+    report = {
+        "campaign": describe_campaign(result.campaign),
+        "model": result.registered.name,
+        "version": result.registered.version,
+        "promoted": result.promoted,
+        "metrics": dict(result.registered.report.metrics),
+        "devices_told": result.num_devices_told,
+    }
+    if json:
+        print_json(report)
+        return
+    metrics = result.registered.report.metrics
+    print_table(
+        ("metric", "test split"), [(name, f"{value:.4f}") for name, value in metrics.items()]
+    )
+    verdict = "promoted to champion" if result.promoted else "refused by its gates"
+    print_line(f"{result.registered.name} version {result.registered.version}: {verdict}")
+
+
+def campaign_progress(show: "OnProgress") -> "Callable[[pb.Campaign], None]":
+    """Turn a campaign's states into progress: rounds done, and the stage of the open one."""
+    from minga.federation.v1 import federation_pb2 as pb
+    from minga.training.progress import Progress
+
+    def watch(campaign: pb.Campaign) -> None:
+        done = sum(round_.stage == pb.ROUND_STAGE_COMMITTED for round_ in campaign.rounds)
+        note = campaign.reason
+        if campaign.rounds and not note:
+            stage = pb.RoundStage.Name(campaign.rounds[-1].stage).removeprefix("ROUND_STAGE_")
+            note = f"round {campaign.rounds[-1].number}: {stage.lower()}"
+        show(Progress(step="federate", done=done, total=campaign.plan.num_rounds, note=note))
+
+    return watch
