@@ -89,6 +89,12 @@ class Project(BaseModel):
         """Where runs keep files: MINGA_ARTIFACT_ROOT, or a folder in the project."""
         return Settings().artifact_root or str(self.work_folder / "artifacts")
 
+    @property
+    def has_registry(self) -> bool:
+        """Whether there may be a registry: False only if its SQLite file is not there yet."""
+        file = self.tracking_uri.removeprefix("sqlite:///")
+        return file == self.tracking_uri or Path(file).exists()
+
     def registry(self, on_progress: OnProgress = silent) -> "Registry":
         """Open the model registry; the database is made the first time."""
         from minga.training.registry import Registry  # noqa: PLC0415 - loads MLflow

@@ -32,6 +32,8 @@ GATES = "gates.json"
 LINEAGE = "lineage.json"
 CARD = "README.md"
 
+OWN_FILES = (CARD, GATES, LINEAGE, MODEL, PROFILE, SCHEMA, WEIGHTS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
@@ -69,16 +71,21 @@ class Digests:
 
     @classmethod
     def of(cls, folder: Path) -> Self:
-        """Digest a bundle's folder; the whole covers every file's path and content."""
+        """Digest a bundle's folder.
+
+        The whole covers the files that Minga reads. MLflow's own are left out: loading a model
+        with MLflow adds one to the folder.
+
+        Raises:
+            RegistryError: one of the files is missing.
+        """
+        missing = [name for name in OWN_FILES if not (folder / name).is_file()]
+        if missing:
+            raise RegistryError(f"{folder} is no whole bundle: it lacks {', '.join(missing)}")
         parts = {
-            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in OWN_FILES
         }
-        for name in (MODEL, WEIGHTS):
-            if name not in parts:
-                raise RegistryError(f"{folder} is no bundle: it has no {name}")
-        lines = "\n".join(f"{digest}  {name}" for name, digest in sorted(parts.items()))
+        lines = "\n".join(f"{digest}  {name}" for name, digest in parts.items())
         return cls(
             onnx=parts[MODEL],
             weights=parts[WEIGHTS],

@@ -34,9 +34,11 @@ class SearchConfig(Table):
     """How hyper-parameters are searched."""
 
     num_trials: Count = 8
+    """Points of the search space that are tried."""
     max_epochs: Count = 8
     """Epochs of a trial that is never cut."""
     max_concurrent: Count = 2
+    """Trials that run at a time; each takes one CPU."""
     grace_epochs: Count = 1
     """Epochs that every trial gets before it may be cut."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
@@ -47,7 +49,9 @@ class TrainConfig(Table):
     """How the chosen parameters are trained."""
 
     num_workers: Count = 2
+    """Processes that share each batch; each takes one CPU."""
     epochs: Count = 10
+    """Passes over the training split; the best one on the validation split is kept."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced before training gives up."""
 
@@ -60,6 +64,7 @@ class GateConfig(Table):
     max_regression: Annotated[float, Field(ge=0)] = 0.01
     """How much worse than the champion the objective may be, at the interval's bad end."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Of that interval."""
     num_resamples: Annotated[int, Field(ge=50)] = 200
     """Bootstrap resamples of the test split behind the comparison with the champion."""
     max_slice_gap: Positive = 0.1
@@ -69,3 +74,4 @@ class GateConfig(Table):
     max_latency_ms: Positive = 50.0
     """95th percentile of the time for one example, on one thread."""
     max_size_mb: Positive = 100.0
+    """Size of the ONNX model."""

@@ -11,7 +11,7 @@ from minga.training.errors import RegistryError
 class Document(BaseModel):
     """A JSON file that a registered version carries; read back into the same typed value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     def write(self, path: Path) -> None:
         """Write as indented JSON, the same bytes for the same value."""

@@ -136,6 +136,10 @@ class Tracker:
         for start in range(BATCH_METRICS, len(values), BATCH_METRICS):
             self.client.log_batch(run_id, metrics=values[start : start + BATCH_METRICS])
 
+    def log_settings(self, run_id: str, settings: dict[str, Any]) -> None:
+        """Keep the resolved settings with a run, as its artifact `minga.json`."""
+        self.client.log_dict(run_id, settings, "minga.json")
+
 
 def connect(tracking_uri: str, on_progress: OnProgress = silent) -> Any:
     """Give a client of a tracking database, which is made if it is a missing SQLite file."""

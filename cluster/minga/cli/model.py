@@ -1,0 +1,136 @@
+"""`minga model`: registered versions, their verdicts, and which is champion."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import App
+
+from minga.cli.output import print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from minga.training.registry import Registry, Version
+
+app = App(name="model", help="List, show, promote registered model versions.")
+
+
+@app.command(name="list")
+def list_(*, project: Path = Path(), name: str = "", json: bool = False) -> None:
+    """List registered versions, the newest first.
+
+    Example: minga model list --json
+
+    Args:
+        project: The project folder.
+        name: Only this model.
+        json: Print JSON.
+    """
+    from minga.cluster.project import load
+
+    loaded = load(project)
+    rows: list[dict[str, Any]] = []
+    if loaded.has_registry:
+        registry = loaded.registry()
+        names = [name] if name else registry.names()
+        rows = [_row(version) for each in names for version in registry.list_versions(each)]
+    if json:
+        print_json(rows)
+        return
+    print_table(
+        ("model", "version", "aliases", "gates", "origin", "created"),
+        [
+            (
+                row["model"],
+                str(row["version"]),
+                ", ".join(row["aliases"]) or "-",
+                "passed" if row["blessed"] else "refused",
+                row["origin"],
+                row["created_at"],
+            )
+            for row in rows
+        ],
+        empty="no model is registered yet; make one with: minga run",
+    )
+
+
+@app.command
+def show(
+    which: str = "champion", *, project: Path = Path(), name: str = "", json: bool = False
+) -> None:
+    """Show a version: where it comes from, what it reaches, and the verdict of each gate.
+
+    Example: minga model show champion
+
+    Args:
+        which: A version's number or alias.
+        project: The project folder.
+        name: The model, if the registry has several.
+        json: Print JSON.
+    """
+    from minga.training.bundle import CARD, GATES, LINEAGE
+    from minga.training.gates import GateReport
+    from minga.training.lineage import Lineage
+
+    registry = _registry(project)
+    version = registry.get(_name(registry, name), which)
+    folder = registry.fetch(version.name, version.version)
+    if json:
+        report, lineage = GateReport.read(folder / GATES), Lineage.read(folder / LINEAGE)
+        details = {"path": folder, **report.model_dump(), "lineage": lineage}
+        print_json(_row(version) | details)
+        return
+    aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
+    print_line(f"{version.name} version {version.version}{aliases}, files in {folder}\n")
+    print_line((folder / CARD).read_text(encoding="utf-8").rstrip())
+
+
+@app.command
+def promote(which: str, *, project: Path = Path(), name: str = "", override: bool = False) -> None:
+    """Make a version the champion, which is what is served and federated further.
+
+    Example: minga model promote 3
+
+    Args:
+        which: A version's number or alias.
+        project: The project folder.
+        name: The model, if the registry has several.
+        override: Promote it although its gates refused it; the version is tagged so.
+    """
+    registry = _registry(project)
+    version = registry.promote(_name(registry, name), which, override=override)
+    print_line(f"{version.name} version {version.version} is champion")
+
+
+def _registry(project: Path) -> "Registry":
+    from minga.cluster.project import load
+    from minga.training.errors import RegistryError
+
+    loaded = load(project)
+    if not loaded.has_registry:
+        raise RegistryError("no model is registered yet; make one with: minga run")
+    return loaded.registry()
+
+
+def _name(registry: "Registry", name: str) -> str:
+    """Give the model that is meant: the one named, or the only one there is."""
+    from minga.training.errors import RegistryError
+
+    names = registry.names()
+    if name or len(names) == 1:
+        return name or names[0]
+    raise RegistryError(f"models: {', '.join(names) or 'none yet'}; say which with --name")
+
+
+def _row(version: "Version") -> dict[str, Any]:
+    created = datetime.fromtimestamp(version.created_at_ms / 1000, UTC)
+    return {
+        "model": version.name,
+        "version": version.version,
+        "aliases": list(version.aliases),
+        "blessed": version.blessed,
+        "overridden": version.tags.get("minga.overridden") == "true",
+        "origin": version.tags.get("minga.origin", ""),
+        "run_id": version.run_id,
+        "onnx_sha256": version.digests.onnx,
+        "created_at": created.strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }

@@ -1,0 +1,214 @@
+"""`minga init`, `run`, `tune`, `train`: a project from nothing to a registered model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minga.cli.output import print_json, print_line, print_note, print_table, show_progress
+
+if TYPE_CHECKING:
+    from minga.cluster.pipeline import Registered
+    from minga.training.gates import GateReport
+    from minga.training.search import SearchResult
+    from minga.training.space import Params
+
+
+def init(directory: Path, *, sites: int = 0) -> None:
+    """Write a runnable example project: find anomalies in real sensor readings.
+
+    Example: minga init plant
+
+    Args:
+        directory: The folder to write; it must be new or empty.
+        sites: Write the data of so many sites as well, for a federation.
+    """
+    from minga.cluster.template import write
+
+    files = write(directory, num_sites=sites)
+    print_line(f"{len(files)} files written to {directory}; next: cd {directory} && minga run")
+
+
+def run(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> None:
+    """Check data, search, train, judge, register; promote to champion if all gates pass.
+
+    Ctrl-C stops cleanly; the same command goes on from there. A finished search is kept, and used
+    again as long as code, data and settings stay as they are.
+
+    Example: minga run --project plant
+
+    Args:
+        project: The project folder.
+        fresh: Search anew even if a search is kept.
+        json: Print JSON.
+    """
+    from minga.cluster.pipeline import run as run_pipeline
+    from minga.cluster.project import load
+    from minga.training.errors import GateError
+
+    with show_progress() as show:
+        report = run_pipeline(load(project), show, fresh_search=fresh)
+    if json:
+        data = report.data.model_dump(include={"source", "digest", "num_examples", "violations"})
+        print_json(
+            _registered(report.registered)
+            | {"promoted": report.promoted, "params": report.search.params, "data": data}
+            | {"trials": _trials(report.search), "seconds": dict(report.seconds)}
+        )
+    else:
+        _show_gates(report.registered.report)
+        _show_registered(report.registered, "champion" if report.promoted else "candidate")
+        if report.promoted:
+            print_note("next: minga serve, then minga predict; or minga model show champion")
+    if not report.promoted:
+        raise GateError(_refusal(report.registered))
+
+
+def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> None:
+    """Search hyper-parameters with Ray Tune; `minga train` then uses the best.
+
+    Ctrl-C stops cleanly; the same command goes on from there.
+
+    Example: minga tune --project plant --json
+
+    Args:
+        project: The project folder.
+        fresh: Search anew even if a search is kept.
+        json: Print JSON.
+    """
+    from minga.cluster.pipeline import search
+    from minga.cluster.project import load
+
+    with show_progress() as show:
+        found = search(load(project), show, fresh=fresh)
+    if json:
+        print_json({"params": found.params, "metrics": found.metrics, "trials": _trials(found)})
+        return
+    metrics = sorted({name for trial in found.trials for name in trial.metrics})
+    print_table(
+        ("trial", "status", "epochs", *metrics, "parameters"),
+        [
+            (
+                str(trial.number),
+                trial.status,
+                str(trial.epochs),
+                *(_figure(trial.metrics.get(name)) for name in metrics),
+                _words(trial.params),
+            )
+            for trial in found.trials
+        ],
+        empty="the Task has no search_space; its defaults are used",
+    )
+    print_line(f"best: {_words(found.params)}")
+
+
+def train(*, project: Path = Path(), params: Path | None = None, json: bool = False) -> None:
+    """Train once, judge, and register a candidate; promote it with `minga model promote`.
+
+    Parameters come from --params, else from a finished search of the same code, data and settings,
+    else from the Task's defaults.
+
+    Example: minga train --project plant
+
+    Args:
+        project: The project folder.
+        params: A JSON file with hyper-parameters; what it leaves out is taken from the defaults.
+        json: Print JSON.
+    """
+    from minga.cluster.pipeline import register_candidate, train_model
+    from minga.cluster.project import load
+
+    loaded = load(project)
+    chosen, origin = _choose_params(loaded, params)
+    print_note(f"parameters from {origin}: {_words(chosen)}")
+    with show_progress() as show:
+        trained = train_model(loaded, chosen, show)
+        registered = register_candidate(
+            loaded,
+            parameters=trained.parameters,
+            params=trained.params,
+            run_id=trained.run_id,
+            on_progress=show,
+        )
+    if json:
+        print_json(_registered(registered) | {"params": dict(chosen)})
+        return
+    _show_gates(registered.report)
+    _show_registered(registered, "challenger" if registered.report.blessed else "candidate")
+    if registered.report.blessed:
+        print_note(f"next: minga model promote {registered.version}")
+
+
+def _choose_params(project: Any, file: Path | None) -> "tuple[Params, str]":
+    """Give hyper-parameters and where they come from."""
+    from minga.cluster.pipeline import finished_search
+
+    defaults = project.loaded_task.defaults
+    if file is not None:
+        return {**defaults, **_read_params(file)}, str(file)
+    found = finished_search(project)
+    if found is not None:
+        return found.params, "the finished search"
+    return dict(defaults), "the Task's defaults"
+
+
+def _read_params(file: Path) -> "Params":
+    import orjson
+
+    from minga.cluster.errors import ProjectError
+
+    try:
+        values = orjson.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ProjectError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ProjectError(f'{file} holds {values!r}; write an object, such as {{"lr": 0.01}}')
+    # What `minga tune --json` prints is taken as it is.
+    chosen = values.get("params", values)
+    assert isinstance(chosen, dict)
+    return chosen
+
+
+def _registered(registered: "Registered") -> dict[str, Any]:
+    return {
+        "model": registered.name,
+        "version": registered.version,
+        "run_id": registered.run_id,
+        "bundle": registered.bundle_path,
+        **registered.report.model_dump(),
+    }
+
+
+def _trials(found: "SearchResult") -> list[dict[str, Any]]:
+    return [trial.model_dump(exclude={"history"}) for trial in found.trials]
+
+
+def _show_gates(report: "GateReport") -> None:
+    rows = [
+        (gate.name, "passed" if gate.passed else "REFUSED", gate.seen, gate.goal)
+        for gate in report.gates
+    ]
+    print_table(("gate", "verdict", "seen", "goal"), rows)
+
+
+def _show_registered(registered: "Registered", standing: str) -> None:
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in registered.metrics.items())
+    print_line(f"{registered.name} version {registered.version} is {standing}: {metrics}")
+
+
+def _refusal(registered: "Registered") -> str:
+    refused = ", ".join(gate.name for gate in registered.report.refused)
+    return (
+        f"version {registered.version} is registered but not promoted; refused by: {refused}; "
+        f"see it with: minga model show {registered.version}"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _words(params: "Params") -> str:
+    parts = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in sorted(params.items())
+    )
+    return ", ".join(parts)

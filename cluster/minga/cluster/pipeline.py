@@ -1,0 +1,432 @@
+"""The central path, step by step, for a project.
+
+    check_data -> search -> train_model -> register_candidate -> promote
+
+`run` takes all of them. Each step leaves its record in MLflow and can be called alone; what a step
+needs from an earlier one is an argument. An interrupted search or training goes on when the same
+step is called again for the same code, data and settings.
+"""
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minga.cluster.project import Project
+from minga.cluster.stack import local_ray
+from minga.federation.parameters import Parameters
+from minga.training import data
+from minga.training.bundle import MODEL, PROFILE, SCHEMA, Bundle
+from minga.training.candidate import Candidate, Champion, assess
+from minga.training.data import DataReport, digest_of
+from minga.training.evaluate import evaluate as evaluate_network
+from minga.training.gates import GateReport
+from minga.training.lineage import Campaign, Lineage, trace
+from minga.training.network import build_network, load_parameters, probe
+from minga.training.profile import Profile
+from minga.training.progress import OnProgress, Progress, silent
+from minga.training.registry import CHALLENGER, CHAMPION, Version
+from minga.training.schema import Schema
+from minga.training.space import Params
+from minga.training.task import SplitName
+
+if TYPE_CHECKING:
+    from minga.training.search import SearchResult
+    from minga.training.train import Trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """A version that was just registered, blessed or not.
+
+    Attributes:
+        bundle_path: its files, which are the registry's: only read them.
+        metrics: on the test split.
+    """
+
+    name: str
+    version: int
+    run_id: str
+    report: GateReport
+    bundle_path: Path
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """What the whole path came to; `seconds` is by step."""
+
+    data: DataReport
+    search: "SearchResult"
+    trained: "Trained"
+    registered: Registered
+    promoted: bool
+    seconds: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def run(
+    project: Project, on_progress: OnProgress = silent, *, fresh_search: bool = False
+) -> RunReport:
+    """Check data, search, train, judge, register, and promote if all gates passed.
+
+    Raises:
+        DataError: the data breaks its schema.
+        TrainingError: search or training failed; its subclasses say how.
+        KeyboardInterrupt: the user stopped it; the same call goes on.
+    """
+    clock = _Clock()
+    with clock.step("data"):
+        report = check_data(project)
+        report.require_valid()
+        on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
+    with local_ray():
+        with clock.step("search"):
+            found = search(project, on_progress, fresh=fresh_search)
+        with clock.step("train"):
+            trained = train_model(project, found.params, on_progress)
+    with clock.step("gate and register"):
+        registered = register_candidate(
+            project,
+            parameters=trained.parameters,
+            params=trained.params,
+            run_id=trained.run_id,
+            on_progress=on_progress,
+        )
+    if registered.report.blessed:
+        promote(project, registered.version)
+    return RunReport(
+        data=report,
+        search=found,
+        trained=trained,
+        registered=registered,
+        promoted=registered.report.blessed,
+        seconds=clock.seconds,
+    )
+
+
+def check_data(project: Project, source: str | None = None) -> DataReport:
+    """Check data against the champion's schema and profile, or its own if there is no champion.
+
+    Args:
+        project: whose Task reads the data.
+        source: other data than the project's; a relative path is taken from the project folder.
+
+    Raises:
+        DataError: the Task cannot read the source.
+    """
+    task = project.loaded_task
+    if source is None:
+        name, splits = project.source, project.splits
+    else:
+        name = project.reference.resolve(source)
+        splits = data.read_splits(task, name)
+    schema, profile = task.schema(splits.train), data.profile_of(task, splits.train)
+    champion = _find_champion(project)
+    expected, reference = schema, profile
+    if champion is not None:
+        folder = project.registry().fetch(champion.name, champion.version)
+        expected, reference = Schema.read(folder / SCHEMA), Profile.read(folder / PROFILE)
+    return DataReport(
+        task=task.name,
+        source=name,
+        digest=digest_of(splits),
+        num_examples={part: len(splits[part]) for part in data.SPLIT_NAMES},
+        data_schema=schema,
+        profile=profile,
+        violations=data.check(splits, expected, reference, project.data),
+        reference=f"version {champion.version}" if champion else "itself",
+    )
+
+
+def search(
+    project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
+) -> "SearchResult":
+    """Search the Task's hyper-parameters.
+
+    A finished search is kept; the same code, data and settings give it again without a trial.
+
+    Args:
+        project: the project.
+        on_progress: hears of every epoch of every trial.
+        fresh: search anew, even if there is a finished or an interrupted search.
+
+    Raises:
+        ShapeError: one training step does not work; nothing was started.
+        TrainingError: every trial failed.
+        KeyboardInterrupt: the user stopped it; the same call goes on.
+    """
+    if not fresh and (kept := finished_search(project)) is not None:
+        total = len(kept.trials)
+        note = "kept from an earlier search of the same code, data and settings"
+        on_progress(Progress(step="search", done=total, total=total, note=note))
+        return kept
+    probe(project.loaded_task, project.loaded_task.defaults, project.splits)
+    folder = _search_folder(project)
+    if fresh:
+        _discard(folder)
+    tracker = project.tracker(on_progress)
+    on_progress(Progress(step="search", done=0, total=project.search.num_trials))
+    tags = {"minga.step": "search", "minga.data_sha256": digest_of(project.splits)}
+    with tracker.run("search", tags=tags) as run_id, local_ray():
+        # Ray reads its settings when it is imported, so not before it is started.
+        from minga.training.search import search as run_search  # noqa: PLC0415
+
+        found = run_search(
+            project.reference,
+            project.loaded_task,
+            project.splits,
+            config=project.search,
+            seed=project.seed,
+            folder=folder,
+            on_progress=on_progress,
+        )
+        tracker.log(run_id, params=found.params, metrics=found.metrics)
+        for trial in found.trials:
+            with tracker.run(f"trial {trial.number}", parent=run_id) as trial_id:
+                status = {"minga.status": trial.status}
+                tracker.log(trial_id, params=trial.params, history=trial.history, tags=status)
+    found.write(_search_file(project))
+    _discard(folder)
+    return found
+
+
+def finished_search(project: Project) -> "SearchResult | None":
+    """Give the result of a finished search of the same code, data and settings, if there is one."""
+    file = _search_file(project)
+    if not file.exists():
+        return None
+    from minga.training.search import SearchResult  # noqa: PLC0415 - loads Ray
+
+    return SearchResult.read(file)
+
+
+def train_model(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained":
+    """Train with given hyper-parameters, as the `[training]` table says.
+
+    Args:
+        project: the project.
+        params: complete hyper-parameters, such as `SearchResult.params`.
+        on_progress: hears of every epoch.
+
+    Raises:
+        ShapeError: one training step does not work; nothing was started.
+        TrainingError: it failed more often than it may.
+        KeyboardInterrupt: the user stopped it; the same call goes on.
+    """
+    probe(project.loaded_task, params, project.splits)
+    tracker = project.tracker(on_progress)
+    tags = {"minga.step": "train", "minga.data_sha256": digest_of(project.splits)}
+    with tracker.run("train", tags=tags) as run_id, local_ray():
+        # Ray reads its settings when it is imported, so not before it is started.
+        from minga.training.train import train  # noqa: PLC0415
+
+        tracker.log(run_id, params={**params, "seed": project.seed})
+        tracker.log_settings(run_id, project.model_dump(mode="json"))
+        trained = train(
+            project.reference,
+            project.loaded_task,
+            project.splits,
+            params,
+            config=project.training,
+            seed=project.seed,
+            folder=project.ray_storage
+            / f"train-{_fingerprint(project, (project.training, dict(params)))}",
+            on_progress=on_progress,
+        )
+        tracker.log(run_id, history=trained.history)
+    return replace(trained, run_id=run_id)
+
+
+def register_candidate(
+    project: Project,
+    *,
+    parameters: Parameters,
+    params: Params,
+    run_id: str = "",
+    parent_version: int | None = None,
+    campaign: Campaign | None = None,
+    on_progress: OnProgress = silent,
+) -> Registered:
+    """Export parameters, judge them on the test split, and register them with the verdict.
+
+    A blessed version becomes the challenger; `promote` makes it the champion.
+
+    Args:
+        project: whose Task, test split and gates count.
+        parameters: of the complete network, from central training or from a campaign.
+        params: the hyper-parameters that the network is built with.
+        run_id: of the run that trained it; without one a run is made.
+        parent_version: the version whose parameters it started from.
+        campaign: what it is the product of, if it was federated.
+        on_progress: hears of each part.
+
+    Raises:
+        ShapeError: the parameters are not of the network that `params` describe.
+        TaskError: the network does not export to ONNX.
+    """
+    on_progress(Progress(step="gate", done=0, total=1, note="export, compare, measure"))
+    candidate, schema = _assess(project, parameters, params)
+    splits = project.splits
+    lineage = trace(
+        project.loaded_task,
+        project.reference,
+        params=params,
+        seed=project.seed,
+        source=project.source,
+        data_digest=digest_of(splits),
+        num_examples=campaign.num_examples if campaign else len(splits.train),
+        parent_version=parent_version,
+        campaign=campaign,
+    )
+    bundle = Bundle(
+        onnx=candidate.onnx,
+        parameters=parameters,
+        schema=schema,
+        profile=candidate.profile,
+        gates=candidate.report,
+        lineage=lineage,
+    )
+    registered = _store(project, bundle, run_id or _open_run(project, lineage, on_progress))
+    verdict = "all gates passed" if registered.report.blessed else "refused"
+    on_progress(Progress(step="gate", done=1, total=1, note=verdict))
+    return registered
+
+
+def promote(project: Project, version: int | str, *, override: bool = False) -> Version:
+    """Make a version of the project's model the champion.
+
+    Raises:
+        GateError: its gates refused it, and `override` is not set.
+        RegistryError: there is no such version, or its files are not what was registered.
+    """
+    return project.registry().promote(project.loaded_task.name, version, override=override)
+
+
+def evaluate(
+    project: Project, parameters: Parameters, params: Params, split: SplitName = "test"
+) -> dict[str, float]:
+    """Measure any parameters on a split of the project's data.
+
+    Raises:
+        ShapeError: the parameters are not of the network that `params` describe.
+    """
+    network = build_network(project.loaded_task, params, project.splits.train, seed=project.seed)
+    load_parameters(network, parameters)
+    return evaluate_network(project.loaded_task, network, project.splits[split])
+
+
+def _assess(project: Project, parameters: Parameters, params: Params) -> tuple[Candidate, Schema]:
+    """Build the network, export it, and judge it against the champion."""
+    task, splits = project.loaded_task, project.splits
+    network = build_network(task, params, splits.train, seed=project.seed)
+    load_parameters(network, parameters)
+    schema = task.schema(splits.train)
+    champion = _find_champion(project)
+    candidate = assess(
+        task,
+        network,
+        splits.test,
+        schema=schema,
+        profile=data.profile_of(task, splits.train),
+        champion=_read_champion(project, champion) if champion else None,
+        config=project.gates,
+        seed=project.seed,
+    )
+    return candidate, schema
+
+
+def _open_run(project: Project, lineage: Lineage, on_progress: OnProgress) -> str:
+    """Make the run of parameters that came from elsewhere."""
+    tracker = project.tracker(on_progress)
+    with tracker.run(lineage.origin, tags={"minga.step": "register"}) as run_id:
+        tracker.log(run_id, params=lineage.params)
+        tracker.log_settings(run_id, project.model_dump(mode="json"))
+    return run_id
+
+
+def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
+    """Register a bundle, and make it the challenger if it is blessed."""
+    registry, report, lineage = project.registry(), bundle.gates, bundle.lineage
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "bundle"
+        bundle.write(folder)
+        version = registry.register(
+            lineage.task,
+            folder,
+            run_id=run_id,
+            blessed=report.blessed,
+            tags={"minga.origin": lineage.origin, "minga.data_sha256": lineage.data_digest},
+        )
+    test_metrics = {f"test_{name}": value for name, value in report.metrics.items()}
+    tags = {"minga.version": str(version.version)}
+    project.tracker().log(run_id, metrics=test_metrics, tags=tags)
+    if report.blessed:
+        registry.set_alias(version.name, CHALLENGER, version.version)
+    return Registered(
+        name=version.name,
+        version=version.version,
+        run_id=run_id,
+        report=report,
+        bundle_path=registry.fetch(version.name, version.version),
+        metrics=report.metrics,
+    )
+
+
+def _find_champion(project: Project) -> Version | None:
+    """Give the champion without making a database only to find none in it."""
+    if not project.has_registry:
+        return None
+    return project.registry().find(project.loaded_task.name, CHAMPION)
+
+
+def _read_champion(project: Project, version: Version) -> Champion:
+    folder = project.registry().fetch(version.name, version.version)
+    return Champion(
+        version=version.version,
+        onnx=(folder / MODEL).read_bytes(),
+        schema=Schema.read(folder / SCHEMA),
+    )
+
+
+def _search_folder(project: Project) -> Path:
+    return project.ray_storage / f"search-{_fingerprint(project, project.search)}"
+
+
+def _search_file(project: Project) -> Path:
+    return _search_folder(project).with_suffix(".json")
+
+
+def _fingerprint(project: Project, settings: object) -> str:
+    """Name work by all that decides its result: code beside the Task, data, seed and settings."""
+    digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
+    for file in sorted(project.reference.file.parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    digest.update(digest_of(project.splits).encode())
+    return digest.hexdigest()[:16]
+
+
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _describe(report: DataReport) -> str:
+    counts = ", ".join(f"{count} {part}" for part, count in report.num_examples.items())
+    warnings = len(report.violations) - len(report.errors)
+    return f"{counts}; {warnings} warnings" if warnings else counts
