@@ -44,8 +44,16 @@ protos: $(STAMP) ## generate the wire code from protos/
 	  --grpc_python_out=$(abspath $(OUT)) --mypy_grpc_out=quiet:$(abspath $(OUT)) \
 	  minga/federation/v1/federation.proto
 
+bench: $(STAMP) ## run every benchmark; make bench ARGS=--quick gives rough answers
+	@set -e; for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	$(if $(wildcard benchmarks/*.py),,@echo "benchmarks/ holds no benchmark yet.")
+
+docs: $(STAMP) ## write the reference from the code and build the site into site/
+	$(BIN)/python -m minga.cli.reference docs/reference
+	$(BIN)/zensical build --clean --strict
+
 dist: $(STAMP) ## build wheel and sdist into dist/
 	$(BIN)/python -m build
 
-clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove the virtual environment, what was built, and caches
+	rm -rf $(VENV) dist site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
