@@ -44,6 +44,8 @@ def test_a_version_and_outputs_can_be_named(url):
 def test_metadata_and_readiness(url):
     """A model's metadata and readiness are one call each."""
     assert client_module.metadata(url, "scaling")["inputs"][0]["shape"] == [-1, 3]
+    with InferenceClient(url) as client:
+        assert client.models() == ("scaling",)
     assert client_module.ready(url)
     assert client_module.ready(url, "scaling")
     assert not client_module.ready(url, "unknown")

@@ -106,7 +106,7 @@ def _serve_on_ray(
                 with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
                     watcher.run(threading.Event(), config.poll_interval_s)
             finally:
-                host.stop()
+                host.drain()
 
 
 def _announce(url: str, refs: Sequence["ModelRef"]) -> None:

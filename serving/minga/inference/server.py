@@ -107,7 +107,9 @@ def listen(host: str, port: int) -> socket.socket:
         InferenceError: the address is not one of this machine, or the port needs privileges.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small answers at once only on sockets that name their protocol; else each
+    # waits 40 ms for the acknowledgement of the one before.
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         # Connections of a server that just ended linger in TIME_WAIT; they are no reason to fail.
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

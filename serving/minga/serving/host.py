@@ -89,8 +89,16 @@ class ServeHost:
         with InferenceClient(self.url, timeout_s=timeout_s) as client:
             self._wait(client.ready, timeout_s, f"no model answers at {self.url}")
 
+    def drain(self) -> None:
+        """Finish the requests in flight and end the replicas; Ray Serve ends with its Ray."""
+        serve.delete(APPLICATION)
+
     def stop(self) -> None:
-        """Finish the requests in flight, then stop Ray Serve; Ray itself goes on."""
+        """Finish the requests in flight, then stop Ray Serve and free its port; Ray goes on.
+
+        Ray 2.60 writes two lines to stdout about its controller having been killed. Where Ray
+        is shut down next, `drain` does the same in silence.
+        """
         serve.shutdown()
 
     def _launch(self) -> None:
