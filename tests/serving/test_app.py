@@ -338,8 +338,23 @@ async def test_a_caller_that_leaves_gets_no_answer(make_app, models):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": INFER, "headers": []}
-    await make_app(scaling=models["scaling"](1))(scope, receive, send)
+    app = make_app(scaling=models["scaling"](1))
+    await app(scope, receive, send)
     assert sent == []
+    async with connect(app) as client:
+        assert 'status="499"' in (await client.get("/metrics")).text
+
+
+async def test_a_websocket_is_refused(make_app, models):
+    """The protocol has no websockets; one is closed before it is accepted."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    app = make_app(scaling=models["scaling"](1))
+    await app({"type": "websocket", "path": "/v2"}, None, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 async def test_an_output_that_json_cannot_carry_is_refused_with_the_remedy(make_app, models):

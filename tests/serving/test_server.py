@@ -15,7 +15,7 @@ from minga.inference.client import InferenceClient
 from minga.inference.errors import InferenceError, PortInUseError
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
-from minga.inference.server import Server, url_host
+from minga.inference.server import Server, listen, url_host
 
 
 @pytest.fixture
@@ -46,6 +46,20 @@ async def test_an_address_of_another_machine_is_one_clear_error(make_app, models
     """An address that is not ours is refused with a remedy."""
     with pytest.raises(InferenceError, match="another address"):
         await Server(make_app(scaling=models["scaling"](1)), host="192.0.2.1", port=0).start()
+
+
+async def test_an_application_that_refuses_to_start_frees_the_port():
+    """If the application fails on its way up, start says so and the port is free again."""
+
+    async def broken(scope, receive, send):
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": "no"})
+
+    with listen("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(InferenceError, match="refused to start"):
+        await Server(broken, port=port).start()
+    listen("127.0.0.1", port).close()
 
 
 async def test_stopping_a_server_that_never_started_does_nothing(make_app, models):

@@ -47,6 +47,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_HEADER_BYTES: Final = 64 * 1024
+_CALLER_LEFT: Final = 499  # nginx' number for it; nobody receives it, only the metrics
 # A hop to a thread and back costs about 0.1 ms; computing longer than this on the loop would
 # be felt by the other connections.
 _INLINE_S: Final = 0.001
@@ -165,6 +166,9 @@ class InferenceApp:
             status = answer.status
         except InferenceError as error:
             status = error.status
+            raise
+        except (DisconnectedError, asyncio.CancelledError):
+            status = _CALLER_LEFT
             raise
         finally:
             self._metrics.end(

@@ -46,7 +46,7 @@ class ServingConfig(BaseModel):
     fast_ingress: bool = False
     """Let HAProxy take the requests instead of Ray Serve's Python proxy, which answers many times
     more of them. Off by default: HAProxy's statistics and metrics then listen on every interface
-    (ports 8404 and 9101) without authentication, and cannot be bound to 127.0.0.1."""
+    without authentication, on free ports, and cannot be bound to 127.0.0.1."""
 
     @property
     def limits(self) -> Limits:

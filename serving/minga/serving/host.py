@@ -158,7 +158,8 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
 
     Args:
         config: how to serve.
-        refs: what to serve; may be empty, and `ServeHost.deploy` follow.
+        refs: what to serve, at paths that every node of the cluster can read; may be empty, and
+            `ServeHost.deploy` follow.
 
     Raises:
         PortInUseError: the port is taken.
