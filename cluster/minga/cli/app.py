@@ -16,6 +16,7 @@ app = App(
     help="One model from an idea to a fleet of devices, and kept good there.",
     version=lambda: version("minga"),
     default_parameter=None,
+    suppress_keyboard_interrupt=False,  # `main` says what was kept
 )
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -56,8 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _show_own_help(words)
         app(words)
-    except KeyboardInterrupt:
-        sys.stderr.write("minga: stopped by you.\n")
+    except KeyboardInterrupt as stop:
+        kept = f"; {stop}" if str(stop) else ""
+        sys.stderr.write(f"minga: stopped by you{kept}\n")
         sys.exit(130)
     except Exception as error:  # the last resort turns errors into words
         if debug:
