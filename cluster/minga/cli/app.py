@@ -4,6 +4,7 @@ Commands are named by import path, so `minga --help` loads none of them.
 """
 
 import os
+import signal
 import sys
 from importlib.metadata import version
 
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("MINGA_DEBUG") == "1"
     words = [word for word in words if word != "--debug"]
+    # Asked to end, a command leaves as after Ctrl-C: what it started is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _show_own_help(words)
         app(words)

@@ -69,7 +69,10 @@ def show(result: "DemoReport", work: Path) -> None:
         ],
     )
     print_line("")
-    print_table(("", ""), list(result.rows()))
+    rows = list(result.rows())
+    width = max(len(what) for what, _ in rows)
+    for what, figure in rows:
+        print_line(f"{what:<{width}}  {figure}")
     print_line("")
     print_line(
         f"next: cd {work}/project && minga model list, or start your own with: minga init plant"

@@ -1,6 +1,5 @@
 """`minga federate`: train the champion further on the fleet."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +7,6 @@ from minga.cli.output import print_json, print_line, print_note, print_table, sh
 
 if TYPE_CHECKING:
     from minga.federation.v1 import federation_pb2 as pb
-    from minga.training.progress import OnProgress
 
 
 def federate(
@@ -28,14 +26,14 @@ def federate(
         json: Print JSON.
     """
     from minga.cluster.federate import federate as run
-    from minga.cluster.fleet import describe_campaign
+    from minga.cluster.fleet import describe_campaign, report_campaign
     from minga.cluster.project import load
 
     loaded = load(project)
     seen: list[pb.Campaign] = []
     try:
         with show_progress() as show:
-            watch = campaign_progress(show)
+            watch = report_campaign(show)
 
             def on_campaign(campaign: "pb.Campaign") -> None:
                 seen[:] = [campaign]
@@ -66,19 +64,3 @@ def federate(
     )
     verdict = "promoted to champion" if result.promoted else "refused by its gates"
     print_line(f"{result.registered.name} version {result.registered.version}: {verdict}")
-
-
-def campaign_progress(show: "OnProgress") -> "Callable[[pb.Campaign], None]":
-    """Turn a campaign's states into progress: rounds done, and the stage of the open one."""
-    from minga.federation.v1 import federation_pb2 as pb
-    from minga.training.progress import Progress
-
-    def watch(campaign: pb.Campaign) -> None:
-        done = sum(round_.stage == pb.ROUND_STAGE_COMMITTED for round_ in campaign.rounds)
-        note = campaign.reason
-        if campaign.rounds and not note:
-            stage = pb.RoundStage.Name(campaign.rounds[-1].stage).removeprefix("ROUND_STAGE_")
-            note = f"round {campaign.rounds[-1].number}: {stage.lower()}"
-        show(Progress(step="federate", done=done, total=campaign.plan.num_rounds, note=note))
-
-    return watch

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from minga.cluster import pipeline, shuttle
+from minga.cluster import pipeline, template
 from minga.cluster.demo_report import (
     DemoReport,
     DeviceAnswer,
@@ -28,11 +29,11 @@ from minga.cluster.demo_report import (
 )
 from minga.cluster.errors import DemoError
 from minga.cluster.federate import Federated, federate
-from minga.cluster.fleet import describe_devices
+from minga.cluster.fleet import describe_devices, report_campaign
 from minga.cluster.following import following
 from minga.cluster.pipeline import Registered
 from minga.cluster.processes import LocalFleet
-from minga.cluster.project import Project, load, read_splits
+from minga.cluster.project import Project, load
 from minga.cluster.stack import local_ray
 from minga.cluster.traffic import Tally, Traffic
 from minga.cluster.victim import Victim
@@ -40,6 +41,7 @@ from minga.federation.device.enrolment import enrol
 from minga.federation.operator import connect
 from minga.federation.v1 import federation_pb2 as pb
 from minga.inference.client import InferenceClient
+from minga.training.data import read_splits
 from minga.training.evaluate import evaluate
 from minga.training.export import INPUT, OUTPUT
 from minga.training.loop import Learner, fit
@@ -123,12 +125,9 @@ class Demo:
             with self._step("enrol"):
                 self._enrol(project, fleet)
             with self._step("federate"):
-                victim = Victim(
-                    self._largest_site(), lambda name: self._start(project, fleet, name), fleet
-                )
-                federated = federate(
-                    project, fleet.state, on_campaign=victim.watch, on_progress=self.on_progress
-                )
+                restart = partial(self._start, project, fleet)
+                victim = Victim(self._largest_site(), restart, fleet)
+                federated = self._federate(project, fleet, victim)
                 killed = self._check_killed(project, victim)
             with self._step("swap"):
                 version = str(_champion(project).version)
@@ -149,8 +148,7 @@ class Demo:
 
     def _write_project(self) -> Project:
         folder = self.folder / "project"
-        pipeline.init(folder)
-        shuttle.write(folder / "data", seed=self.config.seed, num_sites=self.config.num_sites)
+        template.write(folder, num_sites=self.config.num_sites)
         return self.config.applied_to(load(folder))
 
     def _train_centrally(self, project: Project) -> tuple[Registered, Params]:
@@ -208,6 +206,15 @@ class Demo:
     def _start(self, project: Project, fleet: LocalFleet, name: str) -> None:
         source = project.directory / "data" / f"{name}.csv"
         fleet.start_device(name, project=project.directory, source=source)
+
+    def _federate(self, project: Project, fleet: LocalFleet, victim: Victim) -> Federated:
+        report = report_campaign(self.on_progress)
+
+        def on_campaign(campaign: pb.Campaign) -> None:
+            victim.watch(campaign)
+            report(campaign)
+
+        return federate(project, fleet.state, on_campaign=on_campaign, on_progress=self.on_progress)
 
     def _largest_site(self) -> str:
         """Name the site with the most data: it trains longest, so there is time to kill it."""

@@ -13,6 +13,7 @@ from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire import config_to_wire
+from minga.training.progress import OnProgress, Progress
 
 OnCampaign = Callable[[pb.Campaign], None]
 
@@ -101,6 +102,21 @@ def campaign_plan(
         expected_dropout=config.expected_dropout,
         colluder_share=config.colluder_share,
     )
+
+
+def report_campaign(on_progress: OnProgress) -> OnCampaign:
+    """Turn a campaign's states into progress: rounds done, and the stage of the open one."""
+
+    def watch(campaign: pb.Campaign) -> None:
+        done = sum(round_.stage == pb.ROUND_STAGE_COMMITTED for round_ in campaign.rounds)
+        note = campaign.reason
+        if campaign.rounds and not note:
+            newest = campaign.rounds[-1]
+            stage = pb.RoundStage.Name(newest.stage).removeprefix("ROUND_STAGE_").lower()
+            note = f"round {newest.number}: {stage}, {len(newest.survivors)} updates"
+        on_progress(Progress(step="federate", done=done, total=campaign.plan.num_rounds, note=note))
+
+    return watch
 
 
 async def run_campaign(

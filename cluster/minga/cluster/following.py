@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minga.cluster.project import Project
-from minga.serving.host import start
 from minga.serving.registry_source import RegistrySource
 from minga.serving.watcher import Watcher, current_versions
 
@@ -21,6 +20,9 @@ def following(project: Project, *, port: int | None = None) -> Iterator[str]:
     Yields:
         The server's URL, once it answers.
     """
+    # Ray reads its settings when it is imported, so not before it is started.
+    from minga.serving.host import start  # noqa: PLC0415
+
     config = project.serving
     if port is not None:
         config = config.model_copy(update={"port": port})

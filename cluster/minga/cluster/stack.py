@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from minga.training.interrupts import handlers_restored
+
 MIN_CPUS = 4
 """Ray only counts CPUs; with fewer, two trainers and a server would wait for each other."""
 
@@ -44,13 +46,14 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[None]:
         return
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus or max(os.cpu_count() or 1, MIN_CPUS),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with handlers_restored():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or max(os.cpu_count() or 1, MIN_CPUS),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     try:
         yield
     finally:

@@ -36,8 +36,7 @@ def gather(project: Project, state: Path) -> dict[str, Any]:
 
 def _registry(project: Project) -> dict[str, Any]:
     part: dict[str, Any] = {"uri": project.tracking_uri, "models": [], "note": ""}
-    database = project.tracking_uri.removeprefix("sqlite:///")
-    if database != project.tracking_uri and not Path(database).exists():
+    if not project.has_registry:
         return part | {"note": "no model is registered yet; make one with: minga run"}
     try:
         registry = Registry(project.tracking_uri)

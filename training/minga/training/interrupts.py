@@ -1,4 +1,4 @@
-"""Ctrl-C around libraries that take its handler and do not give it back."""
+"""Ctrl-C and SIGTERM around libraries that take their handlers and do not give them back."""
 
 import signal
 import threading
@@ -7,17 +7,18 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def handler_restored() -> Iterator[None]:
-    """Restore the handler of SIGINT after the block.
+def handlers_restored() -> Iterator[None]:
+    """Restore the handlers of SIGINT and SIGTERM after the block.
 
-    Ray Tune and Ray Train install handlers of their own and leave them in place, where they
-    swallow the Ctrl-C that is meant for later work.
+    Ray, Ray Tune and Ray Train install handlers of their own and leave them in place, where they
+    swallow what is meant for later work.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

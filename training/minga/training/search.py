@@ -28,7 +28,7 @@ from minga.training.config import SearchConfig
 from minga.training.document import Document
 from minga.training.errors import DivergedError, TrainingError
 from minga.training.history import Record, best_record
-from minga.training.interrupts import handler_restored
+from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network
 from minga.training.progress import OnProgress, Progress, silent
@@ -107,7 +107,7 @@ def search(
         tuner = tune.Tuner.restore(str(folder), trainable=trainable, resume_errored=False)
     else:
         tuner = _tuner(trainable, task, config, seed, folder)
-    with _listening(on_progress), handler_restored():
+    with _listening(on_progress), handlers_restored():
         results = tuner.fit()
     if results.num_terminated + results.num_errors < config.num_trials:
         raise KeyboardInterrupt(

@@ -34,7 +34,7 @@ from minga.federation.parameters import Parameters
 from minga.training.config import TrainConfig
 from minga.training.errors import TrainingError
 from minga.training.history import Record, best_record
-from minga.training.interrupts import handler_restored
+from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, Shard, fit
 from minga.training.network import build_network, parameters_of
 from minga.training.progress import OnProgress, Progress, silent
@@ -109,7 +109,7 @@ def train(
         scaling_config=ScalingConfig(num_workers=config.num_workers),
         run_config=_run_config(task, config, folder),
     )
-    with _reporting(folder / PROGRESS_FILE, config.epochs, on_progress), handler_restored():
+    with _reporting(folder / PROGRESS_FILE, config.epochs, on_progress), handlers_restored():
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
