@@ -11,18 +11,20 @@ from minga.cli.output import print_json, print_line, print_table
 
 app = App(name="device", help="Enrol and run an edge device; list and revoke devices.")
 
+Token = Annotated[str, Parameter(allow_leading_hyphen=True)]
 Folder = Annotated[Path, Parameter(help="The device's folder: identity and models.")]
 State = Annotated[Path, Parameter(help="The coordinator's state folder, or an operator's.")]
 
 
 @app.command
-def enroll(token: str, *, folder: Folder = Path("device"), name: str = "") -> None:
+def enroll(token: Token, *, folder: Folder = Path("device"), name: str = "") -> None:
     """Turn a one-time token into this device's identity; its key never leaves the folder.
 
     Example: minga device enroll "$TOKEN" --name press-7
 
     Args:
-        token: What `minga coordinator token` printed; '-' reads it from standard input.
+        token: What `minga coordinator token` printed; '-' reads it from standard input, where
+            other users of this machine cannot see it.
         folder: Where identity and models are kept; made if missing.
         name: The device's name: a-z, 0-9 and '-'. The default is this machine's name.
     """

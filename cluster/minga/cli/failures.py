@@ -39,7 +39,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.federation.errors.EnrolmentError": 30,
     "minga.federation.errors.IdentityError": 31,
     "minga.federation.errors.UnreachableError": 32,
-    "minga.federation.errors.PortInUseError": 33,
+    "minga.federation.errors.PortInUseError": 22,  # whichever part wanted the port
     "minga.federation.errors.CampaignError": 34,
     "minga.federation.errors.FederationError": 35,
 }

@@ -28,7 +28,7 @@ from minga.cluster.demo_report import (
     TrafficReport,
 )
 from minga.cluster.errors import DemoError
-from minga.cluster.federate import Federated, federate
+from minga.cluster.federate import Federated, federate, publish
 from minga.cluster.fleet import describe_devices, report_campaign
 from minga.cluster.following import following
 from minga.cluster.pipeline import Registered
@@ -131,13 +131,23 @@ class Demo:
                 killed = self._check_killed(project, victim)
             with self._step("swap"):
                 version = str(_champion(project).version)
+                if not federated.promoted:  # its devices get the champion that stayed
+                    publish(project, fleet.state)
                 self._until(lambda: traffic.tally.versions[-1:] == [version], "Serve swaps")
             with self._step("devices"):
                 devices = self._ask_devices(project, fleet, url, version)
                 peak = fleet.child("coordinator").peak_memory_bytes()
         with self._step("sites alone"):
             sites = {name: self._train_alone(project, params, name) for name in self.sites}
-        return self._report(central, federated, killed, traffic.tally, devices, sites, peak)
+        return self._report(
+            central=central,
+            federated=federated,
+            killed=killed,
+            tally=traffic.tally,
+            devices=devices,
+            sites=sites,
+            peak_memory_bytes=peak,
+        )
 
     @property
     def sites(self) -> list[str]:
@@ -248,7 +258,7 @@ class Demo:
     def _ask_devices(
         self, project: Project, fleet: LocalFleet, url: str, version: str
     ) -> tuple[DeviceAnswer, ...]:
-        """Wait until every device runs the version, then compare its answers to the central ones."""
+        """Wait until every device runs the version, then compare its answers to central ones."""
         running: dict[str, str] = {}
 
         def all_run_it() -> bool:
@@ -285,6 +295,7 @@ class Demo:
 
     def _report(
         self,
+        *,
         central: Registered,
         federated: Federated,
         killed: KilledDevice,
