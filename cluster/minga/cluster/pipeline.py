@@ -28,7 +28,8 @@ from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
 from minga.training.gates import GateReport
 from minga.training.lineage import Campaign, Lineage, trace
-from minga.training.network import build_network, load_parameters, probe
+from minga.training.network import build_network, load_parameters
+from minga.training.probe import probe
 from minga.training.profile import Profile
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.registry import CHALLENGER, CHAMPION, Version

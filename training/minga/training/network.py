@@ -13,12 +13,9 @@ import torch
 from torch import nn
 
 from minga.federation.parameters import Parameters
-from minga.training.errors import DataError, ShapeError, TaskError
+from minga.training.errors import ShapeError, TaskError
 from minga.training.space import Params
-from minga.training.task import Batch, Split, Splits, Task
-
-PROBE_EXAMPLES = 4
-"""Enough examples that a batch axis cannot be mistaken for another."""
+from minga.training.task import Batch, Split, Task
 
 
 @contextmanager
@@ -98,39 +95,3 @@ def load_parameters(network: nn.Module, parameters: Parameters) -> None:
 def batch_of(split: Split) -> Batch:
     """Copy a split into tensors, of the types that it has."""
     return Batch(torch.from_numpy(split.inputs.copy()), torch.from_numpy(split.targets.copy()))
-
-
-def probe(task: Task, params: Params, splits: Splits) -> None:
-    """Try one step and the metrics on a few examples, before hours are spent on a typing error.
-
-    Raises:
-        ShapeError: forward, loss or metrics do not take these shapes.
-        TaskError: the metrics lack the objective's.
-        DataError: the loss of the untrained network is not finite.
-    """
-    few = Split(
-        inputs=splits.train.inputs[:PROBE_EXAMPLES], targets=splits.train.targets[:PROBE_EXAMPLES]
-    )
-    network = build_network(task, params, splits.train, seed=0)
-    shapes = f"inputs {few.inputs.shape} {few.inputs.dtype}, targets {few.targets.shape}"
-    try:
-        loss = task.step(network, batch_of(few))
-        loss.backward()  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ShapeError(
-            f"{type(task).__name__}: one training step fails on {shapes}: {_first_line(error)}; "
-            "make model, loss and data agree"
-        ) from error
-    if loss.ndim != 0:
-        raise ShapeError(
-            f"{type(task).__name__}.loss gave shape {tuple(loss.shape)}; it must be one number, "
-            "for instance its mean"
-        )
-    if not torch.isfinite(loss):
-        raise DataError(
-            f"the untrained network's loss is {float(loss)} on {shapes}; are values missing?"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

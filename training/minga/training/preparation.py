@@ -32,10 +32,12 @@ class Standardize(nn.Module):
     @classmethod
     def fitted(cls, inputs: NDArray[Any]) -> Self:
         """Take mean and deviation from inputs of shape `(n, columns)`, missing values aside."""
-        values = np.asarray(inputs, np.float64)
-        mean = np.nan_to_num(np.nanmean(values, axis=0))
-        scale = np.nan_to_num(np.nanstd(values, axis=0))
-        return cls(mean, np.where(scale > 0, scale, 1.0))
+        is_present = np.isfinite(inputs)
+        num_present = np.maximum(is_present.sum(axis=0), 1)
+        values = np.where(is_present, inputs, 0).astype(np.float64)
+        mean = values.sum(axis=0) / num_present
+        variance = (np.where(is_present, values - mean, 0) ** 2).sum(axis=0) / num_present
+        return cls(mean, np.where(variance > 0, np.sqrt(variance), 1.0))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the exported model's input name
         """Standardise inputs of shape `(batch, columns)`; the shape stays."""
