@@ -1,4 +1,4 @@
-"""`minga coordinator`, `device`, `federate`: what an operator types, sees, and gets as exit code."""
+"""`minga coordinator` and `device`: what an operator types, sees, and gets as exit code."""
 
 import json
 import shutil
@@ -117,7 +117,7 @@ def test_port_in_use(fleet: LocalFleet, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_coordinator_away(tmp_path: Path) -> None:
-    """When the coordinator is stopped, operators and new devices are told whom they cannot reach."""
+    """Without a coordinator, operators and new devices are told whom they cannot reach."""
     with LocalFleet(tmp_path) as fleet:
         coordinator = fleet.start_coordinator(reconnect_grace_s=1.0)
         token = new_token(fleet)

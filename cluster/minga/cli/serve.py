@@ -83,10 +83,10 @@ def _serve_on_ray(
     import tempfile
     import threading
 
+    from minga.cluster.following import following
     from minga.cluster.stack import local_ray
     from minga.inference.server import listen
     from minga.serving.ingress import fast_ingress, plain_ingress
-    from minga.serving.watcher import Watcher
 
     listen(config.host, config.port).close()  # before Ray takes its seconds to start
     log_to_stderr()
@@ -96,17 +96,10 @@ def _serve_on_ray(
         with local_ray(num_cpus=cpus):
             # Ray's own handler would leave without stopping what it serves.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            from minga.serving.host import start
-
-            host = start(config, refs)
-            try:
-                host.wait_ready()
-                _announce(host.url, refs)
-                watcher = Watcher(source, refs, host.deploy)
+            with following(config, source, refs) as url:
+                _announce(url, refs)
                 with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
-                    watcher.run(threading.Event(), config.poll_interval_s)
-            finally:
-                host.drain()
+                    threading.Event().wait()
 
 
 def _announce(url: str, refs: Sequence["ModelRef"]) -> None:

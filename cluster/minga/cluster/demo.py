@@ -30,7 +30,7 @@ from minga.cluster.demo_report import (
 from minga.cluster.errors import DemoError
 from minga.cluster.federate import Federated, federate, publish
 from minga.cluster.fleet import describe_devices, report_campaign
-from minga.cluster.following import following
+from minga.cluster.following import following_champion
 from minga.cluster.pipeline import Registered
 from minga.cluster.processes import LocalFleet
 from minga.cluster.project import Project, load
@@ -119,7 +119,7 @@ class Demo:
                 stack.enter_context(local_ray())
             central, params = self._train_centrally(project)
             with self._step("serve"):
-                url = stack.enter_context(following(project, port=0))
+                url = stack.enter_context(following_champion(project))
                 traffic = stack.enter_context(self._traffic(project, url))
             fleet = stack.enter_context(LocalFleet(self.folder))
             with self._step("enrol"):

@@ -1,46 +1,61 @@
 """Central serving that follows the registry: the champion is served, whoever promotes it."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from minga.cluster.project import Project
+from minga.inference.engine import ModelRef
+from minga.serving.config import ServingConfig
 from minga.serving.registry_source import RegistrySource
-from minga.serving.watcher import Watcher, current_versions
+from minga.serving.watcher import ModelSource, Watcher, current_versions
 
 
 @contextmanager
-def following(project: Project, *, port: int | None = None) -> Iterator[str]:
-    """Serve a project's champion on the Ray of this process, and swap whenever it changes.
+def following(
+    config: ServingConfig, source: ModelSource, refs: Sequence[ModelRef]
+) -> Iterator[str]:
+    """Serve models on the Ray of this process, and swap versions whenever the source says so.
+
+    Ray must be shut down afterwards: Ray Serve itself ends with it.
 
     Args:
-        project: whose `[serving]` table and registry are meant.
-        port: instead of the table's; 0 takes a free one.
+        config: how to serve.
+        source: asked for the version of each model, again and again.
+        refs: the versions to begin with.
 
     Yields:
         The server's URL, once it answers.
+
+    Raises:
+        PortInUseError: the port is taken.
+        ServingError: a version cannot be loaded, or no replica starts.
     """
     # Ray reads its settings when it is imported, so not before it is started.
     from minga.serving.host import start  # noqa: PLC0415
 
-    config = project.serving
-    if port is not None:
-        config = config.model_copy(update={"port": port})
-    source = RegistrySource(project.tracking_uri, alias=config.alias)
-    refs = current_versions(source, [project.loaded_task.name])
     host = start(config, refs)
     stop = threading.Event()
+    watcher = Watcher(source, refs, host.deploy)
+    thread = threading.Thread(
+        target=watcher.run, args=(stop, config.poll_interval_s), name="minga-watcher"
+    )
     try:
-        watcher = Watcher(source, refs, host.deploy)
         host.wait_ready()
-        thread = threading.Thread(
-            target=watcher.run, args=(stop, config.poll_interval_s), name="minga-watcher"
-        )
         thread.start()
-        try:
-            yield host.url
-        finally:
-            stop.set()
-            thread.join()
+        yield host.url
     finally:
-        host.stop()
+        stop.set()
+        if thread.ident is not None:
+            thread.join()
+        host.drain()
+
+
+@contextmanager
+def following_champion(project: Project) -> Iterator[str]:
+    """Serve a project's champion at a free port; see `following`."""
+    config = project.serving.model_copy(update={"port": 0})
+    source = RegistrySource(project.tracking_uri, alias=config.alias)
+    refs = current_versions(source, [project.loaded_task.name])
+    with following(config, source, refs) as url:
+        yield url
