@@ -198,6 +198,19 @@ def test_replay_gives_the_same_round(identities: dict[str, Identity]) -> None:
         assert journal.replay(table.order, 0.0, rows) == first
 
 
+def test_looking_at_an_event_changes_nothing(identities: dict[str, Identity]) -> None:
+    """Whether an event would change the state can be asked before it is applied."""
+    table = Table(identities)
+    table.play(Stage.AGGREGATE, lambda now: ("site-5",) if now is Stage.UPDATES else ())
+    table.take(SumComputed(model_digest=bytes(32), total_weight=40))
+    first, second = (Round(order=table.order, started_at=0.0) for _ in range(2))
+    for at, event in enumerate(table.log):
+        would_change = first.changed_by(event)
+        assert first == second
+        assert first.apply(event, float(at)) is would_change
+        second.apply(event, float(at))
+
+
 def test_repetition_changes_nothing(identities: dict[str, Identity]) -> None:
     """The same answer twice is taken once, at any time; a different one is refused."""
     table = Table(identities)

@@ -266,36 +266,56 @@ class Round:
 
     # --- events in ---
 
-    def apply(self, event: Event, at: float) -> bool:
-        """Take one event that happened at `at`.
+    def changed_by(self, event: Event) -> bool:
+        """Tell whether an event would change the state; nothing is changed yet.
+
+        So an event can be written down before it is applied, and what a crash or a full disk
+        keeps from being written down has not happened.
 
         Returns:
-            True if the state changed; False for a repetition or for news that came too late to
-            matter.
+            False for a repetition, or for news that came too late to matter.
 
         Raises:
-            PeerError: the event contradicts the state; nothing changed.
+            PeerError: the event contradicts the state.
         """
         if self.stage.ended:
             return False
         match event:
-            case DeviceLost():
-                changed = self._lose(event)
-            case DeadlinePassed():
-                changed = self._expire(event)
+            case DeviceLost(device_id=device_id):
+                return device_id in self.order.invited and device_id not in self.lost
+            case DeadlinePassed(stage=stage):
+                return stage is self.stage
             case SumComputed():
-                changed = self._commit(event)
+                assert self.stage is Stage.AGGREGATE, f"a sum in stage {self.stage.name}"
+                return True
             case RoundFailed():
-                self._end(Stage.ABORTED, event.reason)
-                changed = True
+                return True
             case _:
-                changed = self._take(event)
-        if changed:
-            self._advance(at)
-        return changed
+                return self._admits(event)
 
-    def _take(self, event: Answer) -> bool:
-        """File a device's answer, once."""
+    def apply(self, event: Event, at: float) -> bool:
+        """Take one event that happened at `at`; returns and raises as `changed_by` does."""
+        if not self.changed_by(event):
+            return False
+        match event:
+            case DeviceLost(device_id=device_id, reason=reason):
+                self.lost[device_id] = reason
+            case DeadlinePassed():
+                late = f"too late for stage {self.stage.name}"
+                self.lost.update(dict.fromkeys(self.missing(), late))
+            case SumComputed():
+                self.result = event
+                self._end(Stage.COMMITTED, "")
+            case RoundFailed(reason=reason):
+                self._end(Stage.ABORTED, reason)
+            case _:
+                _, answers, answer = self._filing(event)
+                answers[event.device_id] = answer
+        self._advance(at)
+        return True
+
+    def _admits(self, event: Answer) -> bool:
+        """Say whether a device's answer is new; refuse it if it cannot be right."""
         stage, answers, answer = self._filing(event)
         known = answers.get(event.device_id)
         if known is not None:
@@ -310,7 +330,6 @@ class Round:
         if event.device_id not in expected:
             raise PeerError(f"{event.device_id} is not in stage {stage.name} of this round")
         self._check(event)
-        answers[event.device_id] = answer
         return True
 
     def _filing(self, event: Answer) -> tuple[Stage, dict[str, Any], Any]:
@@ -327,7 +346,7 @@ class Round:
             case SharesRevealed():
                 return Stage.UNMASK, self.reveals, event.reveal
 
-    def _check(self, event: DeviceEvent) -> None:
+    def _check(self, event: Answer) -> None:
         """Refuse an answer that cannot be right, whoever sent it."""
         me = event.device_id
         match event:
@@ -350,26 +369,6 @@ class Round:
 
     def _update_digests(self) -> set[bytes]:
         return {update.digest for update in self.updates.values()}
-
-    def _lose(self, event: DeviceLost) -> bool:
-        if event.device_id in self.lost or event.device_id not in self.order.invited:
-            return False
-        self.lost[event.device_id] = event.reason
-        return True
-
-    def _expire(self, event: DeadlinePassed) -> bool:
-        if event.stage is not self.stage:
-            return False
-        for device_id in self.missing():
-            self.lost[device_id] = f"too late for stage {self.stage.name}"
-        return True
-
-    def _commit(self, event: SumComputed) -> bool:
-        if self.stage is not Stage.AGGREGATE:
-            raise AssertionError(f"a sum in stage {self.stage.name}")
-        self.result = event
-        self._end(Stage.COMMITTED, "")
-        return True
 
     # --- stages ---
 
