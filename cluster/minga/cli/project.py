@@ -8,8 +8,8 @@ from minga.cli.output import print_json, print_line, print_note, print_table, sh
 if TYPE_CHECKING:
     from minga.cluster.pipeline import Registered
     from minga.training.gates import GateReport
-    from minga.training.search import SearchResult
     from minga.training.space import Params
+    from minga.training.trials import SearchResult
 
 
 def init(directory: Path, *, sites: int = 0) -> None:

@@ -36,9 +36,9 @@ from minga.training.registry import CHALLENGER, CHAMPION, Version
 from minga.training.schema import Schema
 from minga.training.space import Params
 from minga.training.task import SplitName
+from minga.training.trials import SearchResult
 
 if TYPE_CHECKING:
-    from minga.training.search import SearchResult
     from minga.training.train import Trained
 
 
@@ -64,7 +64,7 @@ class RunReport:
     """What the whole path came to; `seconds` is by step."""
 
     data: DataReport
-    search: "SearchResult"
+    search: SearchResult
     trained: "Trained"
     registered: Registered
     promoted: bool
@@ -158,7 +158,7 @@ def check_data(project: Project, source: str | None = None) -> DataReport:
 
 def search(
     project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
-) -> "SearchResult":
+) -> SearchResult:
     """Search the Task's hyper-parameters.
 
     A finished search is kept; the same code, data and settings give it again without a trial.
@@ -208,13 +208,11 @@ def search(
     return found
 
 
-def finished_search(project: Project) -> "SearchResult | None":
+def finished_search(project: Project) -> SearchResult | None:
     """Give the result of a finished search of the same code, data and settings, if there is one."""
     file = _search_file(project)
     if not file.exists():
         return None
-    from minga.training.search import SearchResult  # noqa: PLC0415 - loads Ray
-
     return SearchResult.read(file)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from ray import tune
@@ -25,15 +25,15 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from minga.training.config import SearchConfig
-from minga.training.document import Document
 from minga.training.errors import DivergedError, TrainingError
 from minga.training.history import Record, best_record
 from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network
 from minga.training.progress import OnProgress, Progress, silent
-from minga.training.space import Choice, Domain, LogUniform, Param, RandInt, Uniform
+from minga.training.space import Choice, Domain, LogUniform, RandInt, Uniform
 from minga.training.task import Splits, Task, TaskReference
+from minga.training.trials import SearchResult, Trial, TrialStatus
 
 CHECKPOINT = "learner.pt"
 
@@ -42,34 +42,6 @@ TRIAL_ID = re.compile(r"[0-9a-f]{5}_\d{5}")
 
 # How often Tune saves the state that an interrupted search goes on from.
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
-
-
-TrialStatus = Literal["finished", "cut", "diverged", "failed"]
-
-
-class Trial(Document):
-    """One point of the search space and what became of it.
-
-    `cut` trials were stopped before `max_epochs` because others did better by then.
-    """
-
-    number: int
-    params: dict[str, Param]
-    metrics: dict[str, float]
-    """Of its best epoch."""
-    epochs: int
-    status: TrialStatus
-    history: tuple[Record, ...]
-
-
-class SearchResult(Document):
-    """The best parameters found, complete with the Task's defaults, and every trial."""
-
-    params: dict[str, Param]
-    metrics: dict[str, float]
-    trials: tuple[Trial, ...]
-    resumed: bool
-    """Whether it went on from an interrupted search."""
 
 
 def search(
