@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from minga.training.history import Record
 from minga.training.progress import OnProgress, Progress, silent
@@ -69,7 +70,7 @@ class Tracker:
         if found is not None:
             return cls(client, found.experiment_id)
         location = artifact_root
-        if "://" not in location:
+        if not urlsplit(location).scheme:
             location = (Path(location).absolute() / experiment).as_uri()
         return cls(client, client.create_experiment(experiment, artifact_location=location))
 
