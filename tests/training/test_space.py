@@ -22,6 +22,25 @@ def test_empty_domain_is_refused(make, words):
         make()
 
 
+@pytest.mark.parametrize(
+    ("domain", "kind"),
+    [
+        (choice([1, 2]), int),
+        (choice(["a", "b"]), str),
+        (choice([True, False]), bool),
+        (uniform(0, 1), float),
+        (loguniform(0.1, 1), float),
+        (randint(0, 5), int),
+    ],
+)
+def test_drawn_values_are_plain(domain, kind):
+    """What the search draws are Python's own types, which JSON and other processes take."""
+    from minga.training.search import _to_tune
+
+    drawn = _to_tune(domain).sample(random_state=0)
+    assert type(drawn) is kind
+
+
 def test_gain_is_positive_for_the_better_value():
     """Both directions say by how much the first value is better."""
     assert Maximize("auc").gain(0.9, 0.8) == pytest.approx(0.1)
