@@ -25,6 +25,8 @@ class Campaign:
     campaign_id: str
     plan: pb.CampaignPlan
     model_digest: bytes
+    optimizer_digest: bytes = b""
+    """The state that the server optimiser goes on with; empty if it keeps none."""
     state: int = RUNNING
     reason: str = ""
     records: list[pb.Round] = field(default_factory=list)
@@ -40,6 +42,7 @@ class Campaign:
             campaign_id=row.campaign_id,
             plan=pb.CampaignPlan.FromString(row.plan),
             model_digest=row.model_digest,
+            optimizer_digest=row.optimizer_digest,
             state=row.state,
             reason=row.reason,
         )
@@ -192,3 +195,7 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
             _round_plan(plan, "00" * 16, plan.model_digest, num_values, cohort)
         except (PlanError, PeerError) as error:
             raise CampaignError(f"no round can work with {cohort} devices: {error}") from error
+    try:
+        wire.optimizer_from_wire(plan)
+    except (ValueError, PeerError) as error:
+        raise CampaignError(f"server_optimizer: {error}") from error

@@ -218,10 +218,12 @@ class Campaigns:
         )
 
     def blobs_in_use(self) -> set[bytes]:
-        """Give the digests of all that campaigns started from, came to, or wait for."""
+        """Give the digests of all that campaigns started from, came to, go on with or wait for."""
         kept = set[bytes]()
         for campaign in self._campaigns.values():
             kept |= {campaign.plan.model_digest, campaign.model_digest}
+            if campaign.is_running and campaign.optimizer_digest:
+                kept.add(campaign.optimizer_digest)
             if campaign.open_round is not None:
                 kept |= {update.digest for update in campaign.open_round.updates.values()}
         return kept
@@ -325,8 +327,9 @@ class Campaigns:
         """Unmask the sum off the loop, then commit."""
         event: Event
         try:
+            optimizer = wire.optimizer_from_wire(campaign.plan)
             event = await asyncio.to_thread(
-                aggregate, round_, self._blobs, campaign.plan.server_learning_rate
+                aggregate, round_, self._blobs, optimizer, campaign.optimizer_digest
             )
         except StorageError:
             raise  # everything it is made from is kept, so it can be done again
@@ -405,10 +408,14 @@ class Campaigns:
                 campaign.campaign_id,
                 round_.order.round_id,
                 row,
-                event.model_digest,
-                round_.survivors,
+                model_digest=event.model_digest,
+                optimizer_digest=event.optimizer_digest,
+                counted=round_.survivors,
             )
+            former = campaign.optimizer_digest
             campaign.model_digest = event.model_digest
+            campaign.optimizer_digest = event.optimizer_digest
+            self._drop_unused({former})
         else:
             self._store.append_event(round_.order.round_id, row)
         round_.apply(event, now)
@@ -434,8 +441,7 @@ class Campaigns:
         campaign.close_round(record)
         self._told.clear()
         updates = {update.digest for update in round_.updates.values()}
-        for digest in {*updates, round_.order.model_digest} - self.blobs_in_use():
-            self._blobs.delete(digest)
+        self._drop_unused({*updates, round_.order.model_digest})
         self._metrics.observe_round(record)
         self.changed.fire()
 
@@ -443,7 +449,13 @@ class Campaigns:
         self._store.end_campaign(campaign.campaign_id, state, reason)
         campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
+        self._drop_unused({campaign.optimizer_digest})
         self.changed.fire()
+
+    def _drop_unused(self, digests: set[bytes]) -> None:
+        """Delete what no campaign needs any more; what a crash leaves is collected at the start."""
+        for digest in digests - self.blobs_in_use() - {b""}:
+            self._blobs.delete(digest)
 
     # --- reading state ---
 
