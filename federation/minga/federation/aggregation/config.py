@@ -66,7 +66,7 @@ class FedAdagradTable(OptimizerTable):
     """Adagrad: rare coordinates, such as rare words, go far; steps get shorter each round."""
 
     learning_rate: Positive = 0.1
-    """The length of a step, about that of a coordinate in the first rounds."""
+    """About how far a coordinate moves in the first rounds, while its updates agree."""
 
     beta_1: Share = 0.0
     """How much of the running mean of updates stays each round."""
@@ -86,7 +86,7 @@ class FedAdamTable(OptimizerTable):
     """Adam: each coordinate has its own rate, by how large its updates are of late."""
 
     learning_rate: Positive = 0.1
-    """The length of a step, about that of a coordinate in each round."""
+    """About how far a coordinate moves in a round while its updates agree."""
 
     beta_1: Share = 0.9
     """How much of the running mean of updates stays each round."""
@@ -111,7 +111,7 @@ class FedYogiTable(OptimizerTable):
     """Yogi: as Adam, but rates rise again only slowly after large updates."""
 
     learning_rate: Positive = 0.1
-    """The length of a step, about that of a coordinate in each round."""
+    """About how far a coordinate moves in a round while its updates agree."""
 
     beta_1: Share = 0.9
     """How much of the running mean of updates stays each round."""

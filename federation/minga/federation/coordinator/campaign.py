@@ -13,6 +13,7 @@ from minga.federation.errors import CampaignError, PeerError
 from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
 from minga.federation.secagg.errors import PlanError
 from minga.federation.secagg.plan import RoundPlan
+from minga.federation.trainer import proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
 
 RUNNING = pb.CAMPAIGN_STATE_RUNNING
@@ -197,5 +198,6 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
             raise CampaignError(f"no round can work with {cohort} devices: {error}") from error
     try:
         wire.optimizer_from_wire(plan)
+        proximal_mu(wire.config_from_wire(plan.training))
     except (ValueError, PeerError) as error:
-        raise CampaignError(f"server_optimizer: {error}") from error
+        raise CampaignError(f"the campaign cannot work: {error}") from error
