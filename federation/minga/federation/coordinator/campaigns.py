@@ -337,7 +337,9 @@ class Campaigns:
             _log.exception("round %s: the sum failed", round_.order.round_id)
             event = RoundFailed(reason=f"the sum failed: {error}")
         if campaign.is_running:  # it may have been cancelled meanwhile
+            former = campaign.optimizer_digest
             self._record(campaign, round_, event)
+            self._drop_unused({former})
 
     def _changes(self) -> list[asyncio.Event]:
         """Whatever may move a round: an event here, a device that comes or goes."""
@@ -412,10 +414,8 @@ class Campaigns:
                 optimizer_digest=event.optimizer_digest,
                 counted=round_.survivors,
             )
-            former = campaign.optimizer_digest
             campaign.model_digest = event.model_digest
             campaign.optimizer_digest = event.optimizer_digest
-            self._drop_unused({former})
         else:
             self._store.append_event(round_.order.round_id, row)
         round_.apply(event, now)
