@@ -10,6 +10,7 @@
     ├── StorageError        this machine's disk or database fails
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
+    ├── StepError           the mean update cannot be made a next global model
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -55,6 +56,10 @@ class TrainerError(FederationError):
 
 class MissingBlobError(FederationError):
     """The store holds no blob of that digest."""
+
+
+class StepError(FederationError, ValueError):
+    """The mean update cannot be made a next global model."""
 
 
 class PeerError(FederationError):
