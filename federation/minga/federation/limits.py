@@ -108,8 +108,8 @@ RECONNECT_GRACE_S: Final = 10.0
 """How long a device may be away during a round before it counts as lost, by default."""
 
 RETURN_S: Final = 2 * MAX_RECONNECT_BACKOFF_S
-"""How long devices may take to find a coordinator that was restarted: their own backoff and the
-one of gRPC's channel, one after the other."""
+"""How long devices may take to find a coordinator that was restarted: they dial it at least every
+`MAX_RECONNECT_BACKOFF_S`, to which gRPC adds a fifth at random."""
 
 STORAGE_RETRY_S: Final = 5.0
 """A campaign that the coordinator's own disk or database stopped is tried again this often."""

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,24 @@ class Agent:
                     raise
                 except FederationError as error:
                     _log.warning("%s", error)
-                # Not after every stream: two agents with one identity push each other out.
-                if clock() - opened_at > MAX_RECONNECT_BACKOFF_S:
+                if clock() - opened_at > 2 * backoff_s:
                     backoff_s = FIRST_RECONNECT_BACKOFF_S
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311
-                backoff_s = min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
+                backoff_s = await self._pause(backoff_s)
         finally:
             await self._close()
+
+    async def _pause(self, backoff_s: float) -> float:
+        """Wait before the next stream, and say how long to wait next time."""
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311 - so that a fleet spreads out
+        await asyncio.sleep(FIRST_RECONNECT_BACKOFF_S * jitter)
+        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
+            # The link is good, the coordinator ends streams. Maybe because of another agent with
+            # this identity: the two would push each other out for ever.
+            await asyncio.sleep(backoff_s * jitter)
+            return min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
+        with suppress(TimeoutError):  # the channel dials by itself, with a backoff of its own
+            await asyncio.wait_for(self._channel.channel_ready(), MAX_RECONNECT_BACKOFF_S)
+        return FIRST_RECONNECT_BACKOFF_S
 
     async def _close(self) -> None:
         self._drop_participant()
