@@ -453,9 +453,12 @@ class Campaigns:
         self.changed.fire()
 
     def _drop_unused(self, digests: set[bytes]) -> None:
-        """Delete what no campaign needs any more; what a crash leaves is collected at the start."""
+        """Delete what no campaign needs any more; what stays nevertheless is collected later."""
         for digest in digests - self.blobs_in_use() - {b""}:
-            self._blobs.delete(digest)
+            try:
+                self._blobs.delete(digest)
+            except OSError:
+                _log.exception("blob %s could not be deleted", digest.hex())
 
     # --- reading state ---
 
