@@ -7,6 +7,7 @@
     ├── UnreachableError    the coordinator does not answer
     ├── PortInUseError      another process listens where this one should
     ├── CampaignError       a campaign cannot start, or ended without a result
+    ├── AuditError          the audit log was altered, or is no audit log
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
     └── PeerError           the other side misbehaves: what it sent is refused
@@ -42,6 +43,10 @@ class PortInUseError(FederationError):
 
 class CampaignError(FederationError):
     """A campaign cannot start, or ended without a result."""
+
+
+class AuditError(FederationError):
+    """The audit log was altered: an entry is changed, missing, moved or not signed as it should."""
 
 
 class TrainerError(FederationError):

@@ -51,8 +51,13 @@ BACKDATING: Final = timedelta(minutes=5)
 class Lifetimes:
     """How long certificates hold."""
 
-    client: timedelta = timedelta(days=30)
+    device: timedelta = timedelta(days=30)
+    operator: timedelta = timedelta(days=30)
     server: timedelta = timedelta(days=90)
+
+    def of(self, role: Role) -> timedelta:
+        """Give the lifetime of a client's certificate; services are renewed with the operator."""
+        return self.device if role is Role.DEVICE else self.operator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +131,7 @@ class Authority:
         return self._issue(
             public_key,
             name,
-            self.lifetimes.client,
+            self.lifetimes.of(role),
             [x509.UniformResourceIdentifier(uri)],
             ExtendedKeyUsageOID.CLIENT_AUTH,
         )
