@@ -5,23 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from minga.cluster.stack import local_ray
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One small Ray for the whole session: starting it takes longer than most tests."""
-    os.environ.update(
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_AUTH_MODE="disabled",
-        RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
-    )
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+    with local_ray(num_cpus=4):
+        yield

@@ -10,19 +10,25 @@ from minga.cli.output import print_json, print_line
 
 app = App(name="coordinator", help="Run the federation's server, make tokens.")
 
-State = Annotated[Path, Parameter(help="The coordinator's state folder.")]
+
+def _set_by(name: str) -> Parameter:
+    """Let the environment set what no flag sets, under the name that the settings have."""
+    return Parameter(env_var=f"MINGA_COORDINATOR_{name}")
+
+
+State = Annotated[Path, _set_by("STATE")]
 
 
 @app.command
 def run(
     *,
-    state: Path = Path("coordinator"),
-    host: str = "127.0.0.1",
-    public_host: str = "",
-    port: int = 7443,
-    enrol_port: int = 7444,
-    metrics_port: int = 9464,
-    reconnect_grace: float = 10.0,
+    state: State = Path("coordinator"),
+    host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
+    public_host: Annotated[str, _set_by("PUBLIC_HOST")] = "",
+    port: Annotated[int, _set_by("PORT")] = 7443,
+    enrol_port: Annotated[int, _set_by("ENROL_PORT")] = 7444,
+    metrics_port: Annotated[int, _set_by("METRICS_PORT")] = 9464,
+    reconnect_grace: Annotated[float, _set_by("RECONNECT_GRACE_S")] = 10.0,
 ) -> None:
     """Run the coordinator until Ctrl-C; it goes on where it was after a crash.
 

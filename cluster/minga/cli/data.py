@@ -24,10 +24,12 @@ def check(*, project: Path = Path(), source: str | None = None, json: bool = Fal
         source: Other data than the project's; a relative path is taken from the project folder.
         json: Print JSON.
     """
-    from minga.cluster.pipeline import check_data
     from minga.cluster.project import load
 
-    report = check_data(load(project), source)
+    loaded = load(project)  # before what takes seconds to import: a mistake is answered at once
+    from minga.cluster.pipeline import check_data
+
+    report = check_data(loaded, source)
     if json:
         print_json(report)
     else:

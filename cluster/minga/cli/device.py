@@ -12,7 +12,14 @@ from minga.cli.output import print_json, print_line, print_table
 app = App(name="device", help="Enrol and run an edge device; list and revoke devices.")
 
 Token = Annotated[str, Parameter(allow_leading_hyphen=True)]
-Folder = Annotated[Path, Parameter(help="The device's folder: identity and models.")]
+
+
+def _set_by(name: str) -> Parameter:
+    """Let the environment set what no flag sets, under the name that the settings have."""
+    return Parameter(env_var=f"MINGA_DEVICE_{name}")
+
+
+Folder = Annotated[Path, _set_by("FOLDER")]
 State = Annotated[Path, Parameter(help="The coordinator's state folder, or an operator's.")]
 
 
@@ -44,10 +51,10 @@ def run(
     folder: Folder = Path("device"),
     project: Path | None = None,
     source: str = "",
-    trainer: str = "",
+    trainer: Annotated[str, _set_by("TRAINER")] = "",
     option: dict[str, str] | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8080,
+    host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
+    port: Annotated[int, _set_by("PORT")] = 8080,
 ) -> None:
     """Run this device until Ctrl-C: join rounds, fetch models, answer predictions on site.
 
@@ -74,9 +81,8 @@ def run(
     if project is not None:
         trainer = "minga.training.federated:trainer_from_options"
         options = {"project": str(project.resolve()), "source": source}
-    settings = DeviceSettings(
-        folder=folder, trainer=trainer, trainer_options=options, host=host, port=port
-    )
+    given = {"trainer_options": options} if options else {}  # else the environment's
+    settings = DeviceSettings(folder=folder, trainer=trainer, host=host, port=port, **given)
     run_service(serve(settings))
 
 

@@ -7,6 +7,7 @@ from minga.cli.output import print_json, print_line, print_note, print_table, sh
 
 if TYPE_CHECKING:
     from minga.cluster.pipeline import Registered
+    from minga.cluster.project import Project
     from minga.training.gates import GateReport
     from minga.training.space import Params
     from minga.training.trials import SearchResult
@@ -40,12 +41,12 @@ def run(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> N
         fresh: Search anew even if a search is kept.
         json: Print JSON.
     """
+    loaded = _load(project)
     from minga.cluster.pipeline import run as run_pipeline
-    from minga.cluster.project import load
     from minga.training.errors import GateError
 
     with show_progress() as show:
-        report = run_pipeline(load(project), show, fresh_search=fresh)
+        report = run_pipeline(loaded, show, fresh_search=fresh)
     if json:
         data = report.data.model_dump(include={"source", "digest", "num_examples", "violations"})
         print_json(
@@ -74,11 +75,11 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
         fresh: Search anew even if a search is kept.
         json: Print JSON.
     """
+    loaded = _load(project)
     from minga.cluster.pipeline import search
-    from minga.cluster.project import load
 
     with show_progress() as show:
-        found = search(load(project), show, fresh=fresh)
+        found = search(loaded, show, fresh=fresh)
     if json:
         print_json({"params": found.params, "metrics": found.metrics, "trials": _trials(found)})
         return
@@ -113,10 +114,9 @@ def train(*, project: Path = Path(), params: Path | None = None, json: bool = Fa
         params: A JSON file with hyper-parameters; what it leaves out is taken from the defaults.
         json: Print JSON.
     """
+    loaded = _load(project)
     from minga.cluster.pipeline import register_candidate, train_model
-    from minga.cluster.project import load
 
-    loaded = load(project)
     chosen, origin = _choose_params(loaded, params)
     print_note(f"parameters from {origin}: {_words(chosen)}")
     with show_progress() as show:
@@ -137,7 +137,14 @@ def train(*, project: Path = Path(), params: Path | None = None, json: bool = Fa
         print_note(f"next: minga model promote {registered.version}")
 
 
-def _choose_params(project: Any, file: Path | None) -> "tuple[Params, str]":
+def _load(project: Path) -> "Project":
+    """Read the settings before what takes seconds to import: a mistake is answered at once."""
+    from minga.cluster.project import load
+
+    return load(project)
+
+
+def _choose_params(project: "Project", file: Path | None) -> "tuple[Params, str]":
     """Give hyper-parameters and where they come from."""
     from minga.cluster.pipeline import finished_search
 

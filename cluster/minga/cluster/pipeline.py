@@ -96,6 +96,8 @@ def run(
     with clock.step("data"):
         report = check_data(project)
         report.require_valid()
+        # Before Ray is started, which takes seconds.
+        probe(project.loaded_task, project.loaded_task.defaults, project.splits)
         on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
     with local_ray():
         with clock.step("search"):

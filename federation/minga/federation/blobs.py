@@ -190,19 +190,31 @@ class BlobStore:
             if sender is not None:
                 self._discharge(digest, sender)
 
-    def collect(self, keep: Collection[bytes], *, part_lifetime_s: float = PART_LIFETIME_S) -> int:
+    def collect(
+        self,
+        keep: Collection[bytes],
+        *,
+        blob_grace_s: float = 0.0,
+        part_lifetime_s: float = PART_LIFETIME_S,
+    ) -> int:
         """Delete all blobs but some, and parts whose senders did not come back.
 
         Args:
             keep: Digests of the blobs to keep.
+            blob_grace_s: Blobs that came within this time are kept too.
             part_lifetime_s: Parts that nothing was added to for this long are abandoned.
 
         Returns:
             How many blobs and parts were removed.
         """
-        kept = set(keep)
-        here = [bytes.fromhex(p.name) for p in self._folder.iterdir() if _is_hex_digest(p.name)]
-        unwanted = [digest for digest in here if digest not in kept]
+        kept, before = set(keep), self._clock() - blob_grace_s
+        here = [path for path in self._folder.iterdir() if _is_hex_digest(path.name)]
+        unwanted = [
+            digest
+            for path in here
+            if (digest := bytes.fromhex(path.name)) not in kept
+            and (not blob_grace_s or path.stat().st_mtime < before)
+        ]
         for digest in unwanted:
             self.delete(digest)
         return len(unwanted) + self._collect_parts(self._clock() - part_lifetime_s)

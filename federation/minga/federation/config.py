@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from minga.federation.limits import MAX_COHORT
 from minga.federation.trainer import Scalar
 
 
@@ -18,7 +19,7 @@ class FederationConfig(BaseModel):
     group: str = ""
     """Only devices of this group are invited; empty: all groups."""
 
-    cohort: Annotated[int, Field(ge=2, le=4096)] = 8
+    cohort: Annotated[int, Field(ge=2, le=MAX_COHORT)] = 8
     """How many devices a round invites at most."""
 
     min_cohort: Annotated[int, Field(ge=2)] = 3

@@ -7,6 +7,7 @@
     ├── UnreachableError    the coordinator does not answer
     ├── PortInUseError      another process listens where this one should
     ├── CampaignError       a campaign cannot start, or ended without a result
+    ├── StorageError        this machine's disk or database fails
     ├── AuditError          the audit log was altered, or is no audit log
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
@@ -43,6 +44,10 @@ class PortInUseError(FederationError):
 
 class CampaignError(FederationError):
     """A campaign cannot start, or ended without a result."""
+
+
+class StorageError(FederationError):
+    """This machine's disk or database fails; what was not stored has not happened."""
 
 
 class AuditError(FederationError):

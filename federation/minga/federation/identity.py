@@ -265,7 +265,7 @@ def parse_certificate(der: bytes) -> x509.Certificate:
         )
     try:
         return x509.load_der_x509_certificate(der)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise IdentityError(f"the bytes are no X.509 certificate ({error})") from error
 
 

@@ -77,6 +77,9 @@ SENDER_MAX_BLOBS: Final = 1000
 PART_LIFETIME_S: Final = 24 * 3600.0
 """How long an unfinished upload waits for its sender to come back, by default."""
 
+BLOB_GRACE_S: Final = 600.0
+"""A blob that nothing refers to is kept this long: whoever sent it may be about to name it."""
+
 # -- connections ------------------------------------------------------------------------------
 
 KEEPALIVE_INTERVAL_S: Final = 60.0
@@ -106,11 +109,43 @@ CALL_TIMEOUT_S: Final = 30.0
 OUTBOX_MESSAGES: Final = 64
 """Messages that wait for one device before its stream is cut; a round needs six."""
 
+OUTBOX_CLOSE_S: Final = 5.0
+"""How long a stream that is being closed may take to send what is queued, before it is cut."""
+
 HEARTBEAT_INTERVAL_S: Final = 15.0
-"""How often a device says that it is alive."""
+"""How often a device says that it is alive, and is answered, by default."""
+
+MIN_HEARTBEAT_INTERVAL_S: Final = 0.1
+"""A device beats no more often than this, whatever it is told."""
+
+SILENT_HEARTBEATS: Final = 3
+"""Either side gives a stream up on which nothing came for so many heartbeats: TCP and its probes
+say nothing of a peer whose program hangs, or of one that a router in between speaks for."""
 
 RECONNECT_GRACE_S: Final = 10.0
 """How long a device may be away during a round before it counts as lost, by default."""
+
+RETURN_S: Final = 2 * MAX_RECONNECT_BACKOFF_S
+"""How long devices may take to find a coordinator that was restarted: their own backoff and the
+one of gRPC's channel, one after the other."""
+
+STORAGE_RETRY_S: Final = 5.0
+"""A campaign that the coordinator's own disk or database stopped is tried again this often."""
+
+MAX_COHORT: Final = 4096
+"""Devices in one round."""
+
+DETAILED_ROUNDS: Final = 100
+"""Newest rounds of a campaign whose devices' names the coordinator keeps in memory."""
+
+WATCH_DETAIL_BYTES: Final = 64 * KIB
+"""Records of rounds with all their devices' names in one message to who watches a campaign."""
+
+STATUS_DETAIL_BYTES: Final = 2 * MIB
+"""The same, in an answer that is asked for once."""
+
+MAX_VERSION_CHARS: Final = 64
+"""Length of a model version's name."""
 
 MAX_CONSECUTIVE_ABORTS: Final = 3
 """Rounds in a row that may fail before their campaign is given up."""

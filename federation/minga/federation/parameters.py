@@ -3,16 +3,19 @@
 Bytes are safetensors: reading them runs no code, whoever wrote them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from minga.federation.errors import PeerError
+from minga.federation.errors import MissingBlobError, PeerError
 
 Parameters = dict[str, NDArray[np.float32]]
 """Tensor name -> float32 array."""
@@ -78,7 +81,9 @@ class Layout:
 def to_bytes(parameters: Parameters) -> bytes:
     """Write parameters as safetensors, the same bytes for the same values."""
     ordered = {
-        name: np.ascontiguousarray(parameters[name], np.float32) for name in sorted(parameters)
+        # Not `ascontiguousarray`, which makes a scalar a vector of one.
+        name: np.asarray(parameters[name], np.float32, order="C")
+        for name in sorted(parameters)
     }
     data: bytes = save(ordered)
     return data
@@ -90,11 +95,51 @@ def from_bytes(data: bytes) -> Parameters:
     Raises:
         PeerError: the bytes are no safetensors file, or a tensor is not float32.
     """
-    try:
+    with _safetensors():
         tensors: Parameters = load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise PeerError(f"not a safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if tensor.dtype != np.float32:
             raise PeerError(f"tensor {name!r} is {tensor.dtype}, expected float32")
     return tensors
+
+
+def read_layout(path: Path) -> Layout:
+    """Read the layout of a safetensors file from its header; no values are read.
+
+    Raises:
+        PeerError: see `from_bytes`.
+        MissingBlobError: there is no such file.
+    """
+    with _safetensors(), safetensors.safe_open(path, framework="numpy") as file:
+        return _layout_of(file)
+
+
+def read_tensors(path: Path) -> Iterator[NDArray[np.float32]]:
+    """Read the tensors of a safetensors file one by one, in the order of its layout.
+
+    Raises:
+        PeerError: see `from_bytes`.
+        MissingBlobError: there is no such file.
+    """
+    with _safetensors(), safetensors.safe_open(path, framework="numpy") as file:
+        for name in _layout_of(file).names:
+            yield file.get_tensor(name)
+
+
+def _layout_of(file: Any) -> Layout:
+    names = tuple(sorted(file.keys()))
+    slices = [file.get_slice(name) for name in names]
+    for name, entry in zip(names, slices, strict=True):
+        if entry.get_dtype() != "F32":
+            raise PeerError(f"tensor {name!r} is {entry.get_dtype()}, expected float32")
+    return Layout(names=names, shapes=tuple(tuple(entry.get_shape()) for entry in slices))
+
+
+@contextmanager
+def _safetensors() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingBlobError(f"there is no model: {error}") from error
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise PeerError(f"not a safetensors file: {error}") from error

@@ -4,20 +4,30 @@ Everything that comes from the other side is converted here once; what has a wro
 `PeerError` here, so that no other module handles a malformed message.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from minga.federation.blobs import DIGEST_BYTES
 from minga.federation.coordinator import rounds
 from minga.federation.errors import PeerError
-from minga.federation.limits import MAX_REASON_CHARS
+from minga.federation.identity import is_name
+from minga.federation.limits import MAX_REASON_CHARS, MAX_VERSION_CHARS
 from minga.federation.secagg.messages import Advert, Confirmation, EncryptedShare, Reveal
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 
+_ROUND_ID = re.compile(r"[0-9a-f]{32}")
+
 # --- small things ---
+
+
+def plain(text: str) -> str:
+    """Make a peer's free text fit for a log, a database or a terminal: short and printable."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_REASON_CHARS])
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:
@@ -54,6 +64,45 @@ def config_from_wire(values: Mapping[str, pb.Value]) -> dict[str, Scalar]:
             raise PeerError(f"training parameter {name!r} has no value")
         config[name] = getattr(value, kind)
     return config
+
+
+# --- models ---
+
+
+def check_model(name: str, version: str, digest: bytes) -> None:
+    """Refuse a model version that no device could keep, or that no listing could show.
+
+    Raises:
+        PeerError: name, version or digest has a wrong form.
+    """
+    if not is_name(name):
+        raise PeerError(f"{plain(name)!r} is no model name: use a-z, 0-9 and '-'")
+    if not 0 < len(version) <= MAX_VERSION_CHARS or not version.isprintable() or "/" in version:
+        raise PeerError(
+            f"{plain(version)!r} is no version: use 1 to {MAX_VERSION_CHARS} characters, no '/'"
+        )
+    _check_digest(digest)
+
+
+def model_report(report: pb.ModelReport) -> pb.ModelReport:
+    """Read what a device says of a model, fit to be stored and listed.
+
+    Raises:
+        PeerError: see `check_model`.
+    """
+    check_model(report.name, report.version, report.digest)
+    return pb.ModelReport(
+        name=report.name,
+        version=report.version,
+        digest=report.digest,
+        state=report.state,
+        detail=plain(report.detail),
+    )
+
+
+def _check_digest(digest: bytes) -> None:
+    if len(digest) != DIGEST_BYTES:
+        raise PeerError(f"a blob's digest has {DIGEST_BYTES} bytes, got {len(digest)}")
 
 
 # --- plans ---
@@ -103,6 +152,7 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan:
     plan = invite.plan
     if plan.round_id.hex() != invite.round_id:
         raise PeerError("the invitation and its plan name different rounds")
+    _check_digest(invite.model_digest)
     return RoundPlan(
         round_id=plan.round_id,
         context_digest=context_digest(invite.model_digest, config_from_wire(invite.training)),
@@ -233,9 +283,11 @@ def event_from_wire(device_id: str, request: pb.SessionRequest) -> tuple[str, ro
                 device_id=device_id, reveal=reveal_from_wire(device_id, body)
             )
         case pb.RoundWithdrawal():
-            event = rounds.DeviceLost(device_id=device_id, reason=body.reason[:MAX_REASON_CHARS])
+            event = rounds.DeviceLost(device_id=device_id, reason=plain(body.reason))
         case _:
             raise PeerError(f"{kind!r} is no message of a device in a round")
+    if _ROUND_ID.fullmatch(body.round_id) is None:
+        raise PeerError(f"{plain(body.round_id)!r} is no round")
     return body.round_id, event
 
 
@@ -303,10 +355,24 @@ def instruction_to_wire(round_id: str, instruction: rounds.Instruction) -> pb.Se
             )
 
 
+def round_end(record: pb.Round, device_id: str) -> pb.SessionResponse:
+    """Tell a device how a round ended that is only a record by now."""
+    finish = rounds.finish(
+        device_id,
+        committed=record.stage == pb.ROUND_STAGE_COMMITTED,
+        survivors=record.survivors,
+        lost=record.lost,
+        reason=record.reason,
+    )
+    return instruction_to_wire(record.round_id, finish)
+
+
 def unknown_round(round_id: str) -> pb.SessionResponse:
     """Tell a device that nobody waits for its round."""
     return pb.SessionResponse(
-        round_end=pb.RoundEnd(round_id=round_id, reason="the coordinator knows no such round")
+        round_end=pb.RoundEnd(
+            round_id=plain(round_id), reason="the coordinator knows no such round"
+        )
     )
 
 
@@ -335,4 +401,20 @@ def round_to_wire(round_: rounds.Round, received: int, sent: int) -> pb.Round:
         ended_at=timestamp(round_.ended_at),
         bytes_received=received,
         bytes_sent=sent,
+    )
+
+
+def without_names(record: pb.Round) -> pb.Round:
+    """Copy a round's record without the lists of devices, which are most of it."""
+    return pb.Round(
+        round_id=record.round_id,
+        number=record.number,
+        stage=record.stage,
+        plan=record.plan,
+        reason=record.reason,
+        total_weight=record.total_weight,
+        started_at=record.started_at,
+        ended_at=record.ended_at,
+        bytes_received=record.bytes_received,
+        bytes_sent=record.bytes_sent,
     )

@@ -273,9 +273,17 @@ def test_lost_device_is_told_at_once_or_at_the_end(identities: dict[str, Identit
 def test_deadlines(identities: dict[str, Identity]) -> None:
     """A stage's deadline counts from its own start; an old deadline does nothing."""
     table = Table(identities)
-    assert table.round.deadline == 10.0
+    assert table.round.deadline() == 10.0
     table.play(Stage.UPDATES)
-    assert table.round.deadline == table.now + 100.0
+    assert table.round.deadline() == table.now + 100.0
     assert not table.round.apply(DeadlinePassed(stage=Stage.KEYS), 500.0)
     table.play(Stage.AGGREGATE)
-    assert table.round.deadline is None
+    assert table.round.deadline() is None
+
+
+def test_deadline_after_a_restart(identities: dict[str, Identity]) -> None:
+    """A stage during which the coordinator was away has all its time again."""
+    table = Table(identities)
+    table.play(Stage.UPDATES)
+    assert table.round.deadline(not_before=5000.0) == 5100.0
+    assert table.round.deadline(not_before=table.now - 1) == table.now + 100.0

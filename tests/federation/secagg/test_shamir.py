@@ -72,6 +72,28 @@ def test_one_share_less_fits_every_secret(secret: bytes, other: bytes, xs: list[
     assert combine(forged, threshold) == other
 
 
+@given(xs=places, at=st.integers(0, PRIME - 1), powers=st.lists(st.integers(0, PRIME - 1)))
+def test_interpolation_gives_polynomials_back(xs: list[int], at: int, powers: list[int]):
+    """Through as many places as it has coefficients, a polynomial is found everywhere."""
+    powers = powers[: len(xs)]
+
+    def value(x: int) -> int:
+        return sum(coefficient * pow(x, n, PRIME) for n, coefficient in enumerate(powers)) % PRIME
+
+    shares = [value(x).to_bytes(SHARE_BYTES) for x in xs]
+    assert Interpolation(xs, at).value(shares) == value(at)
+
+
+@given(xs=places, secret=secrets, seed=st.integers(0, 2**32), data=st.data())
+def test_a_place_can_be_left_out(xs: list[int], secret: bytes, seed: int, data):
+    """Weights with one place taken out again are those of the other places."""
+    left_out = data.draw(st.sampled_from(xs))
+    others = [x for x in xs if x != left_out]
+    shares = split(secret, len(others), xs, seeded_bytes(seed))
+    rebuilt = Interpolation(xs).without(left_out).secret([shares[x] for x in others])
+    assert rebuilt == secret
+
+
 @given(secret=secrets, seed=st.integers(0, 2**32))
 def test_too_few_shares_do_not_rebuild(secret: bytes, seed: int):
     """A polynomial through too few shares misses the secret."""

@@ -12,7 +12,6 @@ import io
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextvars import ContextVar
 from operator import attrgetter
@@ -31,11 +30,9 @@ from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network
 from minga.training.progress import OnProgress, Progress, silent
-from minga.training.space import Choice, Domain, LogUniform, RandInt, Uniform
+from minga.training.space import Choice, Domain, LogUniform, Params, RandInt, Uniform
 from minga.training.task import Splits, Task, TaskReference
 from minga.training.trials import SearchResult, Trial, TrialStatus
-
-CHECKPOINT = "learner.pt"
 
 TRIAL_ID = re.compile(r"[0-9a-f]{5}_\d{5}")
 """In the name of a trial's folder, where Tune keeps it after every restart."""
@@ -72,11 +69,17 @@ def search(
     if not task.search_space:
         return SearchResult(params=dict(task.defaults), metrics={}, trials=(), resumed=False)
     trainable = tune.with_parameters(
-        _run_trial, reference=reference, splits=splits, seed=seed, max_epochs=config.max_epochs
+        _run_trial,
+        reference=reference,
+        splits=splits,
+        seed=seed,
+        max_epochs=config.max_epochs,
+        folder=str(folder),
     )
     resumed = tune.Tuner.can_restore(str(folder))
     if resumed:
-        tuner = tune.Tuner.restore(str(folder), trainable=trainable, resume_errored=False)
+        # What failed gets another try: something outside of code and data may have stopped it.
+        tuner = tune.Tuner.restore(str(folder), trainable=trainable, resume_errored=True)
     else:
         tuner = _tuner(trainable, task, config, seed, folder)
     with _listening(on_progress), handlers_restored():
@@ -86,9 +89,8 @@ def search(
             f"{results.num_terminated} of {config.num_trials} trials are kept in {folder}; "
             "the same command goes on from there"
         )
-    trials = tuple(
-        sorted((_trial(result, task, config) for result in results), key=attrgetter("number"))
-    )
+    found = (_trial(result, task, config, folder) for result in results)
+    trials = tuple(sorted(found, key=attrgetter("number")))
     best = _best(trials, task, results.errors)
     return SearchResult(params=best.params, metrics=best.metrics, trials=trials, resumed=resumed)
 
@@ -110,7 +112,7 @@ def _tuner(
                 random_state=seed,
             ),
             scheduler=ASHAScheduler(
-                time_attr="training_iteration",
+                time_attr="epoch",
                 max_t=config.max_epochs,
                 grace_period=min(config.grace_epochs, config.max_epochs),
                 reduction_factor=config.reduction_factor,
@@ -122,7 +124,6 @@ def _tuner(
             storage_path=str(folder.parent),
             verbose=0,
             callbacks=[_Announcer(task.objective.metric, config.num_trials)],
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
         ),
     )
 
@@ -134,20 +135,23 @@ def _run_trial(
     splits: Splits,
     seed: int,
     max_epochs: int,
+    folder: str,
 ) -> None:
-    """Train one trial in its own process; goes on from its checkpoint if there is one."""
+    """Train one trial in its own process; goes on from its own file if there is one."""
     task = reference.load()
     params = {**task.defaults, **config}
     learner = Learner(task, build_network(task, params, splits.train, seed=seed), params)
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as saved:
-            learner.load(torch.load(Path(saved) / CHECKPOINT, weights_only=True))
+    file = _learner_file(Path(folder), _number(tune.get_context().get_trial_id()))
+    state = _read_learner(file, params)
+    if state is not None:
+        learner.load(state)
+        tune.report(learner.history[-1])
 
     def report(record: Record) -> bool:
-        with tempfile.TemporaryDirectory() as saved:
-            torch.save(learner.state(), Path(saved) / CHECKPOINT)
-            tune.report(record, checkpoint=tune.Checkpoint.from_directory(saved))
+        unfinished = file.with_suffix(".new")
+        torch.save({"params": params, **learner.state()}, unfinished)
+        unfinished.replace(file)
+        tune.report(record)
         return False
 
     try:
@@ -164,6 +168,23 @@ def _run_trial(
         tune.report({task.objective.metric: task.objective.worst, "epoch": max_epochs})
 
 
+def _learner_file(folder: Path, number: int) -> Path:
+    """Name the file that a trial goes on from.
+
+    It is our own and no checkpoint of Tune: after a power cut Tune's last snapshot names
+    checkpoints that it has deleted since, and such a trial could never go on.
+    """
+    return folder / f"trial-{number}.pt"
+
+
+def _read_learner(file: Path, params: Params) -> dict[str, Any] | None:
+    """Read what a trial left; None if it left nothing, or if its number had other parameters."""
+    if not file.exists():
+        return None
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state if state["params"] == params else None
+
+
 def _to_tune(domain: Domain) -> Any:
     match domain:
         case Choice(options):
@@ -176,8 +197,11 @@ def _to_tune(domain: Domain) -> Any:
             return tune.randint(low, high)
 
 
-def _trial(result: Any, task: Task, config: SearchConfig) -> Trial:
-    history = _history(result)
+def _trial(result: Any, task: Task, config: SearchConfig, folder: Path) -> Trial:
+    number = _number(TRIAL_ID.findall(Path(result.path).name)[0])
+    params = {**task.defaults, **(result.config or {})}
+    state = _read_learner(_learner_file(folder, number), params)
+    history = state["history"] if state else []
     best = best_record(history, task.objective)
     status: TrialStatus = "finished" if len(history) >= config.max_epochs else "cut"
     if result.error is not None:
@@ -185,22 +209,13 @@ def _trial(result: Any, task: Task, config: SearchConfig) -> Trial:
     elif (result.metrics or {}).get(task.objective.metric) == task.objective.worst:
         status = "diverged"
     return Trial(
-        number=_number(TRIAL_ID.findall(Path(result.path).name)[0]),
-        params={**task.defaults, **(result.config or {})},
+        number=number,
+        params=params,
         metrics={name: value for name, value in best.items() if name != "epoch"},
         epochs=len(history),
         status=status,
         history=tuple(history),
     )
-
-
-def _history(result: Any) -> list[Record]:
-    """Read a trial's records from its checkpoint, which has them all, whoever reported them."""
-    if result.checkpoint is None:
-        return []
-    with result.checkpoint.as_directory() as saved:
-        state = torch.load(Path(saved) / CHECKPOINT, weights_only=True)
-    return list(state["history"])
 
 
 def _best(trials: tuple[Trial, ...], task: Task, errors: list[Exception]) -> Trial:

@@ -5,7 +5,6 @@ Domains know no search library; `minga.training.search` translates them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 from minga.training.errors import TaskError
 
@@ -92,13 +91,17 @@ def randint(low: int, high: int) -> RandInt:
     return RandInt(low, high)
 
 
+WORST = 1e30
+"""Stands for a trial without a value; finite, because ASHA interpolates between trials."""
+
+
 @dataclass(frozen=True, slots=True)
 class Maximize:
     """The larger this metric, the better."""
 
     metric: str
     mode = "max"
-    worst = -inf
+    worst = -WORST
 
     def gain(self, value: float, over: float) -> float:
         """Give how much better `value` is than `over`; negative if it is worse."""
@@ -111,7 +114,7 @@ class Minimize:
 
     metric: str
     mode = "min"
-    worst = inf
+    worst = WORST
 
     def gain(self, value: float, over: float) -> float:
         """Give how much better `value` is than `over`; negative if it is worse."""

@@ -1,21 +1,22 @@
 """Drives campaigns: the shell around `rounds.Round` that owns store, blobs, clock and pushes.
 
-One campaign runs at a time. All of this lives in one event loop. A state change is stored first
-and told second, so a coordinator that is killed at any point goes on where it was: it reads its
-campaign, replays the open round's events and gives every device the instruction that follows from
-the state.
+One campaign runs at a time. All of this lives in one event loop. A state change is stored first,
+applied second and told third, so a coordinator that is killed at any point goes on where it was:
+it reads its campaign, replays the open round's events and gives every device the instruction that
+follows from the state. What could not be stored has not happened, and is tried again.
 """
 
 import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.aggregate import aggregate
+from minga.federation.coordinator.campaign import RUNNING, Campaign, require_possible
 from minga.federation.coordinator.hub import Connection, Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.rounds import (
@@ -26,83 +27,25 @@ from minga.federation.coordinator.rounds import (
     KeysAdvertised,
     Round,
     RoundFailed,
-    RoundOrder,
     Stage,
     SumComputed,
     SurvivorsConfirmed,
-    Timeouts,
     UpdateUploaded,
 )
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
-from minga.federation.errors import CampaignError, FederationError, PeerError
-from minga.federation.limits import MAX_CONSECUTIVE_ABORTS
-from minga.federation.parameters import Layout, from_bytes
+from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
+from minga.federation.limits import (
+    MAX_CONSECUTIVE_ABORTS,
+    STATUS_DETAIL_BYTES,
+    STORAGE_RETRY_S,
+    WATCH_DETAIL_BYTES,
+)
+from minga.federation.parameters import read_layout
 from minga.federation.secagg.coordinator import check_advert, check_confirmation
-from minga.federation.secagg.plan import RoundPlan
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
 
 _log = logging.getLogger(__name__)
-
-_RUNNING = pb.CAMPAIGN_STATE_RUNNING
-
-
-@dataclass(slots=True, eq=False)
-class Traffic:
-    """Bytes that a round moved."""
-
-    received: int = 0
-    sent: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Campaign:
-    """One campaign as it stands."""
-
-    campaign_id: str
-    started_at: float
-    plan: pb.CampaignPlan
-    state: int
-    model_digest: bytes
-    reason: str = ""
-    rounds: list[Round] = field(default_factory=list)
-    traffic: dict[str, Traffic] = field(default_factory=dict)
-
-    @property
-    def num_committed(self) -> int:
-        """How many rounds are in the model."""
-        return sum(round_.stage is Stage.COMMITTED for round_ in self.rounds)
-
-    @property
-    def num_aborts_in_a_row(self) -> int:
-        """How many rounds failed since the last one that was committed."""
-        count = 0
-        for round_ in reversed(self.rounds):
-            if round_.stage is Stage.COMMITTED:
-                break
-            count += round_.stage is Stage.ABORTED
-        return count
-
-    @property
-    def open_round(self) -> Round | None:
-        """The round that is under way."""
-        if self.rounds and not self.rounds[-1].stage.ended:
-            return self.rounds[-1]
-        return None
-
-    def describe(self) -> pb.Campaign:
-        """Give the campaign as it goes over the wire."""
-        message = pb.Campaign(
-            campaign_id=self.campaign_id,
-            plan=self.plan,
-            state=self.state,  # type: ignore[arg-type]
-            reason=self.reason,
-            model_digest=self.model_digest,
-        )
-        for round_ in self.rounds:
-            traffic = self.traffic[round_.order.round_id]
-            message.rounds.append(wire.round_to_wire(round_, traffic.received, traffic.sent))
-        return message
 
 
 class Campaigns:
@@ -127,17 +70,21 @@ class Campaigns:
         self._clock = clock
         self._metrics = metrics
         self._grace_s = reconnect_grace_s
-        self._told: dict[str, tuple[Connection, type]] = {}
-        self._campaigns = {row.campaign_id: self._load(row) for row in store.campaigns()}
-        for campaign in self._campaigns.values():
-            if campaign.state != _RUNNING and campaign.open_round is not None:
-                self._close_round(campaign, campaign.open_round)
+        self._started_at = clock()
+        # Device -> where and when it was last told what to do; see `_push`.
+        self._told: dict[str, tuple[Connection, str, Stage | None]] = {}
+        self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
 
     # --- for operators ---
 
-    def all(self) -> list[Campaign]:
-        """Give all campaigns, oldest first."""
-        return list(self._campaigns.values())
+    def describe(self) -> list[pb.Campaign]:
+        """Give all campaigns, oldest first, in as much detail as fits into a message."""
+        described: list[pb.Campaign] = []
+        detail_bytes = STATUS_DETAIL_BYTES
+        for campaign in reversed(self._campaigns.values()):
+            described.append(campaign.describe(detail_bytes))
+            detail_bytes -= described[-1].ByteSize()
+        return described[::-1]
 
     def start(self, plan: pb.CampaignPlan) -> Campaign:
         """Store a new campaign; the loop takes it up at once.
@@ -150,16 +97,16 @@ class Campaigns:
             raise CampaignError(
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
-        _require_possible(plan)
-        self._round_plan(plan, "0" * 32, plan.model_digest, plan.cohort)
-        now = self._clock()
-        campaign = Campaign(secrets.token_hex(6), now, plan, _RUNNING, plan.model_digest)
+        require_possible(plan, self._num_values(plan.model_digest))
+        campaign = Campaign(
+            campaign_id=secrets.token_hex(6), plan=plan, model_digest=plan.model_digest
+        )
         self._store.add_campaign(
             CampaignRow(
                 campaign_id=campaign.campaign_id,
-                started_at=now,
+                started_at=self._clock(),
                 plan=plan.SerializeToString(),
-                state=_RUNNING,
+                state=RUNNING,
                 reason="",
                 model_digest=plan.model_digest,
             )
@@ -182,19 +129,17 @@ class Campaigns:
     def cancel(self, campaign_id: str) -> None:
         """End a campaign now; what was committed stays."""
         campaign = self.get(campaign_id)
-        if campaign.state == _RUNNING:
+        if campaign.is_running:
             self._end(campaign, pb.CAMPAIGN_STATE_CANCELLED, "cancelled by an operator")
 
     async def watch(self, campaign_id: str) -> AsyncIterator[pb.Campaign]:
         """Give the campaign now and after each change, until it has ended."""
         campaign = self.get(campaign_id)
-        while True:
+        while not campaign.is_over:
             change = self.changed.next()
-            described = campaign.describe()
-            yield described
-            if described.state != _RUNNING:
-                return
+            yield campaign.describe(WATCH_DETAIL_BYTES)
             await change.wait()
+        yield campaign.describe()
 
     # --- for devices ---
 
@@ -208,11 +153,22 @@ class Campaigns:
 
         Raises:
             PeerError: it is refused; nothing changed.
+            StorageError: it could not be stored; nothing changed.
         """
-        campaign, round_ = self._open(round_id)
+        campaign = self._running()
+        round_ = campaign.open_round if campaign else None
+        if campaign is None or round_ is None or round_.order.round_id != round_id:
+            raise PeerError(f"round {round_id!r} is not open")
         self._check_proof(round_, event)
+        campaign.bytes_received += size
         self._record(campaign, round_, event)
-        campaign.traffic[round_id].received += size
+
+    def lose(self, device_id: str, reason: str) -> None:
+        """Take a device out of the open round, if it is in it."""
+        campaign = self._running()
+        if campaign is not None and campaign.open_round is not None:
+            event = DeviceLost(device_id=device_id, reason=reason)
+            self._record(campaign, campaign.open_round, event)
 
     def _check_proof(self, round_: Round, event: DeviceEvent) -> None:
         """Refuse what its device did not sign or upload, before it costs others their round."""
@@ -235,21 +191,20 @@ class Campaigns:
         campaign = self._running()
         round_ = campaign.open_round if campaign else None
         if campaign is not None and round_ is not None and device_id in round_.order.invited:
-            traffic = campaign.traffic[round_.order.round_id]
-            traffic.received += received
-            traffic.sent += sent
+            campaign.bytes_received += received
+            campaign.bytes_sent += sent
 
-    def greet(self, connection: Connection, round_id: str) -> None:
-        """Tell a device that comes back how its round ended, if it has; the loop does the rest."""
-        if not round_id:
-            return
-        for campaign in self._campaigns.values():
-            for round_ in campaign.rounds:
-                if round_.order.round_id == round_id:
-                    if round_.stage.ended:
-                        self._push_to(campaign, round_, connection)
-                    return
-        connection.send(wire.unknown_round(round_id))
+    def greeting(self, device_id: str, round_id: str) -> list[pb.SessionResponse]:
+        """Say how the round ended that a device comes back with; the loop does the rest."""
+        if not round_id or any(
+            campaign.open_round is not None and campaign.open_round.order.round_id == round_id
+            for campaign in self._campaigns.values()
+        ):
+            return []
+        record = self._store.record(round_id)
+        if record is None:
+            return [wire.unknown_round(round_id)]
+        return [wire.round_end(pb.Round.FromString(record), device_id)]
 
     def expects_upload(self, device_id: str, size: int) -> bool:
         """True if the open round waits for a masked update of this size from a device."""
@@ -282,73 +237,71 @@ class Campaigns:
         """Run campaigns, one after the other, for ever."""
         while True:
             change = self.changed.next()
-            campaign = self._running()
+            campaign = next((c for c in self._campaigns.values() if not c.is_over), None)
             if campaign is None:
                 await change.wait()
                 continue
             try:
-                await self._run_campaign(campaign)
-            except FederationError as error:
-                _log.exception("campaign %s failed", campaign.campaign_id)
-                self._end(campaign, pb.CAMPAIGN_STATE_FAILED, str(error))
+                while not campaign.is_over:
+                    await self._step(campaign)
+            except Exception as error:  # noqa: BLE001 - no campaign may end the ones to come
+                self._stumble(campaign, error)
+                await wait_for_any([self.changed.next()], STORAGE_RETRY_S)
 
-    async def _run_campaign(self, campaign: Campaign) -> None:
-        while campaign.state == _RUNNING:
-            if campaign.num_committed >= campaign.plan.num_rounds:
-                self._end(campaign, pb.CAMPAIGN_STATE_COMPLETED, "")
-            elif campaign.num_aborts_in_a_row >= MAX_CONSECUTIVE_ABORTS:
-                reason = f"{MAX_CONSECUTIVE_ABORTS} rounds in a row failed: "
-                reason += campaign.rounds[-1].reason
-                self._end(campaign, pb.CAMPAIGN_STATE_FAILED, reason)
-            elif campaign.open_round is not None:
-                await self._run_round(campaign, campaign.open_round)
-            else:
-                await self._begin_round(campaign)
+    def _stumble(self, campaign: Campaign, error: Exception) -> None:
+        """Keep a campaign that the disk stopped, to be tried again; any other error ends it."""
+        if isinstance(error, StorageError):
+            _log.error("campaign %s stands still: %s", campaign.campaign_id, error)
+            campaign.reason = str(error)
+            self.changed.fire()
+            return
+        _log.error("campaign %s failed", campaign.campaign_id, exc_info=error)
+        with suppress(StorageError):  # it fails again in a while, and is ended then
+            self._end(campaign, pb.CAMPAIGN_STATE_FAILED, str(error) or type(error).__name__)
+
+    async def _step(self, campaign: Campaign) -> None:
+        if campaign.open_round is not None:
+            await self._run_round(campaign, campaign.open_round)
+        elif campaign.num_committed >= campaign.plan.num_rounds:
+            self._end(campaign, pb.CAMPAIGN_STATE_COMPLETED, "")
+        elif campaign.num_aborts_in_a_row >= MAX_CONSECUTIVE_ABORTS:
+            reason = f"{MAX_CONSECUTIVE_ABORTS} rounds in a row failed: "
+            reason += campaign.records[-1].reason
+            self._end(campaign, pb.CAMPAIGN_STATE_FAILED, reason)
+        else:
+            await self._begin_round(campaign)
 
     async def _begin_round(self, campaign: Campaign) -> None:
         devices = await self._gather(campaign)
         if not devices:
             return
-        number = campaign.num_committed + 1
-        round_id = secrets.token_hex(16)
-        plan = self._round_plan(campaign.plan, round_id, campaign.model_digest, len(devices))
-        order = RoundOrder(
-            round_id=round_id,
-            number=number,
-            plan=plan,
-            invited=tuple(devices),
-            min_cohort=campaign.plan.min_cohort,
-            model_digest=campaign.model_digest,
-            training=wire.config_from_wire(campaign.plan.training),
-            timeouts=_timeouts(campaign.plan),
-        )
+        order = campaign.next_order(devices, self._num_values(campaign.model_digest))
         now = self._clock()
         self._store.add_round(
             RoundRow(
-                round_id=round_id,
+                round_id=order.round_id,
                 campaign_id=campaign.campaign_id,
-                number=number,
+                number=order.number,
                 started_at=now,
                 invited=order.invited,
                 invite=wire.invite_to_wire(order).SerializeToString(),
             )
         )
-        campaign.rounds.append(Round(order=order, started_at=now))
-        campaign.traffic[round_id] = Traffic()
+        campaign.open_round = Round(order=order, started_at=now)
         self.changed.fire()
 
     async def _gather(self, campaign: Campaign) -> Sequence[str]:
         """Wait for the cohort, or after the invitation's time for the minimum, and draw it."""
         plan = campaign.plan
         waited_until = self._clock() + plan.invite_timeout_s
-        while campaign.state == _RUNNING:
+        while campaign.is_running:
             changes = self._changes()
             present = [c.device_id for c in self._hub.connected(plan.group) if c.trains]
             left_s = waited_until - self._clock()
             if len(present) >= plan.cohort or (left_s <= 0 and len(present) >= plan.min_cohort):
                 secrets.SystemRandom().shuffle(present)
                 campaign.reason = ""
-                return sorted(present[: plan.cohort])
+                return present[: plan.cohort]
             reason = f"waiting for devices: {len(present)} of {plan.cohort} are connected"
             if reason != campaign.reason:
                 campaign.reason = reason
@@ -358,7 +311,7 @@ class Campaigns:
         return ()
 
     async def _run_round(self, campaign: Campaign, round_: Round) -> None:
-        while not round_.stage.ended and campaign.state == _RUNNING:
+        while not round_.stage.ended and campaign.is_running:
             changes = self._changes()
             self._push(campaign, round_)
             if round_.stage is Stage.AGGREGATE:
@@ -370,13 +323,18 @@ class Campaigns:
 
     async def _aggregate(self, campaign: Campaign, round_: Round) -> None:
         """Unmask the sum off the loop, then commit."""
-        rate = campaign.plan.server_learning_rate
+        event: Event
         try:
-            result = await asyncio.to_thread(aggregate, round_, self._blobs, rate)
-        except FederationError as error:
-            self._record(campaign, round_, RoundFailed(reason=f"the sum failed: {error}"))
-        else:
-            self._record(campaign, round_, result)
+            event = await asyncio.to_thread(
+                aggregate, round_, self._blobs, campaign.plan.server_learning_rate
+            )
+        except StorageError:
+            raise  # everything it is made from is kept, so it can be done again
+        except Exception as error:  # noqa: BLE001 - the round failed, the coordinator lives on
+            _log.exception("round %s: the sum failed", round_.order.round_id)
+            event = RoundFailed(reason=f"the sum failed: {error}")
+        if campaign.is_running:  # it may have been cancelled meanwhile
+            self._record(campaign, round_, event)
 
     def _changes(self) -> list[asyncio.Event]:
         """Whatever may move a round: an event here, a device that comes or goes."""
@@ -384,7 +342,8 @@ class Campaigns:
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""
-        alarms = [] if round_.deadline is None else [round_.deadline]
+        deadline = round_.deadline(self._started_at)
+        alarms = [] if deadline is None else [deadline]
         for device_id in round_.missing():
             gone_since = self._hub.gone_since(device_id)
             if gone_since is not None:
@@ -398,39 +357,50 @@ class Campaigns:
             if gone_since is not None and now >= gone_since + self._grace_s:
                 reason = f"away for more than {self._grace_s:g} s"
                 self._record(campaign, round_, DeviceLost(device_id=device_id, reason=reason))
-        if round_.deadline is not None and now >= round_.deadline:
+        deadline = round_.deadline(self._started_at)
+        if deadline is not None and now >= deadline:
             self._record(campaign, round_, DeadlinePassed(stage=round_.stage))
 
     # --- telling devices ---
 
     def _push(self, campaign: Campaign, round_: Round) -> None:
+        """Send every device its instruction, once per stream and stage.
+
+        Within a stage an instruction only changes when its device is lost. So it is made once, and
+        not at each of the cohort's answers: making it takes time with the neighbours.
+        """
         for device_id in round_.order.invited:
             connection = self._hub.connection(device_id)
-            if connection is not None:
-                self._push_to(campaign, round_, connection)
+            if connection is None:
+                continue
+            is_lost = device_id in round_.lost and not round_.stage.ended
+            told = (connection, round_.order.round_id, None if is_lost else round_.stage)
+            if self._told.get(device_id) != told and self._tell(campaign, round_, connection):
+                self._told[device_id] = told
 
-    def _push_to(self, campaign: Campaign, round_: Round, connection: Connection) -> None:
-        """Send a device's instruction, once per connection."""
+    def _tell(self, campaign: Campaign, round_: Round, connection: Connection) -> bool:
         instruction = round_.instruction(connection.device_id)
-        told = (connection, type(instruction))
-        if instruction is None or self._told.get(connection.device_id) == told:
-            return
+        if instruction is None:
+            return True
         message = wire.instruction_to_wire(round_.order.round_id, instruction)
-        if connection.send(message):
-            self._told[connection.device_id] = told
-            campaign.traffic[round_.order.round_id].sent += message.ByteSize()
+        is_sent = connection.send(message)
+        campaign.bytes_sent += message.ByteSize() if is_sent else 0
+        return is_sent
 
     # --- changing state ---
 
     def _record(self, campaign: Campaign, round_: Round, event: Event) -> None:
-        """Apply an event, store it, then let others know."""
-        now = self._clock()
-        stage = round_.stage
-        if not round_.apply(event, now):
+        """Store an event, apply it, then let others know.
+
+        Raises:
+            PeerError: it contradicts the state.
+            StorageError: it cannot be stored.
+        """
+        if not round_.changed_by(event):
             return
+        now, stage = self._clock(), round_.stage
         row = journal.encode(round_.order.round_id, event, now)
         if isinstance(event, SumComputed):
-            campaign.model_digest = event.model_digest
             self._store.commit_round(
                 campaign.campaign_id,
                 round_.order.round_id,
@@ -438,8 +408,11 @@ class Campaigns:
                 event.model_digest,
                 round_.survivors,
             )
+            campaign.model_digest = event.model_digest
         else:
             self._store.append_event(round_.order.round_id, row)
+        round_.apply(event, now)
+        campaign.reason = ""
         if round_.stage is not stage:
             _log.info(
                 "round %d of campaign %s: %s -> %s",
@@ -453,84 +426,37 @@ class Campaigns:
     def _close_round(self, campaign: Campaign, round_: Round) -> None:
         """Tell how a round ended and drop what only it needed."""
         if not round_.stage.ended:
-            reason = RoundFailed(reason=campaign.reason or "the campaign ended")
-            self._record(campaign, round_, reason)
+            reason = campaign.reason or "the campaign ended"
+            self._record(campaign, round_, RoundFailed(reason=reason))
         self._push(campaign, round_)
+        record = campaign.record()
+        self._store.close_round(round_.order.round_id, record.SerializeToString())
+        campaign.close_round(record)
         self._told.clear()
-        traffic = campaign.traffic[round_.order.round_id]
-        self._store.close_round(round_.order.round_id, traffic.received, traffic.sent)
-        for update in round_.updates.values():
-            self._blobs.delete(update.digest)
-        self._metrics.observe_round(round_, traffic.received, traffic.sent)
+        updates = {update.digest for update in round_.updates.values()}
+        for digest in {*updates, round_.order.model_digest} - self.blobs_in_use():
+            self._blobs.delete(digest)
+        self._metrics.observe_round(record)
         self.changed.fire()
 
     def _end(self, campaign: Campaign, state: int, reason: str) -> None:
-        campaign.state, campaign.reason = state, reason
         self._store.end_campaign(campaign.campaign_id, state, reason)
+        campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
         self.changed.fire()
 
     # --- reading state ---
 
-    def _load(self, row: CampaignRow) -> Campaign:
-        plan = pb.CampaignPlan.FromString(row.plan)
-        campaign = Campaign(
-            row.campaign_id, row.started_at, plan, row.state, row.model_digest, row.reason
-        )
-        for round_row in self._store.rounds(row.campaign_id):
-            events = self._store.events(round_row.round_id)
-            order = journal.order_of(round_row, plan.min_cohort, _timeouts(plan))
-            campaign.rounds.append(journal.replay(order, round_row.started_at, events))
-            campaign.traffic[round_row.round_id] = Traffic(
-                round_row.bytes_received, round_row.bytes_sent
-            )
-        return campaign
-
     def _running(self) -> Campaign | None:
-        return next((c for c in self._campaigns.values() if c.state == _RUNNING), None)
+        return next((c for c in self._campaigns.values() if c.is_running), None)
 
-    def _open(self, round_id: str) -> tuple[Campaign, Round]:
-        campaign = self._running()
-        round_ = campaign.open_round if campaign else None
-        if campaign is None or round_ is None or round_.order.round_id != round_id:
-            raise PeerError(f"round {round_id!r} is not open")
-        return campaign, round_
+    def _num_values(self, model_digest: bytes) -> int:
+        """Read how many values a model has.
 
-    def _round_plan(
-        self, plan: pb.CampaignPlan, round_id: str, model_digest: bytes, cohort: int
-    ) -> RoundPlan:
+        Raises:
+            CampaignError: it is not uploaded, or no model.
+        """
         try:
-            layout = Layout.of(from_bytes(self._blobs.read(model_digest)))
-            return wire.round_plan(
-                plan,
-                round_id=round_id,
-                model_digest=model_digest,
-                num_values=layout.num_values,
-                cohort=cohort,
-            )
-        except (ValueError, FederationError) as error:
-            raise CampaignError(f"the campaign cannot work: {error}") from error
-
-
-def _require_possible(plan: pb.CampaignPlan) -> None:
-    """Refuse numbers that no round could be made of; `derive_plan` looks at the others."""
-    positive = (
-        "num_rounds",
-        "server_learning_rate",
-        "invite_timeout_s",
-        "stage_timeout_s",
-        "training_timeout_s",
-    )
-    for name in positive:
-        if not getattr(plan, name) > 0:
-            raise CampaignError(f"{name} is {getattr(plan, name)}; it must be positive")
-    if plan.min_cohort > plan.cohort:
-        raise CampaignError(f"min_cohort {plan.min_cohort} is above cohort {plan.cohort}")
-
-
-def _timeouts(plan: pb.CampaignPlan) -> Timeouts:
-    return Timeouts(
-        keys_s=plan.invite_timeout_s,
-        stage_s=plan.stage_timeout_s,
-        updates_s=plan.training_timeout_s,
-    )
+            return read_layout(self._blobs.path(model_digest)).num_values
+        except FederationError as error:
+            raise CampaignError(f"the campaign's model cannot be used: {error}") from error

@@ -14,10 +14,11 @@ from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import Store
-from minga.federation.errors import PeerError
-from minga.federation.limits import HEARTBEAT_INTERVAL_S, MAX_REASON_CHARS
+from minga.federation.errors import FederationError, IdentityError, PeerError
+from minga.federation.limits import SILENT_HEARTBEATS
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from minga.federation.wire import plain
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         models: PublishedModels,
         metrics: Metrics,
         clock: Callable[[], float],
+        heartbeat_interval_s: float,
     ) -> None:
         self._store = store
         self._hub = hub
@@ -41,53 +43,77 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._models = models
         self._metrics = metrics
         self._clock = clock
+        self._heartbeat_interval_s = heartbeat_interval_s
 
     async def Session(
         self,
         request_iterator: AsyncIterator[pb.SessionRequest],
         context: grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse],
     ) -> AsyncIterator[pb.SessionResponse]:
-        """Serve one device until it leaves, is replaced by a newer stream, or is revoked."""
+        """Serve one device until it leaves or falls silent, is revoked, or opens another stream."""
         device_id = principal_of_call(context).name
-        first = await anext(request_iterator, None)
+        requests = self._heard(device_id, request_iterator)
+        first = await anext(requests, None)
         if first is None or first.WhichOneof("body") != "hello":
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, "a session starts with a hello"
-            )
-        connection = self._welcome(device_id, first.hello)
-        reader = asyncio.create_task(self._read(connection, request_iterator))
+            raise PeerError("a session starts with a hello")
+        opening, connection = self._welcome(device_id, first.hello)
+        reader = asyncio.create_task(self._read(connection, requests))
         try:
+            for first_message in opening:
+                yield first_message
             while (message := await connection.outbox.get()) is not None:
                 yield message
         finally:
             reader.cancel()
             self._hub.leave(connection)
-            self._metrics.connected.set(len(self._hub.connected()))
-            self._store.note_seen(device_id, self._clock())
+            self._store.note_seen(device_id, connection.heard_at)
 
-    def _welcome(self, device_id: str, hello: pb.Hello) -> Connection:
-        """Register the stream; everything the device must know goes into its outbox."""
-        self._store.note_hello(
-            device_id, trains=hello.trains, agent_version=hello.agent_version[:64], at=self._clock()
-        )
+    def _welcome(
+        self, device_id: str, hello: pb.Hello
+    ) -> tuple[list[pb.SessionResponse], Connection]:
+        """Register the stream; give what the device must know at once."""
         device = self._store.device(device_id)
-        assert device is not None, "the interceptor lets enrolled devices in"
-        connection = Connection(device_id, device.group, hello.trains)
-        connection.send(
-            pb.SessionResponse(
-                welcome=pb.Welcome(
-                    coordinator_version=version("minga"),
-                    heartbeat_interval_ms=int(HEARTBEAT_INTERVAL_S * 1000),
-                )
-            )
+        if device is None:
+            raise IdentityError(f"device {device_id!r} is not enrolled")
+        now = self._clock()
+        self._store.note_hello(
+            device_id, trains=hello.trains, agent_version=plain(hello.agent_version)[:64], at=now
         )
         if hello.HasField("model"):
             self._models.note_report(device_id, hello.model)
+        welcome = pb.Welcome(
+            coordinator_version=version("minga"),
+            heartbeat_interval_ms=round(self._heartbeat_interval_s * 1000),
+        )
+        opening = [
+            pb.SessionResponse(welcome=welcome),
+            *self._models.offers_to(device.group, hello.model),
+            *self._campaigns.greeting(device_id, hello.round_id),
+        ]
+        task = asyncio.current_task()
+        assert task is not None
+        connection = Connection(device_id, device.group, hello.trains, now, cut=task.cancel)
         self._hub.join(connection)
-        self._metrics.connected.set(len(self._hub.connected()))
-        self._models.offer_to(connection, hello.model)
-        self._campaigns.greet(connection, hello.round_id)
-        return connection
+        return opening, connection
+
+    async def _heard(
+        self, device_id: str, requests: AsyncIterator[pb.SessionRequest]
+    ) -> AsyncIterator[pb.SessionRequest]:
+        """Give what a device says, until it says nothing for several heartbeats.
+
+        Raises:
+            PeerError: it fell silent.
+        """
+        patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    request = await anext(requests, None)
+            except TimeoutError:
+                raise PeerError(f"{device_id} was silent for {patience_s:g} s") from None
+            if request is None:
+                return
+            yield request
 
     async def _read(
         self, connection: Connection, requests: AsyncIterator[pb.SessionRequest]
@@ -95,31 +121,34 @@ class FederationService(pb_grpc.FederationServiceServicer):
         """Take the device's messages; a bad one is refused and the stream goes on."""
         try:
             async for request in requests:
+                if connection.is_closed:
+                    return
+                connection.heard_at = self._clock()
                 self._take(connection, request)
         except grpc.RpcError:
             pass  # the link broke; the device comes back by itself
+        except FederationError as error:
+            _log.warning("closing the stream of %s: %s", connection.device_id, error)
+        except Exception:  # noqa: BLE001 - the outermost frame of this task
+            _log.exception("closing the stream of %s", connection.device_id)
         finally:
             connection.close()
 
     def _take(self, connection: Connection, request: pb.SessionRequest) -> None:
-        device_id = connection.device_id
-        match request.WhichOneof("body"):
-            case "heartbeat":
-                self._store.note_seen(device_id, self._clock())
-                connection.send(pb.SessionResponse(heartbeat=pb.Heartbeat()))
-            case "model_report":
-                self._models.note_report(device_id, request.model_report)
-            case _:
-                self._answer(connection, request)
-
-    def _answer(self, connection: Connection, request: pb.SessionRequest) -> None:
-        """Hand an answer to its round, or tell the device why it was refused."""
-        round_id = ""
+        """Hand a message on, or tell the device why it was refused."""
+        device_id, round_id = connection.device_id, ""
         try:
-            round_id, event = wire.event_from_wire(connection.device_id, request)
-            self._campaigns.take(event, round_id, request.ByteSize())
+            match request.WhichOneof("body"):
+                case "heartbeat":
+                    connection.send(pb.SessionResponse(heartbeat=pb.Heartbeat()))
+                case "model_report":
+                    self._models.note_report(device_id, request.model_report)
+                case _:
+                    round_id, event = wire.event_from_wire(device_id, request)
+                    self._campaigns.take(event, round_id, request.ByteSize())
         except PeerError as error:
             self._metrics.refused.inc()
-            _log.warning("refused a message of %s: %s", connection.device_id, error)
-            refusal = pb.Refusal(round_id=round_id, reason=str(error)[:MAX_REASON_CHARS])
+            reason = plain(str(error))
+            _log.warning("refused a message of %s: %s", device_id, reason)
+            refusal = pb.Refusal(round_id=round_id, reason=reason)
             connection.send(pb.SessionResponse(refusal=refusal))

@@ -5,11 +5,14 @@ device comes back.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from minga.federation.limits import OUTBOX_MESSAGES
+from minga.federation.limits import OUTBOX_CLOSE_S, OUTBOX_MESSAGES, RETURN_S
 from minga.federation.v1.federation_pb2 import SessionResponse
+
+_log = logging.getLogger(__name__)
 
 
 class Signal:
@@ -44,17 +47,22 @@ async def wait_for_any(events: Sequence[asyncio.Event], timeout_s: float | None)
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One open control stream. `None` in its outbox closes it."""
+    """One open control stream. `None` in its outbox ends it; `cut` ends it by force."""
 
     device_id: str
     group: str
     trains: bool
+    heard_at: float = 0.0
+    cut: Callable[[], object] = lambda: None
     outbox: asyncio.Queue[SessionResponse | None] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES)
     )
+    is_closed: bool = False
 
     def send(self, message: SessionResponse) -> bool:
         """Queue a message; a device that reads nothing for so long is cut off instead."""
+        if self.is_closed:
+            return False
         try:
             self.outbox.put_nowait(message)
         except asyncio.QueueFull:
@@ -63,14 +71,14 @@ class Connection:
         return True
 
     def close(self) -> None:
-        """End the stream after what is queued; drop the queue if it is full."""
-        while True:
-            try:
-                self.outbox.put_nowait(None)
-            except asyncio.QueueFull:
-                self.outbox.get_nowait()
-            else:
-                return
+        """End the stream after what is queued; soon by force, should the device not read that."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self.outbox.full():
+            self.outbox.get_nowait()
+        self.outbox.put_nowait(None)
+        asyncio.get_running_loop().call_later(OUTBOX_CLOSE_S, self.cut)
 
 
 class Hub:
@@ -83,10 +91,14 @@ class Hub:
         self._connections: dict[str, Connection] = {}
         self._left_at: dict[str, float] = {}
 
+    def __len__(self) -> int:
+        return len(self._connections)
+
     def join(self, connection: Connection) -> None:
         """Register a stream; an older one of the same device is closed."""
         older = self._connections.get(connection.device_id)
         if older is not None:
+            _log.warning("%s opened a second stream; the first is closed", connection.device_id)
             older.close()
         self._connections[connection.device_id] = connection
         self._left_at.pop(connection.device_id, None)
@@ -104,24 +116,24 @@ class Hub:
         return self._connections.get(device_id)
 
     def connected(self, group: str = "") -> list[Connection]:
-        """Give the open streams of a group, or all, by device."""
-        return [
-            self._connections[device_id]
-            for device_id in sorted(self._connections)
-            if group in ("", self._connections[device_id].group)
-        ]
+        """Give the open streams of a group, or all."""
+        return [c for c in self._connections.values() if group in ("", c.group)]
 
     def gone_since(self, device_id: str) -> float | None:
-        """Say since when a device is away; None if it is here."""
+        """Say since when a device is away; None if it is here.
+
+        One that is not back yet after a restart may still be on its way.
+        """
         if device_id in self._connections:
             return None
-        return self._left_at.get(device_id, self._started_at)
+        return self._left_at.get(device_id, self._started_at + RETURN_S)
 
     def drop(self, device_id: str) -> None:
-        """Close a device's stream, if it is open."""
+        """Close a device's stream, if it is open; from now on it is away."""
         connection = self._connections.get(device_id)
         if connection is not None:
             connection.close()
+            self.leave(connection)
 
     def drop_all(self) -> None:
         """Close every stream."""

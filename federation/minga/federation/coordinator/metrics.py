@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from minga.federation.coordinator.rounds import Round, Stage
+from minga.federation.v1 import federation_pb2 as pb
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
@@ -46,13 +46,13 @@ class Metrics:
             registry=self.registry,
         )
 
-    def observe_round(self, round_: Round, received: int, sent: int) -> None:
+    def observe_round(self, record: pb.Round) -> None:
         """Count a round that ended."""
-        committed = round_.stage is Stage.COMMITTED
+        committed = record.stage == pb.ROUND_STAGE_COMMITTED
         self._rounds.labels(result="committed" if committed else "aborted").inc()
-        self._bytes.labels(direction="received").inc(received)
-        self._bytes.labels(direction="sent").inc(sent)
+        self._bytes.labels(direction="received").inc(record.bytes_received)
+        self._bytes.labels(direction="sent").inc(record.bytes_sent)
         if committed:
-            assert round_.ended_at is not None
-            self._duration.observe(round_.ended_at - round_.started_at)
-            self._lost.inc(len(round_.order.invited) - len(round_.survivors))
+            start, end = record.started_at.ToDatetime(), record.ended_at.ToDatetime()
+            self._duration.observe((end - start).total_seconds())
+            self._lost.inc(len(record.invited) - len(record.survivors))

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from minga.federation.coordinator.hub import Connection, Hub, Signal
+from minga.federation import wire
+from minga.federation.coordinator.hub import Hub
 from minga.federation.coordinator.store import Store
-from minga.federation.limits import MAX_REASON_CHARS
 from minga.federation.v1 import federation_pb2 as pb
 
 
@@ -12,7 +12,6 @@ class PublishedModels:
     """The newest offer per group and model name; devices are told when it changes."""
 
     def __init__(self, *, store: Store, hub: Hub, clock: Callable[[], float]) -> None:
-        self.changed = Signal()
         self._store = store
         self._hub = hub
         self._clock = clock
@@ -22,22 +21,26 @@ class PublishedModels:
 
         Returns:
             How many devices were told now; the others hear of it when they connect.
-        """
-        self._store.publish_model(group, offer.name, offer.SerializeToString(), self._clock())
-        connections = self._hub.connected(group)
-        for connection in connections:
-            connection.send(pb.SessionResponse(model_offer=offer))
-        self.changed.fire()
-        return len(connections)
 
-    def offer_to(self, connection: Connection, running: pb.ModelReport) -> None:
-        """Send a device that connects what it does not run yet."""
-        offers = {
-            offer.name: offer for group, offer in self.all() if group in ("", connection.group)
-        }
-        for offer in offers.values():
-            if offer.digest != running.digest:
-                connection.send(pb.SessionResponse(model_offer=offer))
+        Raises:
+            PeerError: no device could keep a model of this name, version or digest.
+        """
+        wire.check_model(offer.name, offer.version, offer.digest)
+        self._store.publish_model(group, offer.name, offer.SerializeToString(), self._clock())
+        message = pb.SessionResponse(model_offer=offer)
+        return sum(connection.send(message) for connection in self._hub.connected(group))
+
+    def offers_to(self, group: str, running: pb.ModelReport) -> list[pb.SessionResponse]:
+        """Give a device that connects the newest offer for each model, as far as it needs it.
+
+        A device says of one model only what it runs; what else it has it knows by itself.
+        """
+        newest = {offer.name: offer for owner, offer in self.all() if owner in ("", group)}
+        return [
+            pb.SessionResponse(model_offer=offer)
+            for offer in newest.values()
+            if (offer.version, offer.digest) != (running.version, running.digest)
+        ]
 
     def all(self) -> list[tuple[str, pb.ModelOffer]]:
         """Give (group, offer), the newest last."""
@@ -55,9 +58,9 @@ class PublishedModels:
         return digest in self.blobs_in_use()
 
     def note_report(self, device_id: str, report: pb.ModelReport) -> None:
-        """Remember what a device says it runs."""
-        kept = pb.ModelReport()
-        kept.CopyFrom(report)
-        kept.detail = kept.detail[:MAX_REASON_CHARS]
-        self._store.note_model(device_id, kept.SerializeToString())
-        self.changed.fire()
+        """Remember what a device says it runs.
+
+        Raises:
+            PeerError: the report is malformed.
+        """
+        self._store.note_model(device_id, wire.model_report(report).SerializeToString())

@@ -58,14 +58,15 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         return pb.ListDevicesResponse(devices=[self._device(row) for row in rows])
 
     def _device(self, row: DeviceRow) -> pb.Device:
+        connection = self._hub.connection(row.device_id)
         return pb.Device(
             device_id=row.device_id,
             group=row.group,
-            connected=self._hub.connection(row.device_id) is not None,
+            connected=connection is not None,
             revoked=row.revoked_at is not None,
             trains=row.trains,
             enrolled_at=timestamp(row.enrolled_at),
-            last_seen_at=timestamp(row.last_seen_at),
+            last_seen_at=timestamp(connection.heard_at if connection else row.last_seen_at),
             model=pb.ModelReport.FromString(row.model) if row.model else None,
             rounds_counted=row.rounds_counted,
             agent_version=row.agent_version,
@@ -74,12 +75,13 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
     async def RevokeDevice(
         self, request: pb.RevokeDeviceRequest, context: Context
     ) -> pb.RevokeDeviceResponse:
-        """Refuse a device and close its stream."""
+        """Refuse a device, close its stream, go on with the round without it."""
         if not self._store.revoke_device(request.device_id, self._clock()):
             raise FederationError(
                 f"there is no device {request.device_id!r}; `minga device list` lists them"
             )
         self._hub.drop(request.device_id)
+        self._campaigns.lose(request.device_id, "revoked by an operator")
         return pb.RevokeDeviceResponse()
 
     async def StartCampaign(
@@ -121,8 +123,8 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
             version=version("minga"),
             started_at=timestamp(self._started_at),
             num_devices=len(self._store.devices()),
-            num_connected=len(self._hub.connected()),
-            campaigns=[campaign.describe() for campaign in self._campaigns.all()],
+            num_connected=len(self._hub),
+            campaigns=self._campaigns.describe(),
             peak_memory_bytes=peak_kib * 1024,
             models=[
                 pb.PublishModelRequest(model=offer, group=group)

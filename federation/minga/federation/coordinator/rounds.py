@@ -18,7 +18,7 @@ al., CCS 2020. Rules:
 What is not here: sockets, disks, clocks (each event brings its time), arithmetic on updates.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -208,6 +208,23 @@ class Finish:
     reason: str
 
 
+def finish(
+    device_id: str,
+    *,
+    committed: bool,
+    survivors: Collection[str],
+    lost: Mapping[str, str],
+    reason: str,
+) -> Finish:
+    """Say how a round ended for one of its devices; why, unless it is in the sum."""
+    counted = committed and device_id in survivors
+    return Finish(
+        committed=committed,
+        counted=counted,
+        reason="" if counted else lost.get(device_id, reason),
+    )
+
+
 Instruction = Advertise | ShareSecrets | SendUpdate | ConfirmSurvivors | RevealShares | Finish
 
 
@@ -253,11 +270,15 @@ class Round:
         """The devices whose masked updates are in the sum, sorted."""
         return tuple(sorted(self.updates))
 
-    @property
-    def deadline(self) -> float | None:
-        """When the stage ends by itself, on the clock of the events."""
+    def deadline(self, not_before: float = 0.0) -> float | None:
+        """When the stage ends by itself, on the clock of the events; None: not by itself.
+
+        Args:
+            not_before: when the stage's time starts at the earliest. A coordinator that was away
+                gives all of it again: nobody could answer it.
+        """
         timeout_s = self.order.timeouts.of(self.stage)
-        return None if timeout_s is None else self.stage_started_at + timeout_s
+        return None if timeout_s is None else max(self.stage_started_at, not_before) + timeout_s
 
     def missing(self) -> tuple[str, ...]:
         """The devices that the stage still waits for, sorted."""
@@ -358,7 +379,9 @@ class Round:
                 raise PeerError(
                     f"{me} uploaded {size} bytes, expected {self.order.plan.upload_size}"
                 )
-            case UpdateUploaded(digest=digest) if digest in self._update_digests():
+            case UpdateUploaded(digest=digest) if digest in {
+                update.digest for update in self.updates.values()
+            }:
                 raise PeerError(f"{me} announced the update of another device as its own")
             case SurvivorsConfirmed(confirmation=confirmation) if confirmation.device_id != me:
                 raise PeerError(f"{me} confirmed as {confirmation.device_id}")
@@ -366,9 +389,6 @@ class Round:
                 check_reveal(self.graph, self.shares, self.updates, reveal)
             case _:
                 pass
-
-    def _update_digests(self) -> set[bytes]:
-        return {update.digest for update in self.updates.values()}
 
     # --- stages ---
 
@@ -415,12 +435,9 @@ class Round:
         self.stage = Stage(self.stage.value + 1)
         self.stage_started_at = at
         if self.stage is Stage.SHARES:
-            self._draw_graph()
-
-    def _draw_graph(self) -> None:
-        """Fix the cohort and who masks against whom, from the round's own random name."""
-        plan = self.order.plan
-        self.graph = neighbours(sorted(self.adverts), plan.num_neighbours, plan.round_id)
+            # The cohort is fixed; the round's own random name draws who masks against whom.
+            plan = self.order.plan
+            self.graph = neighbours(sorted(self.adverts), plan.num_neighbours, plan.round_id)
 
     def _can_unmask(self) -> bool:
         return can_unmask(
@@ -442,7 +459,13 @@ class Round:
         if device_id not in self.order.invited:
             return None
         if self.stage.ended or (device_id in self.lost and device_id not in self.updates):
-            return self._finish(device_id)
+            return finish(
+                device_id,
+                committed=self.stage is Stage.COMMITTED,
+                survivors=self.updates,
+                lost=self.lost,
+                reason=self.reason,
+            )
         if device_id in self.lost:  # its update counts; how the round ends is told at the end
             return None
         expected, answered = self._expected_and_answered()
@@ -461,12 +484,6 @@ class Round:
                 return ConfirmSurvivors(survivors=self.survivors)
             case _:
                 return RevealShares(confirmations=self._confirmations_for(device_id))
-
-    def _finish(self, device_id: str) -> Finish:
-        committed = self.stage is Stage.COMMITTED
-        counted = committed and device_id in self.updates
-        reason = "" if counted else self.lost.get(device_id, self.reason)
-        return Finish(committed=committed, counted=counted, reason=reason)
 
     def _inbox(self, device_id: str) -> tuple[EncryptedShare, ...]:
         return tuple(

@@ -1,9 +1,11 @@
 """Puts the coordinator together and runs it."""
 
 import asyncio
+import fcntl
 import logging
 import time
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +31,9 @@ from minga.federation.coordinator.settings import CoordinatorSettings
 from minga.federation.coordinator.store import Store
 from minga.federation.coordinator.token_table import TokenTable
 from minga.federation.coordinator.tokens import TokenIssuer
+from minga.federation.errors import StorageError
 from minga.federation.identity import CertificateVerifier, Identity, Principal, Role
+from minga.federation.limits import BLOB_GRACE_S
 from minga.federation.operator import OPERATOR_FOLDER, write_address
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
@@ -53,11 +57,14 @@ class Coordinator:
     Raises (on entering):
         PortInUseError: one of the ports is taken.
         IdentityError: the authority's files are damaged.
+        StorageError: another coordinator has the state folder, or it cannot be used.
     """
 
-    def __init__(self, settings: CoordinatorSettings) -> None:
+    def __init__(
+        self, settings: CoordinatorSettings, *, clock: Callable[[], float] = time.time
+    ) -> None:
         self._settings = settings
-        self._clock = time.time
+        self._clock = clock
         self._stack = AsyncExitStack()
         self._driver: asyncio.Task[None] | None = None
 
@@ -80,12 +87,14 @@ class Coordinator:
         for port in (settings.port, settings.enrol_port, settings.metrics_port):
             transport.require_free_port(settings.host, port)
         settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stack.enter_context(_owned(settings.state))
         self._store = Store(settings.state / "coordinator.db")
         stack.callback(self._store.close)
-        self._blobs = BlobStore(settings.state / "blobs")
+        self._blobs = BlobStore(settings.state / "blobs", clock=self._clock)
         self._authority = Authority.open(settings.state / "authority")
         self._hub = Hub(self._clock)
         self._metrics = Metrics()
+        self._metrics.connected.set_function(self._hub.__len__)
         self._campaigns = Campaigns(
             store=self._store,
             blobs=self._blobs,
@@ -96,10 +105,32 @@ class Coordinator:
             reconnect_grace_s=settings.reconnect_grace_s,
         )
         self._models = PublishedModels(store=self._store, hub=self._hub, clock=self._clock)
-        self._blobs.collect(self._campaigns.blobs_in_use() | self._models.blobs_in_use())
+        self.collect_blobs()
         await self._listen(stack)
         self._driver = asyncio.create_task(self._campaigns.run())
         stack.callback(self._driver.cancel)
+        cleaner = asyncio.create_task(self._keep_clean())
+        stack.callback(cleaner.cancel)
+
+    def collect_blobs(self) -> int:
+        """Delete blobs that nothing refers to (any more), and uploads that were given up.
+
+        Updates that came too late, and models that nobody started a campaign from, would fill the
+        disk otherwise.
+
+        Returns:
+            How many were deleted.
+        """
+        in_use = self._campaigns.blobs_in_use() | self._models.blobs_in_use()
+        return self._blobs.collect(in_use, blob_grace_s=BLOB_GRACE_S)
+
+    async def _keep_clean(self) -> None:
+        while True:
+            await asyncio.sleep(BLOB_GRACE_S)
+            try:
+                self.collect_blobs()
+            except (OSError, StorageError):
+                _log.exception("blobs that nothing refers to could not be deleted")
 
     async def _listen(self, stack: AsyncExitStack) -> None:
         settings = self._settings
@@ -154,6 +185,7 @@ class Coordinator:
             models=self._models,
             metrics=self._metrics,
             clock=self._clock,
+            heartbeat_interval_s=self._settings.heartbeat_interval_s,
         )
         pb_grpc.add_FederationServiceServicer_to_server(federation, device_server)
         blobs = BlobServicer(
@@ -215,6 +247,19 @@ class Coordinator:
         certificate = self._authority.issue_client(Role.OPERATOR, "operator", csr)
         identities.save_identity(folder, Identity.of(key, certificate, self._authority.certificate))
         write_address(folder, self.addresses.device)
+
+
+@contextmanager
+def _owned(state: Path) -> Iterator[None]:
+    """Hold the state folder; the hold ends with this process, however that ends."""
+    with (state / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"another coordinator runs in {state}; stop it or choose another state folder"
+            ) from error
+        yield
 
 
 async def run(settings: CoordinatorSettings) -> None:

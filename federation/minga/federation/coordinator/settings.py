@@ -6,7 +6,11 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from minga.federation.limits import RECONNECT_GRACE_S
+from minga.federation.limits import (
+    HEARTBEAT_INTERVAL_S,
+    MIN_HEARTBEAT_INTERVAL_S,
+    RECONNECT_GRACE_S,
+)
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -38,6 +42,11 @@ class CoordinatorSettings(BaseSettings):
 
     reconnect_grace_s: Annotated[float, Field(ge=0)] = RECONNECT_GRACE_S
     """How long a device may be away during a round before it counts as lost."""
+
+    heartbeat_interval_s: Annotated[float, Field(ge=MIN_HEARTBEAT_INTERVAL_S)] = (
+        HEARTBEAT_INTERVAL_S
+    )
+    """How often devices say that they are alive; three times that in silence ends a stream."""
 
     @property
     def dial_host(self) -> str:

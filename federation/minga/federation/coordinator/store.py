@@ -1,9 +1,12 @@
 """What the coordinator remembers, in one SQLite file.
 
 The contract: every method is one transaction, and it is on the disk when the method returns
-(`synchronous=FULL`). One coordinator process owns the file; it is opened by one thread.
-A round is stored as its order and the events it took, in order; `rounds.Round` rebuilds itself
-from them.
+(`synchronous=FULL`); if it raises `StorageError` nothing has changed. One coordinator process owns
+the file; it is opened by one thread.
+
+An open round is stored as its order and the events it took, in order; `rounds.Round` rebuilds
+itself from them. When it is over its record takes the events' place. Order is that of insertion,
+never that of a clock, which may be set back.
 """
 
 import json
@@ -13,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minga.federation.errors import EnrolmentError, FederationError
+from minga.federation.errors import EnrolmentError, StorageError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (
@@ -43,8 +46,7 @@ CREATE TABLE IF NOT EXISTS rounds (
     started_at REAL NOT NULL,
     invited TEXT NOT NULL,
     invite BLOB NOT NULL,
-    bytes_received INTEGER NOT NULL DEFAULT 0,
-    bytes_sent INTEGER NOT NULL DEFAULT 0
+    record BLOB
 ) STRICT;
 CREATE TABLE IF NOT EXISTS round_events (
     round_id TEXT NOT NULL REFERENCES rounds (round_id),
@@ -95,7 +97,10 @@ class CampaignRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundRow:
-    """One round as ordered; `invite` is a serialised RoundInvite."""
+    """One round as ordered; `invite` is a serialised RoundInvite.
+
+    `record` is a serialised Round, for a round that is over.
+    """
 
     round_id: str
     campaign_id: str
@@ -103,8 +108,7 @@ class RoundRow:
     started_at: float
     invited: tuple[str, ...]
     invite: bytes
-    bytes_received: int = 0
-    bytes_sent: int = 0
+    record: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +132,7 @@ class Store:
             self.connection.execute("PRAGMA foreign_keys=ON")
             self.connection.executescript(_SCHEMA)
         except sqlite3.Error as error:
-            raise FederationError(
+            raise StorageError(
                 f"the coordinator's database {path} cannot be opened: {error}. "
                 "Check the folder's rights, or restore the file from a backup."
             ) from error
@@ -138,18 +142,18 @@ class Store:
         self.connection.close()
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[None]:
         """Make several changes one: all or none; inside another transaction, part of that one."""
         if self.connection.in_transaction:
-            yield self.connection
+            yield
             return
-        self.connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield self.connection
-        except BaseException:
-            self.connection.execute("ROLLBACK")
-            raise
-        self.connection.execute("COMMIT")
+        with _storing(), self.connection:  # commits, or rolls back what cannot be committed
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield
+
+    def _execute(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        with _storing():
+            return self.connection.execute(sql, values)
 
     # --- devices ---
 
@@ -167,7 +171,7 @@ class Store:
         """
         rows = self._devices("WHERE device_id = ? OR key_digest = ?", (device_id, key_digest))
         if not rows:
-            self.connection.execute(
+            self._execute(
                 "INSERT INTO devices (device_id, group_name, key_digest, enrolled_at)"
                 " VALUES (?, ?, ?, ?)",
                 (device_id, group, key_digest, at),
@@ -194,7 +198,7 @@ class Store:
 
     def _devices(self, where: str, values: Sequence[str | bytes]) -> list[DeviceRow]:
         # `where` is one of the literals in this class; values are bound.
-        rows = self.connection.execute(
+        rows = self._execute(
             "SELECT device_id, group_name, key_digest, enrolled_at, last_seen_at, revoked_at,"  # noqa: S608
             f" trains, agent_version, model, rounds_counted FROM devices {where}"
             " ORDER BY device_id",
@@ -218,7 +222,7 @@ class Store:
 
     def note_hello(self, device_id: str, *, trains: bool, agent_version: str, at: float) -> None:
         """Remember what a device said of itself when it connected."""
-        self.connection.execute(
+        self._execute(
             "UPDATE devices SET trains = ?, agent_version = ?, last_seen_at = ?"
             " WHERE device_id = ?",
             (trains, agent_version, at, device_id),
@@ -226,19 +230,15 @@ class Store:
 
     def note_seen(self, device_id: str, at: float) -> None:
         """Remember when a device was last heard of."""
-        self.connection.execute(
-            "UPDATE devices SET last_seen_at = ? WHERE device_id = ?", (at, device_id)
-        )
+        self._execute("UPDATE devices SET last_seen_at = ? WHERE device_id = ?", (at, device_id))
 
     def note_model(self, device_id: str, report: bytes) -> None:
         """Remember which model a device says it runs."""
-        self.connection.execute(
-            "UPDATE devices SET model = ? WHERE device_id = ?", (report, device_id)
-        )
+        self._execute("UPDATE devices SET model = ? WHERE device_id = ?", (report, device_id))
 
     def revoke_device(self, device_id: str, at: float) -> bool:
         """Refuse a device from now on; False if there is no such device."""
-        cursor = self.connection.execute(
+        cursor = self._execute(
             "UPDATE devices SET revoked_at = coalesce(revoked_at, ?) WHERE device_id = ?",
             (at, device_id),
         )
@@ -248,7 +248,7 @@ class Store:
 
     def add_campaign(self, row: CampaignRow) -> None:
         """Store a new campaign."""
-        self.connection.execute(
+        self._execute(
             "INSERT INTO campaigns (campaign_id, started_at, plan, state, reason, model_digest)"
             " VALUES (?, ?, ?, ?, ?, ?)",
             (row.campaign_id, row.started_at, row.plan, row.state, row.reason, row.model_digest),
@@ -256,16 +256,16 @@ class Store:
 
     def end_campaign(self, campaign_id: str, state: int, reason: str) -> None:
         """Store how a campaign ended."""
-        self.connection.execute(
+        self._execute(
             "UPDATE campaigns SET state = ?, reason = ? WHERE campaign_id = ?",
             (state, reason, campaign_id),
         )
 
     def campaigns(self) -> list[CampaignRow]:
         """Give all campaigns, oldest first."""
-        rows = self.connection.execute(
+        rows = self._execute(
             "SELECT campaign_id, started_at, plan, state, reason, model_digest FROM campaigns"
-            " ORDER BY started_at, rowid"
+            " ORDER BY rowid"
         )
         return [
             CampaignRow(
@@ -283,7 +283,7 @@ class Store:
 
     def add_round(self, row: RoundRow) -> None:
         """Store a new round."""
-        self.connection.execute(
+        self._execute(
             "INSERT INTO rounds (round_id, campaign_id, number, started_at, invited, invite)"
             " VALUES (?, ?, ?, ?, ?, ?)",
             (
@@ -298,9 +298,9 @@ class Store:
 
     def rounds(self, campaign_id: str) -> list[RoundRow]:
         """Give a campaign's rounds in order."""
-        rows = self.connection.execute(
-            "SELECT round_id, campaign_id, number, started_at, invited, invite, bytes_received,"
-            " bytes_sent FROM rounds WHERE campaign_id = ? ORDER BY started_at, rowid",
+        rows = self._execute(
+            "SELECT round_id, campaign_id, number, started_at, invited, invite, record FROM rounds"
+            " WHERE campaign_id = ? ORDER BY rowid",
             (campaign_id,),
         )
         return [
@@ -311,15 +311,19 @@ class Store:
                 started_at=row[3],
                 invited=tuple(json.loads(row[4])),
                 invite=row[5],
-                bytes_received=row[6],
-                bytes_sent=row[7],
+                record=row[6],
             )
             for row in rows
         ]
 
+    def record(self, round_id: str) -> bytes | None:
+        """Give the record of a round that is over."""
+        rows = self._execute("SELECT record FROM rounds WHERE round_id = ?", (round_id,)).fetchall()
+        return rows[0][0] if rows else None
+
     def append_event(self, round_id: str, row: EventRow) -> None:
         """Store the next event of a round."""
-        self.connection.execute(
+        self._execute(
             "INSERT INTO round_events (round_id, sequence, at, device_id, kind, payload)"
             " SELECT ?, coalesce(max(sequence), 0) + 1, ?, ?, ?, ?"
             " FROM round_events WHERE round_id = ?",
@@ -328,19 +332,18 @@ class Store:
 
     def events(self, round_id: str) -> list[EventRow]:
         """Give a round's events in order."""
-        rows = self.connection.execute(
+        rows = self._execute(
             "SELECT at, device_id, kind, payload FROM round_events WHERE round_id = ?"
             " ORDER BY sequence",
             (round_id,),
         )
         return [EventRow(at=row[0], device_id=row[1], kind=row[2], payload=row[3]) for row in rows]
 
-    def close_round(self, round_id: str, bytes_received: int, bytes_sent: int) -> None:
-        """Store what a round moved."""
-        self.connection.execute(
-            "UPDATE rounds SET bytes_received = ?, bytes_sent = ? WHERE round_id = ?",
-            (bytes_received, bytes_sent, round_id),
-        )
+    def close_round(self, round_id: str, record: bytes) -> None:
+        """Store the record of a round that is over in place of its events."""
+        with self.transaction():
+            self._execute("UPDATE rounds SET record = ? WHERE round_id = ?", (record, round_id))
+            self._execute("DELETE FROM round_events WHERE round_id = ?", (round_id,))
 
     def commit_round(
         self,
@@ -353,7 +356,7 @@ class Store:
         """Store a round's result, the campaign's new model and who was counted, all at once."""
         with self.transaction():
             self.append_event(round_id, row)
-            self.connection.execute(
+            self._execute(
                 "UPDATE campaigns SET model_digest = ? WHERE campaign_id = ?",
                 (model_digest, campaign_id),
             )
@@ -366,16 +369,24 @@ class Store:
 
     def publish_model(self, group: str, name: str, offer: bytes, at: float) -> None:
         """Store the version of a model that a group should run."""
-        self.connection.execute(
-            "INSERT INTO published_models (group_name, name, offer, published_at)"
-            " VALUES (?, ?, ?, ?) ON CONFLICT (group_name, name)"
-            " DO UPDATE SET offer = excluded.offer, published_at = excluded.published_at",
+        self._execute(
+            "INSERT OR REPLACE INTO published_models (group_name, name, offer, published_at)"
+            " VALUES (?, ?, ?, ?)",
             (group, name, offer, at),
         )
 
     def published_models(self) -> list[tuple[str, bytes]]:
         """Give (group, offer), the newest last; an empty group means all devices."""
-        rows = self.connection.execute(
-            "SELECT group_name, offer FROM published_models ORDER BY published_at, rowid"
-        )
+        rows = self._execute("SELECT group_name, offer FROM published_models ORDER BY rowid")
         return [(row[0], row[1]) for row in rows]
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(
+            f"the coordinator's database cannot be used ({error}); "
+            "free space on its disk, or check the disk"
+        ) from error

@@ -8,9 +8,11 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Coroutine
-from importlib.metadata import version
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
+
+import grpc
 
 from minga.federation import transfer, transport, wire
 from minga.federation.device.metrics import Metrics
@@ -25,15 +27,26 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.identity import Identity
-from minga.federation.limits import HEARTBEAT_INTERVAL_S, MAX_RECONNECT_BACKOFF_S
+from minga.federation.limits import (
+    FIRST_RECONNECT_BACKOFF_S,
+    HEARTBEAT_INTERVAL_S,
+    MAX_RECONNECT_BACKOFF_S,
+    MIN_HEARTBEAT_INTERVAL_S,
+    SILENT_HEARTBEATS,
+)
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from minga.federation.wire import plain
 from minga.inference.engine import ModelRef
+from minga.inference.errors import InferenceError
 from minga.inference.repository import ModelRepository
 
 _log = logging.getLogger(__name__)
 
-_FIRST_BACKOFF_S = 0.2
+Outbox = asyncio.Queue[pb.SessionRequest | None]
+"""What is to be sent on one stream; None ends it."""
+
+SessionCall = grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse]
 
 
 class Agent:
@@ -65,8 +78,10 @@ class Agent:
         self._models = models
         self._metrics = metrics
         self._participant: Participant | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._outbox: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._model_turn = asyncio.Lock()
+        self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        self._outbox: Outbox = asyncio.Queue()
         self._channel = transport.open_channel(address, identity)
         self._blobs = pb_grpc.BlobServiceStub(self._channel)
 
@@ -77,18 +92,22 @@ class Agent:
             AccessError: the coordinator refuses this device for good.
             IdentityError: this device's or the coordinator's certificate does not hold.
         """
-        self._activate()
-        backoff_s = _FIRST_BACKOFF_S
+        clock = asyncio.get_running_loop().time
+        backoff_s = FIRST_RECONNECT_BACKOFF_S
         try:
+            await self._restore_models()
             while True:
+                opened_at = clock()
                 try:
                     await self._session()
-                    backoff_s = _FIRST_BACKOFF_S
                     _log.info("the coordinator closed the stream")
                 except (AccessError, IdentityError):
                     raise
                 except FederationError as error:
                     _log.warning("%s", error)
+                # Not after every stream: two agents with one identity push each other out.
+                if clock() - opened_at > MAX_RECONNECT_BACKOFF_S:
+                    backoff_s = FIRST_RECONNECT_BACKOFF_S
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311
                 backoff_s = min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
         finally:
@@ -96,8 +115,10 @@ class Agent:
 
     async def _close(self) -> None:
         self._drop_participant()
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._trainer is not None:
             await self._trainer.close()
         await self._channel.close()
@@ -106,41 +127,64 @@ class Agent:
 
     async def _session(self) -> None:
         """Open one stream and serve it until it ends."""
-        self._outbox = asyncio.Queue()
+        outbox = self._outbox = asyncio.Queue()
         self._send(pb.SessionRequest(hello=self._hello()))
-        heart = asyncio.create_task(self._beat(self._outbox))
+        self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        heart = asyncio.create_task(self._beat(outbox))
         try:
             with transport.calling(self._address):
-                call = pb_grpc.FederationServiceStub(self._channel).Session(_drain(self._outbox))
-                async for message in call:
+                call = pb_grpc.FederationServiceStub(self._channel).Session(_drain(outbox))
+                async for message in self._heard(call):
                     self._take(message)
         finally:
             heart.cancel()
+            outbox.put_nowait(None)
             self._metrics.connected.set(0)
+
+    async def _heard(self, call: "SessionCall") -> AsyncIterator[pb.SessionResponse]:
+        """Give what the coordinator says, until it says nothing for several heartbeats.
+
+        Raises:
+            UnreachableError: it fell silent.
+            PeerError: it sent what is no message.
+        """
+        while True:
+            message: Any
+            patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+            try:
+                async with asyncio.timeout(patience_s):
+                    message = await call.read()
+            except TimeoutError:
+                raise UnreachableError(
+                    f"the coordinator at {self._address} said nothing for {patience_s:g} s"
+                ) from None
+            if message is grpc.aio.EOF:
+                return
+            if message is None:  # gRPC's word for bytes that it could not read
+                raise PeerError(f"the coordinator at {self._address} sent what is no message")
+            yield message
 
     def _send(self, request: pb.SessionRequest) -> None:
         self._outbox.put_nowait(request)
 
     def _hello(self) -> pb.Hello:
-        hello = pb.Hello(agent_version=version("minga"), trains=self._trainer is not None)
+        hello = pb.Hello(agent_version=version_of("minga"), trains=self._trainer is not None)
         if self._participant is not None:
             hello.round_id = self._participant.round_id
-        active = self._slots.active()
-        if active:
-            hello.model.CopyFrom(_report(active[-1]))
+        if self._models.refs:
+            hello.model.CopyFrom(_report(self._models.refs[-1]))
         return hello
 
-    async def _beat(self, outbox: asyncio.Queue[pb.SessionRequest]) -> None:
+    async def _beat(self, outbox: Outbox) -> None:
         while True:
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            await asyncio.sleep(self._heartbeat_interval_s)
             outbox.put_nowait(pb.SessionRequest(heartbeat=pb.Heartbeat()))
 
     def _take(self, message: pb.SessionResponse) -> None:
         """Start what a message asks for; the stream is read on meanwhile."""
         match message.WhichOneof("body"):
             case "welcome":
-                self._metrics.connected.set(1)
-                _log.info("connected to %s as %s", self._address, self._identity.name)
+                self._take_welcome(message.welcome)
             case "heartbeat":
                 pass
             case "model_offer":
@@ -152,13 +196,22 @@ class Agent:
             case _:
                 self._spawn(self._take_step(message))
 
+    def _take_welcome(self, welcome: pb.Welcome) -> None:
+        self._metrics.connected.set(1)
+        if welcome.heartbeat_interval_ms:
+            interval_s = welcome.heartbeat_interval_ms / 1000
+            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
+        _log.info("connected to %s as %s", self._address, self._identity.name)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the stream; what goes wrong is logged, the agent lives on."""
-        task = asyncio.create_task(work)
+        self._watch(asyncio.create_task(work))
+
+    def _watch(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s: %s", type(error).__name__, error, exc_info=error)
@@ -167,20 +220,18 @@ class Agent:
 
     async def _take_step(self, message: pb.SessionResponse) -> None:
         """Answer one step of a round."""
-        round_id = wire.round_of(message)
-        if message.WhichOneof("body") == "invite":
-            self._join(message.invite)
-        participant = self._participant
-        if participant is None or participant.round_id != round_id:
-            # The agent was restarted in the middle: its secrets are gone, its neighbours' shares
-            # let the round go on without it.
-            self._send(wire.withdrawal(round_id, "the device lost this round's secrets"))
-            return
+        outbox, round_id = self._outbox, wire.round_of(message)
         try:
+            participant = self._participant_for(message, round_id)
             answer = await participant.answer(message)
         except UnreachableError as error:
             _log.warning("round %s waits for the link: %s", round_id, error)
-            return  # asked again after the reconnect
+            outbox.put_nowait(None)  # ends the stream: the coordinator asks again on the next one
+            return
+        except FederationError as error:
+            _log.warning("round %s is refused: %s", plain(round_id), error)
+            self._send(wire.withdrawal(round_id, str(error)))
+            return
         if participant is not self._participant:
             return  # the round ended, or a new one began, while this step ran
         self._send(answer)
@@ -188,27 +239,34 @@ class Agent:
             self._metrics.rounds.labels(result="withdrawn").inc()
             self._drop_participant()
 
-    def _join(self, invite: pb.RoundInvite) -> None:
-        if self._participant is not None and self._participant.round_id == invite.round_id:
-            return
-        self._drop_participant()
+    def _participant_for(self, message: pb.SessionResponse, round_id: str) -> Participant:
+        """Give this device's part in a round; an invitation to a new one makes it.
+
+        Raises:
+            FederationError: this device is not in that round, or will not be.
+        """
+        if self._participant is not None and self._participant.round_id == round_id:
+            return self._participant
+        if message.WhichOneof("body") != "invite":
+            # The agent was restarted in the middle: its secrets are gone, its neighbours' shares
+            # let the round go on without it.
+            raise PeerError("the device has no secrets of this round")
         if self._trainer is None:
-            return
-        try:
-            self._participant = Participant(
-                invite,
-                identity=self._identity,
-                trainer=self._trainer,
-                download=self._download,
-                upload=self._upload,
-                metrics=self._metrics,
-            )
-        except (PeerError, ValueError) as error:
-            _log.warning("round %s is refused: %s", invite.round_id, error)
+            raise PeerError("the device does not train")
+        self._drop_participant()
+        self._participant = Participant(
+            message.invite,
+            identity=self._identity,
+            trainer=self._trainer,
+            download=self._download,
+            upload=self._upload,
+            metrics=self._metrics,
+        )
+        return self._participant
 
     def _drop_participant(self) -> None:
         if self._participant is not None:
-            self._participant.close()
+            self._watch(self._participant.close())
             self._participant = None
 
     def _end_round(self, end: pb.RoundEnd) -> None:
@@ -216,13 +274,15 @@ class Agent:
             return
         result = "counted" if end.counted else "committed" if end.committed else "aborted"
         self._metrics.rounds.labels(result=result).inc()
-        _log.info("round %s: %s %s", end.round_id, result, end.reason)
+        _log.info("round %s: %s %s", end.round_id, result, plain(end.reason))
         self._drop_participant()
 
     def _take_refusal(self, refusal: pb.Refusal) -> None:
-        _log.warning("the coordinator refused a message: %s", refusal.reason)
+        """Leave the round in which a message was refused: there is no other answer to give."""
+        _log.warning("the coordinator refused a message: %s", plain(refusal.reason))
         if self._participant is not None and self._participant.round_id == refusal.round_id:
             self._metrics.rounds.labels(result="refused").inc()
+            self._send(wire.withdrawal(refusal.round_id, "its answer was refused"))
             self._drop_participant()
 
     # --- bulk ---
@@ -235,33 +295,56 @@ class Agent:
 
     # --- models ---
 
+    async def _restore_models(self) -> None:
+        """Answer from the active slots; a model that does not run any more keeps none back."""
+        for ref in await asyncio.to_thread(self._slots.active):
+            try:
+                await self._serve(ref)
+            except InferenceError as error:
+                _log.error("model %s is not served: %s", ref, error)
+
     async def _take_model(self, offer: pb.ModelOffer) -> None:
-        """Fetch an offered version into the idle slot, test it, switch to it, say so."""
+        """Fetch an offered version into the idle slot, test it, switch to it, say so.
+
+        Offers take turns: two of one model would write into the same slot.
+        """
         report = pb.ModelReport(name=offer.name, version=offer.version, digest=offer.digest)
         try:
-            path = self._slots.idle_path(offer.name)
-            await self._download(offer.digest, path)
-            self._slots.activate(offer.name, offer.version, offer.digest)
-            self._activate()
+            async with self._model_turn:
+                await self._switch_to(offer)
             report.state = pb.MODEL_STATE_ACTIVE
-        except FederationError as error:
-            _log.error("model %s %s is refused: %s", offer.name, offer.version, error)
+        except UnreachableError as error:
+            _log.warning("model %s waits for the link: %s", plain(offer.name), error)
+            return  # offered again after the reconnect
+        except (FederationError, InferenceError, OSError) as error:
+            _log.error("model %s is refused: %s", plain(offer.name), error)
             report.state = pb.MODEL_STATE_FAILED
-            report.detail = str(error)
+            report.detail = plain(str(error))
         self._send(pb.SessionRequest(model_report=report))
 
-    def _activate(self) -> None:
-        """Answer from the active slots."""
-        refs = self._slots.active()
-        self._models.apply(refs)
+    async def _switch_to(self, offer: pb.ModelOffer) -> None:
+        name, version, digest = offer.name, offer.version, offer.digest
+        wire.check_model(name, version, digest)
+        served = {(ref.name, ref.version, ref.sha256) for ref in self._models.refs}
+        if (name, version, digest.hex()) in served:
+            return
+        path = await asyncio.to_thread(self._slots.idle_path, name)
+        await self._download(digest, path)
+        await self._serve(await asyncio.to_thread(self._slots.activate, name, version, digest))
+
+    async def _serve(self, ref: ModelRef) -> None:
+        """Serve a version in its predecessor's place."""
+        refs = {other.name: other for other in self._models.refs} | {ref.name: ref}
+        await asyncio.to_thread(self._models.apply, tuple(refs.values()))
         self._metrics.model.clear()
-        for ref in refs:
-            self._metrics.model.labels(name=ref.name, version=ref.version).set(1)
+        for name, served in refs.items():
+            self._metrics.model.labels(name=name, version=served.version).set(1)
 
 
-async def _drain(outbox: asyncio.Queue[pb.SessionRequest]) -> AsyncIterator[pb.SessionRequest]:
-    while True:
-        yield await outbox.get()
+async def _drain(outbox: Outbox) -> AsyncIterator[pb.SessionRequest]:
+    """Give what is to be sent, until a None ends the stream."""
+    while (request := await outbox.get()) is not None:
+        yield request
 
 
 def _report(ref: ModelRef) -> pb.ModelReport:

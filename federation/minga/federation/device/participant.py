@@ -56,13 +56,16 @@ class Participant:
         self._upload = upload
         self._metrics = metrics
         self._turn = asyncio.Lock()
-        self._survivors: tuple[str, ...] = ()
-        self._masked: bytes | None = None
         self._update = asyncio.create_task(self._train())
 
-    def close(self) -> None:
-        """Forget the round; training that still runs is stopped."""
+    def close(self) -> asyncio.Task[Update]:
+        """Forget the round; training that still runs is stopped.
+
+        Returns:
+            The training, which may take a moment to end.
+        """
         self._update.cancel()
+        return self._update
 
     async def answer(self, message: pb.SessionResponse) -> pb.SessionRequest:
         """Do what the coordinator asks, or withdraw and say why."""
@@ -78,6 +81,9 @@ class Participant:
             except FederationError as error:
                 _log.warning("round %s: the coordinator is refused: %s", self.round_id, error)
                 return self._withdraw(f"{type(error).__name__} on the device: {error}")
+            except Exception:  # noqa: BLE001 - the round is told at once, not at its deadline
+                _log.exception("round %s: this device failed", self.round_id)
+                return self._withdraw("the device failed; its own log says why")
 
     async def _answer(self, message: pb.SessionResponse) -> pb.SessionRequest:
         match message.WhichOneof("body"):
@@ -91,8 +97,7 @@ class Participant:
             case "neighbour_shares":
                 return await self._send_update(message.neighbour_shares)
             case "survivors":
-                self._survivors = tuple(message.survivors.device_ids)
-                confirmation = self._session.confirm(self._survivors)
+                confirmation = self._session.confirm(message.survivors.device_ids)
                 return pb.SessionRequest(
                     confirmation=wire.confirmation_to_wire(self.round_id, confirmation)
                 )
@@ -106,7 +111,7 @@ class Participant:
                 raise PeerError(f"{other!r} is no step of a round")
 
     async def _send_update(self, message: pb.NeighbourShares) -> pb.SessionRequest:
-        update = await asyncio.shield(self._update)
+        update = await self._trained()
         inbox = [wire.share_from_wire(share) for share in message.shares]
         delta = Layout.of(update.delta).flatten(update.delta)
         weight = min(update.num_examples, self._plan.max_weight)
@@ -117,11 +122,18 @@ class Participant:
             masked_update=pb.MaskedUpdate(round_id=self.round_id, digest=digest, size=len(masked))
         )
 
+    async def _trained(self) -> Update:
+        """Wait for the update; training that could not fetch its model begins anew."""
+        done = self._update.done() and not self._update.cancelled()
+        if done and isinstance(self._update.exception(), UnreachableError):
+            self._update = asyncio.create_task(self._train())
+        return await asyncio.shield(self._update)
+
     async def _train(self) -> Update:
         with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
             path = Path(folder) / "model.safetensors"
             await self._download(self._model_digest, path)
-            parameters = from_bytes(path.read_bytes())
+            parameters = from_bytes(await asyncio.to_thread(path.read_bytes))
         layout = Layout.of(parameters)
         if layout.num_values != self._plan.num_values:
             raise PeerError(

@@ -7,7 +7,7 @@ in the middle, and the version before stays at hand.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from minga.federation.durable import replace_file
@@ -66,7 +66,9 @@ def _read(file: Path) -> ModelRef | None:
     """Read which slot is active; None if nothing whole is there."""
     try:
         ref = ModelRef(**json.loads(file.read_bytes()))
+        # The slot is beside the file, also after the device's folder was moved.
+        ref = replace(ref, path=str(file.parent / Path(ref.path).name))
         digest = hashlib.sha256(Path(ref.path).read_bytes()).hexdigest()
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, InferenceError):
         return None
     return ref if digest == ref.sha256 else None

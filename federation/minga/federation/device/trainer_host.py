@@ -10,8 +10,10 @@ Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE OPTIONS_
 import importlib
 import json
 import os
+import select
 import struct
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -87,8 +89,20 @@ def serve(trainer: LocalTrainer, requests: BinaryIO, answers: BinaryIO) -> None:
             _write_frame(answers, answer, data)
 
 
+def _end_with_agent() -> None:
+    """End this process as soon as the agent does, also in the middle of training.
+
+    However the agent ends, its end of the pipe is closed then, and that hangs this one up.
+    """
+    pipe = select.poll()
+    pipe.register(sys.stdin.fileno(), 0)  # hanging up is told unasked
+    pipe.poll()
+    os._exit(1)
+
+
 def main() -> None:
     """Make the trainer that the command line names and serve it."""
+    threading.Thread(target=_end_with_agent, daemon=True).start()
     reference, options = sys.argv[1], json.loads(sys.argv[2])
     # Whatever user code prints goes to the log, not into the frames.
     answers = os.fdopen(os.dup(1), "wb")

@@ -72,10 +72,12 @@ class TrainerProcess:
                 process = self._process or await self._start()
                 frame = pack_frame({"call": call, "config": dict(config)}, to_bytes(parameters))
                 return await _exchange(process, frame)
-            except (asyncio.IncompleteReadError, ConnectionError, BrokenPipeError) as error:
+            except TrainerError:
+                raise
+            except (asyncio.IncompleteReadError, ConnectionError) as error:
                 await self.close()
                 raise TrainerError("the training process died; its log says why") from error
-            except asyncio.CancelledError:
+            except BaseException:  # between two frames nobody knows what comes next
                 await self.close()
                 raise
 

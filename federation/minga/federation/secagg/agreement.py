@@ -8,6 +8,7 @@ ends get the same key; share encryption names it sender first, so each direction
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from typing import Self
 
@@ -88,6 +89,7 @@ def pair_mask(plan: RoundPlan, secret: bytes, own: Advert, peer: Advert) -> Mask
     return Mask(key=derive(shared, info, MASK_KEY_BYTES), sign=1 if own is first else -1)
 
 
+@lru_cache(maxsize=1 << 14)
 def share_place(device_id: str) -> int:
     """Say where in the field a device's shares are taken, in every round and graph."""
     return int.from_bytes(sha256(encode("share place", device_id)).digest()) % PRIME

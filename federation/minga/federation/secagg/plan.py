@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 
 from minga.federation.secagg.encoding import encode
@@ -71,20 +72,7 @@ class RoundPlan:
     @property
     def digest(self) -> bytes:
         """SHA-256 over all fields."""
-        return sha256(
-            encode(
-                "plan",
-                self.round_id,
-                self.context_digest,
-                self.num_values,
-                self.max_cohort,
-                self.num_neighbours,
-                self.threshold,
-                self.value_bits,
-                float(self.clip),
-                self.max_weight,
-            )
-        ).digest()
+        return _digest(self)
 
     def _check_names(self) -> None:
         if len(self.round_id) != ROUND_ID_BYTES:
@@ -129,6 +117,24 @@ class RoundPlan:
                 f"max_weight is {self.max_weight}; with {self.value_bits} value_bits it must be "
                 f"between 1 and {self.max_level}"
             )
+
+
+@lru_cache(maxsize=64)  # every key, signature and ciphertext of a round asks for it
+def _digest(plan: RoundPlan) -> bytes:
+    return sha256(
+        encode(
+            "plan",
+            plan.round_id,
+            plan.context_digest,
+            plan.num_values,
+            plan.max_cohort,
+            plan.num_neighbours,
+            plan.threshold,
+            plan.value_bits,
+            float(plan.clip),
+            plan.max_weight,
+        )
+    ).digest()
 
 
 def derive_plan(

@@ -5,8 +5,11 @@ random polynomial of degree `threshold - 1`; a share is its value elsewhere. Any
 give the polynomial; with fewer, every secret is equally likely.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from copy import copy
+from itertools import accumulate
+from typing import Final, Self
 
 PRIME: Final = 2**256 + 297
 """The smallest prime above 2**256."""
@@ -72,26 +75,41 @@ def is_share(share: bytes) -> bool:
 class Interpolation:
     """The weights that turn shares at fixed places into a polynomial's value at one place.
 
-    Making it costs `len(xs)**2` products and as many inversions as places; using it, one product
-    per share. Secrets shared among the same devices are rebuilt with the same weights.
+    Making it costs `len(xs)**2` products and one inversion; using it, one product per share.
+    Secrets shared among the same devices are rebuilt with the same weights.
     """
 
-    __slots__ = ("_weights",)
+    __slots__ = ("_at", "_weights")
 
     def __init__(self, xs: Sequence[int], at: int = 0) -> None:
         _check_places(xs)
-        self._weights = []
-        for x in xs:
-            above = below = 1
-            for other in xs:
-                if other != x:
-                    above = above * (at - other) % PRIME
-                    below = below * (x - other) % PRIME
-            self._weights.append(above * pow(below, -1, PRIME) % PRIME)
+        above = _products_of_others([at - x for x in xs])
+        below = _inverses([_product_of_distances(x, xs) for x in xs])
+        self._at = at
+        self._weights = {
+            x: upper * lower % PRIME for x, upper, lower in zip(xs, above, below, strict=True)
+        }
+
+    def without(self, x: int) -> Self:
+        """Leave out one place, for two products per remaining one and one inversion.
+
+        It takes the factor `(at - x) / (x_i - x)` out of every weight again.
+
+        Args:
+            x: One of at least two places, and not the one that the value is taken at.
+        """
+        factor = pow(self._at - x, -1, PRIME)
+        fewer = copy(self)
+        fewer._weights = {
+            place: weight * (place - x) % PRIME * factor % PRIME
+            for place, weight in self._weights.items()
+            if place != x
+        }
+        return fewer
 
     def value(self, shares: Sequence[bytes]) -> int:
         """Give the polynomial's value, from shares in the order of the places."""
-        terms = zip(self._weights, shares, strict=True)
+        terms = zip(self._weights.values(), shares, strict=True)
         return sum(weight * int.from_bytes(share) for weight, share in terms) % PRIME
 
     def secret(self, shares: Sequence[bytes]) -> bytes | None:
@@ -104,6 +122,33 @@ def _check_places(xs: Sequence[int]) -> None:
     places = {x % PRIME for x in xs}
     if len(places) != len(xs) or 0 in places:
         raise ValueError("shares need distinct places other than zero")
+
+
+def _product_of_distances(x: int, xs: Sequence[int]) -> int:
+    """Multiply the distances from one place to all the others."""
+    product = 1
+    for other in xs:
+        if other != x:
+            product = product * (x - other) % PRIME
+    return product
+
+
+def _products_of_others(factors: Sequence[int]) -> list[int]:
+    """Give for each factor the product of all the others."""
+    before = _running_products(factors)
+    behind = reversed(_running_products(factors[::-1]))
+    return [left * right % PRIME for left, right in zip(before, behind, strict=True)]
+
+
+def _running_products(factors: Sequence[int]) -> list[int]:
+    """Give for each factor the product of those before it."""
+    return list(accumulate(factors[:-1], lambda a, b: a * b % PRIME, initial=1))
+
+
+def _inverses(values: Sequence[int]) -> list[int]:
+    """Invert all values with one inversion, which costs as much as 50 products (Montgomery)."""
+    inverse = pow(math.prod(values) % PRIME, -1, PRIME)
+    return [others * inverse % PRIME for others in _products_of_others(values)]
 
 
 def _evaluate(coefficients: Sequence[int], x: int) -> int:

@@ -5,7 +5,7 @@ that dropped out after it shared its secrets. Everything rebuilt is checked agai
 advertised, so a false share is noticed, and left out where enough true ones exist.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Final
@@ -77,7 +77,7 @@ def recover_masks(
         QuorumError: a secret has fewer shares than the threshold.
         ShareError: a secret's shares are false, and no choice of them gives the true one.
     """
-    rebuilder = _Rebuilder(plan, adverts)
+    rebuilder = _Rebuilder(plan, adverts, reveals.keys())
     masks = []
     for name in sorted(survivors):
         seed = rebuilder.self_seed(name, _seed_shares(graph, reveals, name))
@@ -112,10 +112,13 @@ def _key_shares(graph: Graph, reveals: Mapping[str, Reveal], owner: str) -> dict
 class _Rebuilder:
     """Rebuilds secrets from shares, some of which may be false."""
 
-    def __init__(self, plan: RoundPlan, adverts: Mapping[str, Advert]) -> None:
+    def __init__(
+        self, plan: RoundPlan, adverts: Mapping[str, Advert], revealers: Collection[str]
+    ) -> None:
         self.liars: set[str] = set()
         self._plan = plan
         self._adverts = adverts
+        self._revealers = revealers
         self._interpolations: dict[tuple[str, ...], Interpolation] = {}
 
     def self_seed(self, owner: str, shares: Mapping[str, bytes]) -> bytes:
@@ -148,10 +151,10 @@ class _Rebuilder:
             raise QuorumError(
                 f"{len(shares)} shares of {what} were revealed, {threshold} are needed"
             )
-        holders = sorted(shares, key=lambda name: (name in self.liars, name))
+        holders = self._honest_first(shares)
         for number, chosen in enumerate(islice(_choices(holders, threshold), MAX_TRIES)):
             # Only the first choice is likely to come again, for another secret.
-            weights = _weights(chosen) if number else self._first_weights(chosen)
+            weights = _weights(chosen) if number else self._first_weights(owner, holders)
             secret = weights.secret([shares[name] for name in chosen])
             if secret is not None and is_true(secret):
                 if number:
@@ -163,10 +166,27 @@ class _Rebuilder:
             [owner],
         )
 
-    def _first_weights(self, holders: tuple[str, ...]) -> Interpolation:
-        if holders not in self._interpolations:
-            self._interpolations[holders] = _weights(holders)
-        return self._interpolations[holders]
+    def _first_weights(self, owner: str, holders: list[str]) -> Interpolation:
+        """Give the weights of the first `threshold` holders.
+
+        A device holds no share of its own secrets. So over a complete graph all devices share one
+        list of holders, each with itself left out, and its weights are nearly the same for all.
+        """
+        threshold = self._plan.threshold
+        if owner in self._revealers:
+            first = self._honest_first([*holders, owner])[: threshold + 1]
+            if owner in first:
+                return self._kept_weights(first).without(agreement.share_place(owner))
+        return self._kept_weights(holders[:threshold])
+
+    def _kept_weights(self, holders: list[str]) -> Interpolation:
+        key = tuple(holders)
+        if key not in self._interpolations:
+            self._interpolations[key] = _weights(key)
+        return self._interpolations[key]
+
+    def _honest_first(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: (name in self.liars, name))
 
     def _note_liars(self, shares: Mapping[str, bytes], honest: tuple[str, ...]) -> None:
         """Compare every other share with the polynomial that the honest ones lie on."""

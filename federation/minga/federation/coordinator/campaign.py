@@ -1,0 +1,194 @@
+"""One campaign as it stands: its plan, the records of rounds that are over, the open round."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from minga.federation import wire
+from minga.federation.coordinator import journal
+from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
+from minga.federation.coordinator.store import CampaignRow, Store
+from minga.federation.errors import CampaignError, PeerError
+from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
+from minga.federation.secagg.errors import PlanError
+from minga.federation.secagg.plan import RoundPlan
+from minga.federation.v1 import federation_pb2 as pb
+
+RUNNING = pb.CAMPAIGN_STATE_RUNNING
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Campaign:
+    """One campaign. Of a round that is over only its record is kept: no shares, no keys."""
+
+    campaign_id: str
+    plan: pb.CampaignPlan
+    model_digest: bytes
+    state: int = RUNNING
+    reason: str = ""
+    records: list[pb.Round] = field(default_factory=list)
+    open_round: Round | None = None
+    bytes_received: int = 0
+    """What the open round moved since this process knows it."""
+    bytes_sent: int = 0
+
+    @classmethod
+    def load(cls, store: Store, row: CampaignRow) -> "Campaign":
+        """Read a campaign; a round that was under way is rebuilt from its events."""
+        campaign = cls(
+            campaign_id=row.campaign_id,
+            plan=pb.CampaignPlan.FromString(row.plan),
+            model_digest=row.model_digest,
+            state=row.state,
+            reason=row.reason,
+        )
+        for round_row in store.rounds(row.campaign_id):
+            if round_row.record is not None:
+                campaign.add_record(pb.Round.FromString(round_row.record))
+            else:
+                plan = campaign.plan
+                order = journal.order_of(round_row, plan.min_cohort, _timeouts(plan))
+                events = store.events(round_row.round_id)
+                campaign.open_round = journal.replay(order, round_row.started_at, events)
+        return campaign
+
+    @property
+    def is_running(self) -> bool:
+        """True until it completed, failed or was cancelled."""
+        return self.state == RUNNING
+
+    @property
+    def is_over(self) -> bool:
+        """True when nothing is left to do, not even to tell the devices of the last round."""
+        return not self.is_running and self.open_round is None
+
+    @property
+    def num_committed(self) -> int:
+        """How many rounds are in the model."""
+        return sum(record.stage == pb.ROUND_STAGE_COMMITTED for record in self.records)
+
+    @property
+    def num_aborts_in_a_row(self) -> int:
+        """How many rounds failed since the last one that was committed."""
+        count = 0
+        for record in reversed(self.records):
+            if record.stage == pb.ROUND_STAGE_COMMITTED:
+                break
+            count += 1
+        return count
+
+    def next_order(self, devices: Sequence[str], num_values: int) -> RoundOrder:
+        """Fix what the next round is to do, with as many of some devices as a plan exists for.
+
+        Raises:
+            PlanError: there is no plan, not even for the smallest cohort.
+        """
+        plan, round_id = self.plan, secrets.token_hex(16)
+        while True:
+            try:
+                round_plan = _round_plan(
+                    plan, round_id, self.model_digest, num_values, len(devices)
+                )
+                break
+            except PlanError:  # shares of a cohort that are to be borne round badly for some sizes
+                if len(devices) <= plan.min_cohort:
+                    raise
+                devices = devices[:-1]
+        return RoundOrder(
+            round_id=round_id,
+            number=self.num_committed + 1,
+            plan=round_plan,
+            invited=tuple(sorted(devices)),
+            min_cohort=plan.min_cohort,
+            model_digest=self.model_digest,
+            training=wire.config_from_wire(plan.training),
+            timeouts=_timeouts(plan),
+        )
+
+    def record(self) -> pb.Round:
+        """Give the open round as it goes into the records."""
+        assert self.open_round is not None
+        return wire.round_to_wire(self.open_round, self.bytes_received, self.bytes_sent)
+
+    def close_round(self, record: pb.Round) -> None:
+        """Put the open round's record in its place."""
+        self.add_record(record)
+        self.open_round = None
+        self.bytes_received = self.bytes_sent = 0
+
+    def add_record(self, record: pb.Round) -> None:
+        """Take the record of a round that is over; one long past loses its devices' names."""
+        self.records.append(record)
+        if len(self.records) > DETAILED_ROUNDS:
+            past = -DETAILED_ROUNDS - 1
+            self.records[past] = wire.without_names(self.records[past])
+
+    def describe(self, detail_bytes: int = STATUS_DETAIL_BYTES) -> pb.Campaign:
+        """Give the campaign as it goes over the wire.
+
+        Args:
+            detail_bytes: how much of it may be rounds with all their devices' names: the oldest
+                lose them first, the open one never does. So a campaign fits into a message,
+                however long it gets.
+        """
+        rounds = [] if self.open_round is None else [self.record()]
+        for record in reversed(self.records):
+            has_names = detail_bytes > 0
+            detail_bytes -= record.ByteSize() if has_names else 0
+            rounds.append(record if has_names else wire.without_names(record))
+        return pb.Campaign(
+            campaign_id=self.campaign_id,
+            plan=self.plan,
+            state=self.state,  # type: ignore[arg-type]
+            reason=self.reason,
+            model_digest=self.model_digest,
+            rounds=reversed(rounds),
+        )
+
+
+def _timeouts(plan: pb.CampaignPlan) -> Timeouts:
+    return Timeouts(
+        keys_s=plan.invite_timeout_s,
+        stage_s=plan.stage_timeout_s,
+        updates_s=plan.training_timeout_s,
+    )
+
+
+def _round_plan(
+    plan: pb.CampaignPlan, round_id: str, model_digest: bytes, num_values: int, cohort: int
+) -> RoundPlan:
+    return wire.round_plan(
+        plan, round_id=round_id, model_digest=model_digest, num_values=num_values, cohort=cohort
+    )
+
+
+def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
+    """Refuse a campaign that no round could be made of.
+
+    Args:
+        plan: what is asked for.
+        num_values: how many values its model has.
+
+    Raises:
+        CampaignError: the numbers cannot work.
+    """
+    positive = (
+        "num_rounds",
+        "server_learning_rate",
+        "invite_timeout_s",
+        "stage_timeout_s",
+        "training_timeout_s",
+    )
+    for name in positive:
+        if not 0 < getattr(plan, name) < math.inf:
+            raise CampaignError(f"{name} is {getattr(plan, name)}; it must be positive and finite")
+    if plan.min_cohort > plan.cohort:
+        raise CampaignError(f"min_cohort {plan.min_cohort} is above cohort {plan.cohort}")
+    if plan.cohort > MAX_COHORT:
+        raise CampaignError(f"cohort is {plan.cohort}; a round holds {MAX_COHORT} devices at most")
+    for cohort in (plan.cohort, plan.min_cohort):
+        try:
+            _round_plan(plan, "00" * 16, plan.model_digest, num_values, cohort)
+        except (PlanError, PeerError) as error:
+            raise CampaignError(f"no round can work with {cohort} devices: {error}") from error

@@ -1,0 +1,158 @@
+"""The whole central path on a small sample, on a real Ray and a real registry."""
+
+import contextlib
+import io
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from minga.cluster import pipeline, template
+from minga.cluster.project import load
+from minga.training.bundle import LINEAGE, read_parameters
+from minga.training.errors import GateError
+from minga.training.lineage import Campaign, Lineage
+from minga.training.network import build_network, parameters_of
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"num_trials = 8": "num_trials = 3", "max_epochs = 8": "max_epochs = 3"}
+SMALL |= {"num_workers = 2": "num_workers = 1", "epochs = 10": "epochs = 6"}
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory):
+    """A project after `minga run --json`, and what that printed."""
+    from minga.cli.app import main
+
+    directory = tmp_path_factory.mktemp("plant") / "plant"
+    template.write(directory)
+    text = (files(template) / "minga.toml").read_text()
+    for old, new in SMALL.items():
+        text = text.replace(old, new)
+    (directory / "minga.toml").write_text(text)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main(["run", "--project", str(directory), "--json"])
+    return load(directory), json.loads(printed.getvalue())
+
+
+@pytest.fixture
+def project(finished):
+    """The project, freshly loaded."""
+    return load(finished[0].directory)
+
+
+def champion_of(project):
+    """Parameters and hyper-parameters of version 1."""
+    folder = project.registry().fetch("shuttle-anomaly", 1)
+    return read_parameters(folder), Lineage.read(folder / LINEAGE)
+
+
+def test_run_ends_with_a_champion(finished, project):
+    """The run prints one JSON value: a blessed version that is champion now."""
+    _, printed = finished
+    assert (printed["model"], printed["version"]) == ("shuttle-anomaly", 1)
+    assert printed["promoted"]
+    assert printed["metrics"]["average_precision"] > 0.9
+    assert len(printed["trials"]) == 3
+    assert {gate["name"] for gate in printed["gates"]} >= {"onnx parity", "latency p95", "size"}
+    assert project.registry().get("shuttle-anomaly", "champion").version == 1
+
+
+def test_registered_parameters_are_the_model(finished, project):
+    """The stored parameters, put into a network, reach the metrics that were registered."""
+    parameters, lineage = champion_of(project)
+    measured = pipeline.evaluate(project, parameters, lineage.params)
+    assert measured == pytest.approx(finished[1]["metrics"])
+    assert lineage.params == finished[1]["params"]
+    assert lineage.data_digest == finished[1]["data"]["digest"]
+
+
+def test_finished_search_is_kept(project, monkeypatch):
+    """The same search again gives the same result without a trial; other settings do not."""
+    found = pipeline.search(project)
+    assert found == pipeline.finished_search(project)
+    assert len(found.trials) == 3
+    other = project.model_copy(update={"seed": 8})
+    other._directory = project.directory
+    assert pipeline.finished_search(other) is None
+
+
+def test_runs_are_recorded(finished, project):
+    """MLflow has the search with its trials nested, and the training with its history."""
+    tracker = project.tracker()
+    runs = tracker.client.search_runs([tracker.experiment_id])
+    names = sorted(run.info.run_name for run in runs)
+    assert names[:5] == ["search", "train", "trial 1", "trial 2", "trial 3"]
+    training = tracker.client.get_run(finished[1]["run_id"])
+    assert training.data.metrics["test_average_precision"] > 0.9
+    epochs = tracker.client.get_metric_history(training.info.run_id, "average_precision")
+    assert [metric.step for metric in epochs] == [1, 2, 3, 4, 5, 6]
+
+
+def test_later_data_is_checked_against_the_champion(project):
+    """Data whose columns moved is judged by what the champion was trained on."""
+    source = project.directory / "data" / "moved.csv"
+    table = np.loadtxt(project.source, delimiter=",", skiprows=1)
+    table[:, 0] += 100
+    np.savetxt(source, table, fmt="%g", delimiter=",", header="x", comments="")
+    report = pipeline.check_data(project, "data/moved.csv")
+    assert report.reference == "version 1"
+    assert {(found.kind, found.column) for found in report.violations} >= {
+        ("range", "f1"),
+        ("drift", "f1"),
+    }
+
+
+def test_worse_model_is_registered_but_not_promoted(project):
+    """An untrained network is refused by floors and by the champion, and stays a candidate."""
+    task = project.loaded_task
+    network = build_network(task, task.defaults, project.splits.train, seed=1)
+    registered = pipeline.register_candidate(
+        project, parameters=parameters_of(network), params=task.defaults
+    )
+    refused = {gate.name for gate in registered.report.refused}
+    assert {"average_precision", "average_precision against champion"} <= refused
+    with pytest.raises(GateError, match=f"minga model show {registered.version}"):
+        pipeline.promote(project, registered.version)
+    assert project.registry().get("shuttle-anomaly", "champion").version == 1
+
+
+def test_product_of_a_campaign_takes_the_same_gates(project):
+    """Federated parameters are compared with the champion and keep their lineage."""
+    parameters, lineage = champion_of(project)
+    campaign = Campaign(name="c1", rounds=5, cohort=7, num_examples=36_000)
+    registered = pipeline.register_candidate(
+        project,
+        parameters=parameters,
+        params=lineage.params,
+        parent_version=1,
+        campaign=campaign,
+    )
+    stored = Lineage.read(registered.bundle_path / LINEAGE)
+    assert registered.report.blessed
+    assert (stored.origin, stored.parent_version, stored.campaign) == ("federated", 1, campaign)
+    version = project.registry().get("shuttle-anomaly", registered.version)
+    assert version.aliases == ("challenger",)
+    gate = next(gate for gate in registered.report.gates if gate.name.endswith("champion"))
+    assert gate.seen == "+0.0000 (+0.0000 .. +0.0000) to version 1"
+
+
+def test_commands_show_the_registry(finished, capsys):
+    """`minga model list` and `show` print JSON that names the champion and its gates."""
+    from minga.cli.app import main
+
+    words = ["--project", str(finished[0].directory), "--json"]
+    with contextlib.suppress(SystemExit):
+        main(["model", "list", *words])
+    versions = json.loads(capsys.readouterr().out)
+    assert {"model": "shuttle-anomaly", "version": 1, "aliases": ["champion"]}.items() <= versions[
+        -1
+    ].items()
+    with contextlib.suppress(SystemExit):
+        main(["model", "show", *words])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["lineage"]["task"] == "shuttle-anomaly"
+    assert shown["blessed"]

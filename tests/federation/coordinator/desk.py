@@ -1,0 +1,281 @@
+"""A coordinator's inner part and its devices in one process, without sockets, for tests.
+
+Store, blobs, hub, campaigns, participants and secure aggregation are the real ones. Only the wire
+between them is short: a connection's outbox is read here and what a device answers is handed over.
+"""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minga.federation import wire
+from minga.federation.blobs import BlobStore
+from minga.federation.coordinator.authority import Authority
+from minga.federation.coordinator.campaigns import Campaigns
+from minga.federation.coordinator.hub import Connection, Hub, Signal
+from minga.federation.coordinator.metrics import Metrics
+from minga.federation.coordinator.store import Store
+from minga.federation.device.metrics import Metrics as DeviceMetrics
+from minga.federation.device.participant import Participant
+from minga.federation.errors import StorageError
+from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
+from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.trainer import TrainingConfig, Update
+from minga.federation.v1 import federation_pb2 as pb
+
+PATIENCE_S = 30.0
+
+
+class Killed(BaseException):
+    """The coordinator's process ends here, without a chance to clean up."""
+
+
+class MortalConnection:
+    """A database connection whose process is killed before its `lives`-th next write."""
+
+    def __init__(self, connection: sqlite3.Connection, lives: int) -> None:
+        self.connection = connection
+        self.lives = lives
+        self.killed = asyncio.Event()
+
+    def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
+        if not sql.startswith("SELECT"):
+            if self.lives == 0:
+                self.killed.set()
+                raise Killed
+            self.lives -= 1
+        return self.connection.execute(sql, values)
+
+    def __enter__(self) -> None:
+        self.connection.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.connection.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class StepTrainer:
+    """Moves every value by `step`, counting as `num_examples`; waits while its gate is closed."""
+
+    def __init__(self, step: float, num_examples: int) -> None:
+        self.step = step
+        self.num_examples = num_examples
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
+        await self.gate.wait()
+        delta = {name: np.full_like(value, self.step) for name, value in parameters.items()}
+        return Update(delta=delta, num_examples=self.num_examples)
+
+
+class DeskDevice:
+    """One device; its part in a round outlives the coordinator."""
+
+    def __init__(self, identity: Identity, trainer: StepTrainer) -> None:
+        self.identity = identity
+        self.trainer = trainer
+        self.participant: Participant | None = None
+        self._ends: dict[str, pb.RoundEnd] = {}
+        self._told = Signal()
+
+    async def answer(self, desk: "Desk", message: pb.SessionResponse) -> pb.SessionRequest | None:
+        """Do what a message asks for."""
+        match message.WhichOneof("body"):
+            case "round_end":
+                self.leave(message.round_end)
+                return None
+            case "invite" if not self.is_in(message.invite.round_id):
+                self.join(desk, message.invite)
+        if not self.is_in(wire.round_of(message)):
+            return wire.withdrawal(wire.round_of(message), "no secrets")
+        assert self.participant is not None
+        return await self.participant.answer(message)
+
+    def is_in(self, round_id: str) -> bool:
+        return self.participant is not None and self.participant.round_id == round_id
+
+    def join(self, desk: "Desk", invite: pb.RoundInvite) -> None:
+        async def download(digest: bytes, path: Path) -> None:
+            path.write_bytes(desk.blobs.read(digest))
+
+        async def upload(digest: bytes, data: bytes) -> None:
+            assert desk.campaigns.expects_upload(self.identity.name, len(data))
+            desk.put(digest, data, self.identity.name)
+
+        self.leave(None)
+        self.participant = Participant(
+            invite,
+            identity=self.identity,
+            trainer=self.trainer,  # type: ignore[arg-type]
+            download=download,
+            upload=upload,
+            metrics=DeviceMetrics(),
+        )
+
+    def leave(self, end: pb.RoundEnd | None) -> None:
+        if end is not None:
+            self._ends[end.round_id] = end
+            self._told.fire()
+        if self.participant is not None and (end is None or self.is_in(end.round_id)):
+            self.participant.close()
+            self.participant = None
+
+    async def end_of(self, round_id: str) -> pb.RoundEnd:
+        """Wait until this device was told how a round ended."""
+        async with asyncio.timeout(PATIENCE_S):
+            while round_id not in self._ends:
+                await self._told.next().wait()
+        return self._ends[round_id]
+
+
+class Desk:
+    """A coordinator that can be killed and started again, and its devices."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self.clock = clock
+        self.authority = Authority.open(folder / "authority")
+        self.devices: dict[str, DeskDevice] = {}
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def enrol(self, name: str, step: float, num_examples: int = 100) -> None:
+        """Make a device."""
+        key = new_key()
+        certificate = self.authority.issue_client(Role.DEVICE, name, make_csr(key, name))
+        identity = Identity.of(key, certificate, self.authority.certificate)
+        self.devices[name] = DeskDevice(identity, StepTrainer(step, num_examples))
+
+    def start(self, lives: int | None = None) -> None:
+        """Start the coordinator; with `lives` it is killed after so many writes."""
+        self.store = Store(self.folder / "coordinator.db")
+        for name in self.devices:
+            self.store.register_device(name, "default", name.encode(), self.clock())
+        if lives is not None:
+            self.mortal = MortalConnection(self.store.connection, lives)
+            self.store.connection = self.mortal  # type: ignore[assignment]
+        self.blobs = BlobStore(self.folder / "blobs")
+        self.hub = Hub(self.clock)
+        self.campaigns = Campaigns(
+            store=self.store,
+            blobs=self.blobs,
+            hub=self.hub,
+            verifier=CertificateVerifier(authority=self.authority.certificate),
+            clock=self.clock,
+            metrics=Metrics(),
+            reconnect_grace_s=5.0,
+        )
+        self._spawn(self.campaigns.run)
+
+    def hold_training(self) -> None:
+        """Let no device's training end, until its gate is set."""
+        for device in self.devices.values():
+            device.trainer.gate.clear()
+
+    def release_training(self) -> None:
+        """Let training end."""
+        for device in self.devices.values():
+            device.trainer.gate.set()
+
+    def connect(self, *names: str) -> None:
+        """Open devices' streams."""
+        for name in names or self.devices:
+            connection = Connection(name, "default", trains=True)
+            device = self.devices[name]
+            round_id = device.participant.round_id if device.participant else ""
+            opening = self.campaigns.greeting(name, round_id)
+            self.hub.join(connection)
+            self._spawn(self._serve, device, connection, opening)
+
+    async def _serve(
+        self, device: DeskDevice, connection: Connection, opening: list[pb.SessionResponse]
+    ) -> None:
+        campaigns = self.campaigns
+        for message in opening:
+            assert await device.answer(self, message) is None
+        while (message := await connection.outbox.get()) is not None:
+            answer = await device.answer(self, message)
+            if answer is not None:
+                round_id, event = wire.event_from_wire(connection.device_id, answer)
+                try:
+                    campaigns.take(event, round_id, answer.ByteSize())
+                except StorageError:
+                    self.hub.drop(connection.device_id)
+
+    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        async def until_killed() -> None:
+            with suppress(Killed):
+                await work(*arguments)
+
+        self.tasks.append(asyncio.create_task(until_killed()))
+
+    def fail_to(self, write: str) -> None:
+        """Let the database refuse a kind of write, for instance `INSERT ON rounds`."""
+        self.store.connection.execute(
+            f"CREATE TRIGGER broken BEFORE {write} BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+        )
+
+    def recover(self) -> None:
+        """Let the database take everything again."""
+        self.store.connection.execute("DROP TRIGGER broken")
+        self.campaigns.changed.fire()
+
+    async def stop(self) -> None:
+        """End the coordinator, killed or not; devices keep what they hold."""
+        for task in self.tasks:
+            task.cancel()
+        results = await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.tasks.clear()
+        self.store.connection.close()
+        errors = [r for r in results if isinstance(r, Exception)]
+        assert not errors, errors
+
+    def put(self, digest: bytes, data: bytes, sender: str) -> None:
+        """Upload a blob."""
+        with self.blobs.begin(digest, size=len(data), sender=sender) as upload:
+            upload.append(upload.offset, data[upload.offset :])
+            upload.finish()
+
+    def start_campaign(self, plan: pb.CampaignPlan, model: Parameters) -> str:
+        """Start a campaign from a model."""
+        plan.model_digest = self.blobs.put_bytes(to_bytes(model))
+        return self.campaigns.start(plan).campaign_id
+
+    async def finish(self, campaign_id: str) -> pb.Campaign:
+        """Wait for a campaign's end."""
+        last = pb.Campaign()
+        async with asyncio.timeout(PATIENCE_S):
+            async for campaign in self.campaigns.watch(campaign_id):
+                last = campaign
+        return last
+
+    async def reach(self, campaign_id: str, stage: "pb.RoundStage") -> pb.Campaign:
+        """Wait until the newest round is in a stage."""
+        async with asyncio.timeout(PATIENCE_S):
+            async for campaign in self.campaigns.watch(campaign_id):
+                if campaign.rounds and campaign.rounds[-1].stage == stage:
+                    return campaign
+        raise AssertionError("the campaign ended before")
+
+    def moved(self, campaign: pb.Campaign, model: Parameters) -> dict[str, np.ndarray]:
+        """Say by how much a campaign moved its model."""
+        result = from_bytes(self.blobs.read(campaign.model_digest))
+        return {name: result[name] - value for name, value in model.items()}

@@ -1,0 +1,85 @@
+"""Parameters as bytes, as a file, as a vector."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from minga.federation.errors import MissingBlobError, PeerError
+from minga.federation.parameters import (
+    Layout,
+    Parameters,
+    from_bytes,
+    read_layout,
+    read_tensors,
+    to_bytes,
+)
+
+TENSORS = arrays(
+    np.float32,
+    array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+    elements=st.floats(-1e6, 1e6, width=32),
+)
+PARAMETERS = st.dictionaries(
+    st.text("abcdefghij._", min_size=1, max_size=8), TENSORS, min_size=1, max_size=5
+)
+
+
+@given(parameters=PARAMETERS)
+@settings(max_examples=50, deadline=None)
+def test_bytes_and_vector_and_back(parameters: Parameters) -> None:
+    """Names, shapes and values survive, scalars and empty tensors among them."""
+    layout = Layout.of(parameters)
+    for back in (
+        from_bytes(to_bytes(parameters)),
+        layout.unflatten(layout.flatten(parameters)),
+    ):
+        assert Layout.of(back) == layout
+        for name, value in parameters.items():
+            np.testing.assert_array_equal(back[name], value)
+
+
+def test_reading_a_file_piece_by_piece(tmp_path: Path) -> None:
+    """A file's layout and tensors come as from its bytes, in the order of the vector."""
+    parameters = {
+        "w": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.float32([7]),
+        "scale": np.array(3, np.float32),
+    }
+    path = tmp_path / "model"
+    path.write_bytes(to_bytes(parameters))
+    assert read_layout(path) == Layout.of(parameters)
+    vector = np.concatenate([tensor.ravel() for tensor in read_tensors(path)])
+    np.testing.assert_array_equal(vector, Layout.of(parameters).flatten(parameters))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04K\x01.",
+        bytes(8) + b"{}",
+        (2**60).to_bytes(8, "little"),
+        b"\x02" + bytes(7) + b"{}more than the header says",
+        b"\x40" + bytes(7) + b'{"w":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}' + bytes(18),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    """What is no safetensors file of float32 is refused in every way of reading it."""
+    path = tmp_path / "model"
+    path.write_bytes(content)
+    with pytest.raises(PeerError):
+        from_bytes(content)
+    with pytest.raises(PeerError):
+        read_layout(path)
+    with pytest.raises(PeerError):
+        list(read_tensors(path))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A file that is not there is told apart from one that is no model."""
+    with pytest.raises(MissingBlobError):
+        read_layout(tmp_path / "model")

@@ -1,0 +1,117 @@
+"""The gates' verdicts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minga.training import Maximize, Minimize
+from minga.training.config import GateConfig
+from minga.training.gates import Difference, Evidence, compare, judge
+
+AUC = Maximize("auc")
+SOUND = Evidence(
+    metrics={"auc": 0.9, "loss": 0.3},
+    slices={"night": 0.85},
+    parity_error=1e-6,
+    latency_ms=1.0,
+    size_bytes=1000,
+    champion=3,
+    difference=Difference(gain=0.01, low=-0.005, high=0.02),
+    schema_breaks=(),
+)
+
+
+def refused(evidence, objective=AUC, **limits):
+    """Names of the gates that refuse."""
+    return [gate.name for gate in judge(evidence, GateConfig(**limits), objective).refused]
+
+
+def test_sound_candidate_is_blessed():
+    """A candidate that holds every limit is blessed, and its metrics are kept."""
+    report = judge(SOUND, GateConfig(floors={"auc": 0.8}), AUC)
+    assert report.blessed
+    assert report.metrics == {"auc": 0.9, "loss": 0.3}
+    assert len(report.gates) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "gate"),
+    [
+        ({}, {"floors": {"auc": 0.95}}, "auc"),
+        ({}, {"floors": {"recall": 0.1}}, "recall"),
+        ({"difference": Difference(gain=0, low=-0.02, high=0.02)}, {}, "auc against champion"),
+        ({"difference": None}, {}, "auc against champion"),
+        ({"slices": {"night": 0.7}}, {}, "slice night"),
+        ({"schema_breaks": ("columns are fewer",)}, {}, "schema"),
+        ({"parity_error": 0.1}, {}, "onnx parity"),
+        ({"parity_error": float("nan")}, {}, "onnx parity"),
+        ({"latency_ms": 51.0}, {}, "latency p95"),
+        ({"size_bytes": 2_000_000}, {"max_size_mb": 1.0}, "size"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_each_gate_refuses_alone(change, limits, gate):
+    """One limit that is not held is enough, and it is the one that is named."""
+    assert refused(replace(SOUND, **change), **limits) == [gate]
+
+
+def test_first_version_needs_no_champion():
+    """Without a champion there is nothing to be worse than."""
+    assert refused(replace(SOUND, champion=None, difference=None)) == []
+
+
+def test_floor_of_a_minimised_objective_is_a_ceiling():
+    """A minimised objective must stay below its floor; slices may be a little worse."""
+    evidence = replace(SOUND, slices={"night": 0.5})
+    assert refused(evidence, Minimize("loss"), floors={"loss": 0.4}, max_slice_gap=0.3) == []
+    assert refused(evidence, Minimize("loss"), floors={"loss": 0.2}, max_slice_gap=0.1) == [
+        "loss",
+        "slice night",
+    ]
+
+
+def accuracy_of(candidate, champion):
+    """Measure two sets of verdicts on the same examples."""
+    return lambda rows: (float(candidate[rows].mean()), float(champion[rows].mean()))
+
+
+@given(st.integers(0, 1000))
+def test_a_model_is_not_worse_than_itself(seed):
+    """Paired resampling of one model against itself has no spread at all."""
+    right = np.random.default_rng(seed).random(200) < 0.9
+    found = compare(accuracy_of(right, right), 200, GateConfig(num_resamples=50), AUC, seed=seed)
+    assert (found.gain, found.low, found.high) == (0, 0, 0)
+
+
+def test_interval_holds_the_gain_and_follows_the_direction():
+    """A better model has a positive interval, negated where less is better; it repeats."""
+    generator = np.random.default_rng(0)
+    good, bad = generator.random(2000) < 0.95, generator.random(2000) < 0.85
+    config = GateConfig()
+    up = compare(accuracy_of(good, bad), 2000, config, AUC, seed=1)
+    down = compare(accuracy_of(good, bad), 2000, config, Minimize("error"), seed=1)
+    assert 0 < up.low < up.gain < up.high
+    assert (down.low, down.high) == pytest.approx((-up.high, -up.low))
+    assert up == compare(accuracy_of(good, bad), 2000, config, AUC, seed=1)
+
+
+def test_small_test_split_cannot_prove_equality():
+    """On few examples the interval of two equally good models is wide, so the gate refuses."""
+    generator = np.random.default_rng(0)
+    one, other = generator.random(30) < 0.8, generator.random(30) < 0.8
+    found = compare(accuracy_of(one, other), 30, GateConfig(), AUC, seed=1)
+    assert refused(replace(SOUND, difference=found)) == ["auc against champion"]
+
+
+def test_resamples_without_a_value_do_not_count():
+    """A metric that some resamples lack is compared on the others."""
+
+    def measure(rows):
+        value = float("nan") if rows[0] % 2 else 0.5
+        return value, 0.4
+
+    found = compare(measure, 10, GateConfig(), AUC, seed=1)
+    assert (found.low, found.high) == pytest.approx((0.1, 0.1))
