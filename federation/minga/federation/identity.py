@@ -76,6 +76,11 @@ class Principal:
     name: str
     serial: int
 
+    @property
+    def path(self) -> str:
+        """Role and name as the certificate's URI has them: `device/press-7`."""
+        return f"{self.role}/{self.name}"
+
     def __str__(self) -> str:
         """Give role and name, for messages."""
         return f"{self.role} {self.name!r}"

@@ -118,7 +118,7 @@ async def test_full_disk_refuses_operators(desk: Desk) -> None:
     campaign_id = desk.start_campaign(plan_of(cohort=4), toy_model())
     desk.fail_to("UPDATE ON campaigns")
     with pytest.raises(StorageError, match="free space"):
-        desk.campaigns.cancel(campaign_id)
+        desk.campaigns.cancel(campaign_id, "operator/operator")
     assert desk.campaigns.get(campaign_id).is_running
 
 
@@ -140,7 +140,7 @@ async def test_cancelled_while_the_sum_is_made(desk: Desk) -> None:
     campaign_id = desk.start_campaign(plan_of(), model)
     before = desk.campaigns.get(campaign_id).model_digest
     await desk.reach(campaign_id, pb.ROUND_STAGE_AGGREGATE)
-    desk.campaigns.cancel(campaign_id)
+    desk.campaigns.cancel(campaign_id, "operator/operator")
     campaign = await desk.finish(campaign_id)
     assert campaign.state == pb.CAMPAIGN_STATE_CANCELLED
     assert campaign.model_digest == before
@@ -275,7 +275,7 @@ async def test_impossible_plans(desk: Desk, changes: dict[str, object], message:
     """A plan that no round could follow is refused when it is made, with the reason."""
     digest = desk.blobs.put_bytes(to_bytes(toy_model()))
     with pytest.raises(CampaignError, match=message):
-        desk.campaigns.start(plan_of(**{"model_digest": digest, **changes}))
+        desk.campaigns.start(plan_of(**{"model_digest": digest, **changes}), "operator/operator")
 
 
 async def test_cohort_that_no_plan_exists_for(tmp_path: Path) -> None:

@@ -101,8 +101,11 @@ class Gatekeeper:
         return principal
 
 
+STRANGER: Final = "stranger"
+"""Stands for a caller without a certificate."""
+
 OnRefused = Callable[[str, str, str, IdentityError], None]
-"""Hears of a refusal: the caller (`role/name` or `stranger`), its address, the method, why."""
+"""Hears of a refusal: caller (`device/press-7`, or `STRANGER`), its address, method, and why."""
 
 
 def _pass_over(caller: str, peer: str, method: str, error: IdentityError) -> None:
@@ -164,10 +167,9 @@ def principal_of_call(context: Context) -> Principal:
 def _caller_of(context: Context) -> str:
     """Name the caller of a call that was refused, whatever it has shown."""
     try:
-        principal = principal_of_call(context)
+        return principal_of_call(context).path
     except IdentityError:
-        return "stranger"
-    return f"{principal.role}/{principal.name}"
+        return STRANGER
 
 
 async def _take_opening(context: Context) -> None:

@@ -32,6 +32,10 @@ class ServerCertificate:
         """Give the newest key and certificate."""
         return self._server
 
+    def valid_until(self) -> float:
+        """Say when the newest certificate ends, in seconds since 1970."""
+        return self._server.certificate.not_valid_after_utc.timestamp()
+
     def renew_if_due(self) -> bool:
         """Make another key and certificate if it is time; True if so."""
         now = self._authority.clock()

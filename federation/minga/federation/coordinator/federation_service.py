@@ -9,6 +9,7 @@ import grpc
 
 from minga.federation import wire
 from minga.federation.coordinator.access import principal_of_call
+from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.metrics import Metrics
@@ -36,6 +37,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         metrics: Metrics,
         clock: Callable[[], float],
         heartbeat_interval_s: float,
+        audit: AuditLog,
     ) -> None:
         self._store = store
         self._hub = hub
@@ -44,6 +46,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._metrics = metrics
         self._clock = clock
         self._heartbeat_interval_s = heartbeat_interval_s
+        self._audit = audit
 
     async def Session(
         self,
@@ -150,5 +153,8 @@ class FederationService(pb_grpc.FederationServiceServicer):
             self._metrics.refused.inc()
             reason = plain(str(error))
             _log.warning("refused a message of %s: %s", device_id, reason)
+            self._audit.append_limited(
+                Kind.MESSAGE_REFUSED, f"device/{device_id}", round=round_id, reason=reason
+            )
             refusal = pb.Refusal(round_id=round_id, reason=reason)
             connection.send(pb.SessionResponse(refusal=refusal))

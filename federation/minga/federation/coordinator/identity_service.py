@@ -25,20 +25,19 @@ class IdentityServicer(pb_grpc.IdentityServiceServicer):
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         """Issue a new certificate to the caller."""
         device = principal_of_call(context)
-        subject = f"{device.role}/{device.name}"
         try:
-            if not self._rate.allows(subject):
+            if not self._rate.allows(device.path):
                 raise LimitError(
                     f"{device} asked for more than {MAX_RENEWALS_PER_MINUTE} certificates "
                     "within a minute; use the one from before"
                 )
             certificate = self._renewer.renew(device.name, request.certificate_signing_request)
         except FederationError as error:
-            self._audit.append_limited(Kind.RENEWAL_REFUSED, subject, reason=str(error))
+            self._audit.append_limited(Kind.RENEWAL_REFUSED, device.path, reason=str(error))
             raise
         self._audit.append(
             Kind.DEVICE_RENEWED,
-            subject,
+            device.path,
             serial=f"{certificate.serial_number:x}",
             replaces=f"{device.serial:x}",
             valid_until=format_time(certificate.not_valid_after_utc),

@@ -85,6 +85,10 @@ class Link:
         """The event that the next change of the channel sets."""
         return self._changed
 
+    def valid_until(self) -> float:
+        """Say when the certificate ends, in seconds since 1970."""
+        return self.identity.certificate.not_valid_after_utc.timestamp()
+
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
         """Lend the newest channel; it stays open for as long as it is in use."""
