@@ -23,7 +23,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Self
 
@@ -67,6 +67,14 @@ class Entry:
     previous: bytes
     hash: bytes
 
+    def __post_init__(self) -> None:
+        """Refuse other types than those above, which a forged record may have.
+
+        Raises:
+            TypeError: a field has another type.
+        """
+        _require_types(self, int, str, str, str, dict, bytes, bytes)
+
     @classmethod
     def following(
         cls,
@@ -88,7 +96,7 @@ class Entry:
             time=format_time(time),
             kind=kind,
             subject=subject,
-            details=details,
+            details=dict(details),
             previous=previous,
             hash=b"",
         )
@@ -132,6 +140,14 @@ class Checkpoint:
     previous_checkpoint: int
     certificate: bytes
     signature: bytes
+
+    def __post_init__(self) -> None:
+        """Refuse other types than those above, which a forged record may have.
+
+        Raises:
+            TypeError: a field has another type.
+        """
+        _require_types(self, int, bytes, str, int, bytes, bytes)
 
     @classmethod
     def signed(
@@ -370,15 +386,22 @@ def broken(what: str) -> AuditError:
     return AuditError(f"the audit log is broken: {what}; {_REMEDY}")
 
 
-def _hash(fields: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256(_ENTRY_PREFIX + canonical(fields).encode()).digest()
+def _require_types(record: Record, *kinds: type) -> None:
+    for field, kind in zip(fields(record), kinds, strict=True):
+        value = getattr(record, field.name)
+        if type(value) is not kind:  # True is no number here
+            raise TypeError(f"{field.name} is {type(value).__name__}, expected {kind.__name__}")
+
+
+def _hash(content: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256(_ENTRY_PREFIX + canonical(content).encode()).digest()
 
 
 def _checkpoint_message(sequence: int, digest: bytes, time: str, previous: int) -> bytes:
-    fields = {
+    content = {
         "sequence": sequence,
         "hash": digest.hex(),
         "time": time,
         "previous_checkpoint": previous,
     }
-    return _CHECKPOINT_PREFIX + canonical(fields).encode()
+    return _CHECKPOINT_PREFIX + canonical(content).encode()

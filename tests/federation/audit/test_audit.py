@@ -196,6 +196,22 @@ def test_odd_json_is_told(text: str) -> None:
         from_line(text)
 
 
+@pytest.mark.parametrize("index", [0, 5])
+@pytest.mark.parametrize("name", ["sequence", "time", "hash", "details", "previous_checkpoint"])
+@pytest.mark.parametrize("value", ["1", 1.5, True, None, [], {}, -1, 10**30])
+def test_fields_of_other_types_are_told(
+    lines: list[str], authority: Authority, index: int, name: str, value: object
+) -> None:
+    """A line that is canonical may still hold anything in its fields."""
+    content = json.loads(lines[index])
+    if name not in content:
+        return
+    content[name] = value
+    changed = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    with pytest.raises(AuditError):
+        verify_lines([*lines[:index], changed, *lines[index + 1 :]], authority.certificate)
+
+
 # -- attacks by somebody who computes hashes --------------------------------------------------
 
 

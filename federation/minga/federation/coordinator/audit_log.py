@@ -13,7 +13,7 @@ Triggers refuse changes of what is written: they stop mistakes. Attackers the ch
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -256,29 +256,36 @@ def _read_database(path: Path) -> Iterator[Record]:
 
 
 def _entry_of(row: tuple[int, str, str, str, str, bytes, bytes]) -> Entry:
-    try:
+    with _told(f"entry {row[0]}"):
         details = json.loads(row[4])
         if canonical(details) != row[4]:
-            raise ValueError("not canonical")
-    except (ValueError, RecursionError) as error:
-        raise broken(f"entry {row[0]} was altered: its details are {row[4][:60]!r}") from error
-    return Entry(
-        sequence=row[0],
-        time=row[1],
-        kind=row[2],
-        subject=row[3],
-        details=details,
-        previous=row[5],
-        hash=row[6],
-    )
+            raise ValueError(f"{row[4][:60]!r} is not canonical")
+        return Entry(
+            sequence=row[0],
+            time=row[1],
+            kind=row[2],
+            subject=row[3],
+            details=details,
+            previous=row[5],
+            hash=row[6],
+        )
 
 
 def _checkpoint_of(row: tuple[int, bytes, str, int, bytes, bytes]) -> Checkpoint:
-    return Checkpoint(
-        sequence=row[0],
-        hash=row[1],
-        time=row[2],
-        previous_checkpoint=row[3],
-        certificate=row[4],
-        signature=row[5],
-    )
+    with _told(f"the checkpoint of entry {row[0]}"):
+        return Checkpoint(
+            sequence=row[0],
+            hash=row[1],
+            time=row[2],
+            previous_checkpoint=row[3],
+            certificate=row[4],
+            signature=row[5],
+        )
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError) as error:
+        raise broken(f"{what} was altered ({error})") from error

@@ -39,6 +39,9 @@ from minga.federation.identity import (
 )
 from minga.federation.limits import MAX_REQUEST_BYTES
 
+AUTHORITY_FOLDER: Final = "authority"
+"""Its place in the coordinator's state folder."""
+
 KEY_FILE: Final = "authority.key.pem"
 CERTIFICATE_FILE: Final = "authority.pem"
 DEFAULT_TRUST_DOMAIN: Final = "minga"

@@ -22,7 +22,7 @@ from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import STRANGER, AccessInterceptor, Gatekeeper
 from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.audited_tokens import AuditedTokens
-from minga.federation.coordinator.authority import Authority
+from minga.federation.coordinator.authority import AUTHORITY_FOLDER, Authority
 from minga.federation.coordinator.blob_service import BlobServicer
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.credentials import OwnIdentity, ServerCertificate
@@ -37,7 +37,7 @@ from minga.federation.coordinator.operator_service import OperatorService
 from minga.federation.coordinator.rate import Rate
 from minga.federation.coordinator.renewal import Renewer
 from minga.federation.coordinator.settings import CoordinatorSettings
-from minga.federation.coordinator.store import Store
+from minga.federation.coordinator.store import DATABASE_FILE, Store
 from minga.federation.coordinator.token_table import TokenTable
 from minga.federation.coordinator.tokens import TokenIssuer, token_name
 from minga.federation.enrolment_token import EnrolmentToken
@@ -116,11 +116,11 @@ class Coordinator:
             transport.require_free_port(settings.host, port)
         settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         stack.enter_context(_owned(settings.state))
-        self._store = Store(settings.state / "coordinator.db")
+        self._store = Store(settings.state / DATABASE_FILE)
         stack.callback(self._store.close)
         self._blobs = BlobStore(settings.state / "blobs", clock=self._clock)
         self._authority = Authority.open(
-            settings.state / "authority",
+            settings.state / AUTHORITY_FOLDER,
             lifetimes=settings.lifetimes,
             clock=self._certificate_clock,
         )

@@ -15,8 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from minga.federation.errors import EnrolmentError, StorageError
+
+DATABASE_FILE: Final = "coordinator.db"
+"""Its name in the coordinator's state folder."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (
