@@ -101,11 +101,11 @@ def verify(
             }
         )
         return
-    print_line(f"{report.num_entries} entries, each following the one before")
-    print_line(
-        f"{report.num_checkpoints} checkpoints; entries 1 to {report.signed_until} are signed"
-    )
-    print_line(f"last entry  {report.last_time}  {report.last_hash.hex()}")
+    unsigned = report.num_entries - report.signed_until
+    print_line(f"entries   {report.num_entries}, each following the one before")
+    print_line(f"signed    1 to {report.signed_until}, by {report.num_checkpoints} checkpoints")
+    print_line(f"unsigned  {unsigned} at the end, to be signed by the next checkpoint")
+    print_line(f"last      {report.last_time}  {report.last_hash.hex()}")
 
 
 @app.command
@@ -121,12 +121,16 @@ def export(file: Path, *, state: State = Path("coordinator")) -> None:
     from minga.federation.audit import to_line
     from minga.federation.errors import FederationError
 
-    num_lines = 0
     try:
         with file.open("x", encoding="ascii", newline="\n") as target:
-            for record in _records(_database(state)):
-                target.write(to_line(record) + "\n")
-                num_lines += 1
+            try:
+                num_lines = sum(
+                    target.write(to_line(record) + "\n") > 0
+                    for record in _records(_database(state))
+                )
+            except BaseException:
+                file.unlink()  # no half of a log under that name
+                raise
     except FileExistsError as error:
         raise FederationError(f"{file} exists; name a new file, and keep the old one") from error
     except OSError as error:

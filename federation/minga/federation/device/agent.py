@@ -96,7 +96,8 @@ class Agent:
             while True:
                 opened_at = clock()
                 try:
-                    await self._link.renew_if_due()
+                    self._link.require_valid()
+                    await self._link.try_to_renew()
                     await self._stay()
                     _log.info("the coordinator closed the stream")
                 except (AccessError, IdentityError):

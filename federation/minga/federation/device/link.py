@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import grpc
 
 from minga.federation import transport
-from minga.federation.errors import FederationError, IdentityError
+from minga.federation.errors import FederationError, IdentityError, StorageError
 from minga.federation.identity import (
     Clock,
     Identity,
@@ -109,27 +109,40 @@ class Link:
         """Renew the certificate whenever it is due, until cancelled."""
         while True:
             await asyncio.sleep(self._check_interval_s)
-            try:
-                await self.renew_if_due()
-            except FederationError as error:
-                _log.warning("the certificate is not renewed, trying again: %s", error)
+            await self.try_to_renew()
+
+    async def try_to_renew(self) -> None:
+        """Renew the certificate if it is time; a failure is logged, there will be other times."""
+        try:
+            await self.renew_if_due()
+        except FederationError as error:
+            _log.warning("the certificate is not renewed, trying again: %s", error)
+
+    def require_valid(self) -> None:
+        """Make sure that the coordinator would take the certificate: else it only hangs up.
+
+        Raises:
+            IdentityError: the certificate has expired, or the clock is far off.
+        """
+        verify_certificate(self.identity.certificate_der, self.identity.authority, self._clock())
 
     async def renew_if_due(self) -> None:
         """Renew the certificate if it is time.
 
         Raises:
             IdentityError: the certificate has expired, was revoked, or the answer is not ours.
-            FederationError: the coordinator was not reached, or refused; the certificate from
-                before holds on.
+            StorageError: the new certificate could not be kept.
+            FederationError: the coordinator was not reached, or refused.
         """
         async with self._turn:
-            identity, now = self.identity, self._clock()
-            if now < renewal_time(identity.certificate):
+            if self._clock() < renewal_time(self.identity.certificate):
                 return
-            # Expired is told here with the remedy; the server would just close the connection.
-            verify_certificate(identity.certificate_der, identity.authority, now)
-            renewed = await self._renew(identity)
-            await asyncio.to_thread(self._keep, renewed)
+            self.require_valid()
+            renewed = await self._renew(self.identity)
+            try:
+                await asyncio.to_thread(self._keep, renewed)
+            except OSError as error:
+                raise StorageError(f"cannot keep the new certificate ({error})") from error
             await self._switch_to(renewed)
 
     async def _renew(self, identity: Identity) -> Identity:
