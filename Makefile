@@ -44,7 +44,8 @@ protos: $(STAMP) ## generate the wire code from protos/
 	  --grpc_python_out=$(abspath $(OUT)) --mypy_grpc_out=quiet:$(abspath $(OUT)) \
 	  minga/federation/v1/federation.proto
 
-bench: $(STAMP) ## run every benchmark; make bench ARGS=--quick gives rough answers
+bench: ARGS ?= --quick
+bench: $(STAMP) ## run every benchmark roughly; make bench ARGS= runs them in full
 	@set -e; for file in $$(grep -l '^if __name__' benchmarks/*.py); do \
 	  echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 

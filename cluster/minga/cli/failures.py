@@ -7,10 +7,14 @@ and an error can only be raised by a module that is loaded already.
 |---|---|
 | 1 | an error that Minga did not foresee |
 | 2 | the command line itself is wrong |
+| 3 | a package that the command needs is not installed |
 | 130 | stopped by the user |
 
 The rest of the table is `EXIT_CODES`.
 """
+
+EVERYTHING = "'minga[cluster]'"
+"""The extra with which every command works; a device that trains needs `minga[train]` alone."""
 
 EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
@@ -52,12 +56,14 @@ def exit_code_of(error: BaseException) -> int:
         code = EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}")
         if code is not None:
             return code
-    return 1
+    return 3 if isinstance(error, ModuleNotFoundError) else 1
 
 
 def message_of(error: BaseException) -> str:
     """Give the message of a known error as it is; name the class of an unknown one."""
     text = str(error).strip()
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed, and this command needs it: pip install {EVERYTHING}"
     if exit_code_of(error) != 1:
         return text
     return (

@@ -10,19 +10,24 @@ if TYPE_CHECKING:
 
 
 def federate(
-    *, project: Path = Path(), state: Path = Path("coordinator"), json: bool = False
+    *,
+    project: Path = Path(),
+    state: Path = Path("coordinator"),
+    campaign: str = "",
+    json: bool = False,
 ) -> None:
     """Train the champion further on devices, judge the result, promote and publish it if it passes.
 
     The `[federation]` table of minga.toml says how many rounds over how many devices. Only sums of
     updates leave the coordinator's secure aggregation; data never leaves a device. Ctrl-C leaves
-    the campaign running at the coordinator and says its name.
+    the campaign running at the coordinator and says its name; with --campaign it is taken up again.
 
     Example: minga federate --project plant --state coordinator
 
     Args:
         project: The project folder.
         state: The coordinator's state folder, or an operator's identity folder.
+        campaign: Follow this campaign, started earlier, and finish what it is for.
         json: Print JSON.
     """
     from minga.cluster.federate import federate as run
@@ -35,16 +40,19 @@ def federate(
         with show_progress() as show:
             watch = report_campaign(show)
 
-            def on_campaign(campaign: "pb.Campaign") -> None:
-                seen[:] = [campaign]
-                watch(campaign)
+            def on_campaign(newest: "pb.Campaign") -> None:
+                seen[:] = [newest]
+                watch(newest)
 
-            result = run(loaded, state, on_campaign=on_campaign, on_progress=show)
+            result = run(
+                loaded, state, on_campaign=on_campaign, on_progress=show, campaign_id=campaign
+            )
     except KeyboardInterrupt:
         if seen:
             print_note(
-                f"campaign {seen[0].campaign_id} goes on at the coordinator; watch it with: "
-                f"minga status; stop it with: minga coordinator cancel {seen[0].campaign_id}"
+                f"campaign {seen[0].campaign_id} goes on at the coordinator; finish it with: "
+                f"minga federate --campaign {seen[0].campaign_id}; or stop it with: "
+                f"minga coordinator cancel {seen[0].campaign_id}"
             )
         raise
     report = {

@@ -101,6 +101,26 @@ def promote(which: str, *, project: Path = Path(), name: str = "", override: boo
     print_line(f"{version.name} version {version.version} is champion")
 
 
+@app.command
+def publish(
+    which: str = "champion", *, project: Path = Path(), state: Path = Path("coordinator")
+) -> None:
+    """Offer a version to the devices; each tests it before it runs it, late ones hear of it too.
+
+    Example: minga model publish champion --state coordinator
+
+    Args:
+        which: A version's number or alias.
+        project: The project folder.
+        state: The coordinator's state folder, or an operator's identity folder.
+    """
+    from minga.cluster.federate import publish as offer
+    from minga.cluster.project import load
+
+    num_devices = offer(load(project), state, which)
+    print_line(f"offered to {num_devices} connected devices; see: minga device list")
+
+
 def _registry(project: Path) -> "Registry":
     from minga.cluster.project import load
     from minga.training.errors import RegistryError

@@ -6,22 +6,22 @@ the devices.
 """
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from minga.cluster import pipeline
-from minga.cluster.fleet import OnCampaign, campaign_plan, run_campaign
+from minga.cluster.fleet import OnCampaign, campaign_plan, follow_campaign
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project
-from minga.federation.operator import connect
-from minga.federation.parameters import from_bytes
+from minga.federation.errors import CampaignError
+from minga.federation.operator import Operator, connect
+from minga.federation.parameters import from_bytes, to_bytes
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.bundle import LINEAGE, MODEL, read_parameters
 from minga.training.lineage import Campaign, Lineage
 from minga.training.progress import OnProgress, silent
-from minga.training.registry import CHAMPION
+from minga.training.registry import CHAMPION, Registry, Version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ def federate(
     *,
     on_campaign: OnCampaign,
     on_progress: OnProgress = silent,
+    campaign_id: str = "",
 ) -> Federated:
     """Train the champion further on the fleet, judge it, promote it if it passes, publish it.
 
@@ -53,32 +54,32 @@ def federate(
         state: the coordinator's state folder, or an operator's identity folder.
         on_campaign: told at each change of the campaign.
         on_progress: told of the steps around it.
+        campaign_id: follow this campaign, started earlier, instead of starting one.
 
     Raises:
         RegistryError: there is no champion to start from.
-        CampaignError: the campaign failed or was cancelled.
+        CampaignError: the campaign failed or was cancelled, or is of another model.
     """
+    name = project.loaded_task.name
     registry = project.registry(on_progress)
-    champion = registry.get(project.loaded_task.name, CHAMPION)
-    folder = registry.fetch(champion.name, champion.version)
-    lineage = Lineage.read(folder / LINEAGE)
-    plan = campaign_plan(
-        project.federation,
-        model_name=champion.name,
-        parent_version=str(champion.version),
-        training=_training(project, lineage.params),
-    )
 
     async def rounds() -> tuple[pb.Campaign, bytes]:
         async with connect(state) as operator:
-            return await run_campaign(operator, plan, read_parameters(folder), on_campaign)
+            followed = campaign_id or await _start(operator, project, registry)
+            return await follow_campaign(operator, followed, on_campaign)
 
     campaign, model = asyncio.run(rounds())
+    if campaign.plan.model_name != name:
+        raise CampaignError(
+            f"campaign {campaign.campaign_id} trained {campaign.plan.model_name!r}, this project's "
+            f"model is {name!r}; go to the project that started it"
+        )
+    parent = registry.get(name, campaign.plan.parent_version)
     registered = pipeline.register_candidate(
         project,
         parameters=from_bytes(model),
-        params=lineage.params,
-        parent_version=champion.version,
+        params=_params_of(registry, parent),
+        parent_version=parent.version,
         campaign=_campaign(campaign),
         on_progress=on_progress,
     )
@@ -112,8 +113,23 @@ def publish(project: Project, state: Path, which: int | str = CHAMPION) -> int:
     return asyncio.run(offer())
 
 
-def _training(project: Project, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    return {**params, "seed": project.seed}
+async def _start(operator: Operator, project: Project, registry: Registry) -> str:
+    """Start a campaign from the champion; gives its name."""
+    champion = registry.get(project.loaded_task.name, CHAMPION)
+    plan = campaign_plan(
+        project.federation,
+        model_name=champion.name,
+        parent_version=str(champion.version),
+        training={**_params_of(registry, champion), "seed": project.seed},
+    )
+    start = read_parameters(registry.fetch(champion.name, champion.version))
+    return await operator.start_campaign(plan, to_bytes(start))
+
+
+def _params_of(registry: Registry, version: Version) -> dict[str, Scalar]:
+    """Read the hyper-parameters that a version's network is built with."""
+    folder = registry.fetch(version.name, version.version)
+    return dict(Lineage.read(folder / LINEAGE).params)
 
 
 def _campaign(campaign: pb.Campaign) -> Campaign:

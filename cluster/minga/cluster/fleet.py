@@ -9,7 +9,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from minga.federation.config import FederationConfig
 from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
-from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire import config_to_wire
@@ -119,24 +118,22 @@ def report_campaign(on_progress: OnProgress) -> OnCampaign:
     return watch
 
 
-async def run_campaign(
-    operator: Operator, plan: pb.CampaignPlan, start: Parameters, on_campaign: OnCampaign
+async def follow_campaign(
+    operator: Operator, campaign_id: str, on_campaign: OnCampaign
 ) -> tuple[pb.Campaign, bytes]:
-    """Run a campaign to its end.
+    """Follow a campaign to its end, whoever started it.
 
     Args:
         operator: the connection to the coordinator.
-        plan: what to do; the model's digest is filled in here.
-        start: the parameters to start from.
-        on_campaign: told at each change.
+        campaign_id: which campaign.
+        on_campaign: told of its state now and at each change.
 
     Returns:
         The campaign as it ended, and its last global model as safetensors.
 
     Raises:
-        CampaignError: it failed or was cancelled.
+        CampaignError: there is no such campaign, it failed, or it was cancelled.
     """
-    campaign_id = await operator.start_campaign(plan, to_bytes(start))
     campaign = pb.Campaign()
     async for campaign in operator.watch(campaign_id):
         on_campaign(campaign)
@@ -146,8 +143,3 @@ async def run_campaign(
             "Rounds that were committed stay; see `minga status`"
         )
     return campaign, await operator.read(campaign.model_digest)
-
-
-def parameters_of(model: bytes) -> Parameters:
-    """Read a campaign's result."""
-    return from_bytes(model)

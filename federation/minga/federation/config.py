@@ -19,10 +19,10 @@ class FederationConfig(BaseModel):
     group: str = ""
     """Only devices of this group are invited; empty: all groups."""
 
-    cohort: Annotated[int, Field(ge=2, le=MAX_COHORT)] = 8
+    cohort: Annotated[int, Field(ge=3, le=MAX_COHORT)] = 8
     """How many devices a round invites at most."""
 
-    min_cohort: Annotated[int, Field(ge=2)] = 3
+    min_cohort: Annotated[int, Field(ge=3)] = 3
     """A round with fewer updates than this is aborted: a sum over few hides little."""
 
     clip: Annotated[float, Field(gt=0)] = 4.0

@@ -43,7 +43,7 @@ class CoordinatorSettings(BaseSettings):
     """Port where tokens are redeemed (server TLS)."""
 
     metrics_port: Port = 9464
-    """Port of the Prometheus endpoint, on loopback."""
+    """Port of the Prometheus endpoint."""
 
     reconnect_grace_s: Annotated[float, Field(ge=0)] = RECONNECT_GRACE_S
     """How long a device may be away during a round before it counts as lost."""
