@@ -99,6 +99,7 @@ async def test_devices_renew_in_the_middle_of_a_round(
     result = from_bytes(await fleet.operator.read(campaign.model_digest))
     for name, value in toy_model().items():
         np.testing.assert_allclose(result[name] - value, 1.0, atol=1e-6)
+    assert not [record for record in caplog.records if "second stream" in record.message]
     assert sum("connected to" in record.message for record in caplog.records) == 2 * len(names)
     for name in names:
         assert load_identity(fleet.folder / name).certificate != old[name]

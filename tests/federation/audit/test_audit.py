@@ -1,5 +1,7 @@
 """The chain and its signatures, attacked record by record."""
 
+import base64
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,14 +117,27 @@ def test_records_survive_their_lines(log: list[Record], lines: list[str]) -> Non
 
 def test_the_hash_is_what_the_documentation_says(log: list[Record]) -> None:
     """Computed once more from the description of the format alone."""
-    import hashlib
-
     content = json.loads(to_line(log[1]))
     expected = content.pop("hash")
     del content["type"]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     prefix = b"minga.federation.v1/audit-entry\x00"
     assert hashlib.sha256(prefix + text.encode()).hexdigest() == expected
+
+
+def test_the_signature_is_what_the_documentation_says(log: list[Record]) -> None:
+    """Checked once more from the description of the format alone."""
+    content = json.loads(next(to_line(r) for r in log if isinstance(r, Checkpoint)))
+    signed = ("hash", "previous_checkpoint", "sequence", "time")
+    text = json.dumps(
+        {name: content[name] for name in signed}, sort_keys=True, separators=(",", ":")
+    )
+    message = b"minga.federation.v1/identity-signature\x00minga.federation.v1/audit-checkpoint\x00"
+    certificate = x509.load_der_x509_certificate(base64.b64decode(content["certificate"]))
+    key = certificate.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    signature = base64.b64decode(content["signature"])
+    key.verify(signature, message + text.encode(), ec.ECDSA(hashes.SHA256()))
 
 
 # -- attacks on the text ----------------------------------------------------------------------
