@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minga.federation import wire
+from minga.federation import audit, wire
+from minga.federation.coordinator.audit_log import Kind, read_log
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.errors import CampaignError, StorageError
 from minga.federation.limits import MAX_MESSAGE_BYTES, RETURN_S
@@ -71,8 +72,23 @@ async def test_killed_before_any_write(tmp_path: Path) -> None:
         campaign = await desk.finish(campaign_id)
         assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, (lives, campaign.reason)
         await assert_exact(desk, campaign)
+        assert_told_once(desk, campaign)
         await desk.stop()
     assert ended_by_itself, "NUM_WRITES is too small to reach the campaign's last write"
+
+
+def assert_told_once(desk: Desk, campaign: pb.Campaign) -> None:
+    """Check that the audit log is whole and tells each end once, however often it was begun."""
+    records = list(read_log(desk.folder / "coordinator.db"))
+    audit.verify(records, desk.authority.certificate)
+    ends = [(entry.kind, entry.subject) for entry in records if isinstance(entry, audit.Entry)]
+    assert sorted(ends) == sorted(
+        [
+            (Kind.CAMPAIGN_STARTED, f"campaign/{campaign.campaign_id}"),
+            (Kind.CAMPAIGN_ENDED, f"campaign/{campaign.campaign_id}"),
+            *((Kind.ROUND_COMMITTED, f"round/{round_.round_id}") for round_ in campaign.rounds),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
