@@ -7,7 +7,7 @@ said of commands, keys, exit codes and metrics is said where they are defined.
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings
 
 from minga.cli.app import COMMANDS, app
 from minga.cli.failures import EXIT_CODES
-from minga.cluster.project import Project
+from minga.cluster.project import Project, tables_of
 from minga.cluster.settings import Settings
 from minga.federation.coordinator.metrics import Metrics as CoordinatorMetrics
 from minga.federation.coordinator.settings import CoordinatorSettings
@@ -127,15 +127,25 @@ PAGES: Final = {
 
 def _tables(model: type[BaseModel], path: str = "") -> Iterator[str]:
     """Write a model's own keys as one table, then those of the models inside it."""
-    inner = {
-        name: field.annotation
-        for name, field in model.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
+    inner = {name: tables_of(field) for name, field in model.model_fields.items()}
     yield f"### `[{path}]`" if path else "### Top level"
-    yield _keys((name, field) for name, field in model.model_fields.items() if name not in inner)
-    for name, table in inner.items():
-        yield from _tables(table, f"{path}.{name}" if path else name)
+    yield _keys((name, field) for name, field in model.model_fields.items() if not inner[name])
+    for name, tables in inner.items():
+        if len(tables) == 1:
+            yield from _tables(tables[0], f"{path}.{name}" if path else name)
+        elif tables:
+            yield f"### `[{path}.{name}]`"
+            yield from _choices(model.model_fields[name], tables)
+
+
+def _choices(field: FieldInfo, tables: Iterable[type[BaseModel]]) -> Iterator[str]:
+    """Write the keys of the tables that a table's `name` chooses among."""
+    default = field.get_default(call_default_factory=True).name
+    yield f"{_flat(field.description)} Without this table it is `{default}`."
+    for table in tables:
+        name = table.model_fields["name"]
+        yield f'`name = "{name.default}"`: {_flat(name.description)}'
+        yield _keys((key, field) for key, field in table.model_fields.items() if key != "name")
 
 
 def _environment(settings: type[BaseSettings], title: str) -> Iterator[str]:

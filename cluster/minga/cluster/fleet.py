@@ -11,7 +11,7 @@ from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.wire import config_to_wire
+from minga.federation.wire import config_to_wire, optimizer_to_wire
 from minga.training.progress import OnProgress, Progress
 
 OnCampaign = Callable[[pb.Campaign], None]
@@ -83,6 +83,7 @@ def campaign_plan(
     training: dict[str, Scalar],
 ) -> pb.CampaignPlan:
     """Write the `[federation]` table as the plan of a campaign."""
+    optimizer = config.server_optimizer.optimizer()
     return pb.CampaignPlan(
         model_name=model_name,
         parent_version=parent_version,
@@ -93,13 +94,14 @@ def campaign_plan(
         value_bits=config.value_bits,
         clip=config.clip,
         max_weight=config.max_weight,
-        server_learning_rate=config.server_learning_rate,
+        server_learning_rate=optimizer.learning_rate,
         invite_timeout_s=config.invite_timeout_s,
         stage_timeout_s=config.stage_timeout_s,
         training_timeout_s=config.training_timeout_s,
         training=config_to_wire({**training, **config.training}),
         expected_dropout=config.expected_dropout,
         colluder_share=config.colluder_share,
+        server_optimizer=optimizer_to_wire(optimizer),
     )
 
 

@@ -2,12 +2,13 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from minga.cluster.errors import ProjectError
@@ -141,21 +142,50 @@ def load(directory: Path | str = ".") -> Project:
 
 def _explain(detail: ErrorDetails) -> str:
     """Say what is wrong with one entry, where, and what to do."""
-    path = ".".join(map(str, detail["loc"]))
+    path, models = _walk(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = list(_known_keys(detail["loc"][:-1]))
+        known = [name for model in models for name in model.model_fields]
         near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         return f"unknown key {path}; {advice}"
     if detail["type"] == "missing":
         return f"{path} is missing; add it"
+    if detail["type"] == "union_tag_not_found":
+        return f"{path}.name is missing; add one of {', '.join(map(_name_of, models))}"
+    if detail["type"] == "union_tag_invalid":
+        names = ", ".join(map(_name_of, models))
+        return f"{path}.name should be one of {names}, not {detail['ctx']['tag']!r}"
     message = detail["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return f"{path or 'the file'} {message}, not {detail['input']!r}"
 
 
-def _known_keys(table: tuple[int | str, ...]) -> Iterator[str]:
-    """Name the keys of a table, such as `("search",)`."""
-    model: Any = Project
-    for name in table:
-        model = model.model_fields[name].annotation
-    yield from model.model_fields
+def _walk(location: tuple[int | str, ...]) -> tuple[str, Sequence[type[BaseModel]]]:
+    """Follow an error's location, such as `("search", "num_trials")`, through the tables.
+
+    Where a table's `name` chose among several, the location holds that name; no key is called so.
+
+    Returns:
+        The path as it is in the file, and the models of the last table on it: several where the
+        choice is still open.
+    """
+    path: list[str] = []
+    models: Sequence[type[BaseModel]] = (Project,)
+    for part in location:
+        if len(models) > 1:
+            models = [model for model in models if _name_of(model) == part]
+            continue
+        path.append(str(part))
+        field = models[0].model_fields.get(str(part)) if models else None
+        if field is not None:
+            models = tables_of(field) or models
+    return ".".join(path), models
+
+
+def tables_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """Give the models that a key's value may be a table of: none, one, or several by `name`."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _name_of(model: type[BaseModel]) -> str:
+    return str(model.model_fields["name"].default)

@@ -2,10 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from minga.federation.aggregation.config import FedAvgTable, ServerOptimizerTable
 from minga.federation.limits import MAX_COHORT
-from minga.federation.trainer import Scalar
+from minga.federation.trainer import Scalar, proximal_mu
 
 
 class FederationConfig(BaseModel):
@@ -34,9 +35,6 @@ class FederationConfig(BaseModel):
     max_weight: Annotated[int, Field(ge=1)] = 16_384
     """A device counts for at most so many examples."""
 
-    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    """The global model moves by this times the mean update."""
-
     expected_dropout: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """The share of a cohort that may vanish in a round without aborting it."""
 
@@ -53,7 +51,17 @@ class FederationConfig(BaseModel):
     """How long a round waits for updates."""
 
     training: dict[str, Scalar] = Field(default_factory=dict)
-    """Parameters that the devices' training gets beside the model's own."""
+    """Parameters that the devices' training gets beside the model's own; proximal_mu above 0 makes
+    it FedProx: devices are pulled back to the global model that they started from."""
+
+    server_optimizer: ServerOptimizerTable = FedAvgTable()
+    """What the coordinator makes of a round's mean update; `name` says which."""
+
+    @field_validator("training")
+    @classmethod
+    def _pull_is_possible(cls, training: dict[str, Scalar]) -> dict[str, Scalar]:
+        proximal_mu(training)
+        return training
 
     @model_validator(mode="after")
     def _cohort_holds_minimum(self) -> "FederationConfig":

@@ -11,6 +11,7 @@
     ├── AuditError          the audit log was altered, or is no audit log
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
+    ├── StepError           the mean update cannot be made a next global model
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -60,6 +61,10 @@ class TrainerError(FederationError):
 
 class MissingBlobError(FederationError):
     """The store holds no blob of that digest."""
+
+
+class StepError(FederationError, ValueError):
+    """The mean update cannot be made a next global model."""
 
 
 class PeerError(FederationError):

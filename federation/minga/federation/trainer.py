@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from math import isfinite
+from typing import Final, Protocol
 
 from minga.federation.parameters import Parameters
 
@@ -10,6 +11,25 @@ Scalar = bool | int | float | str
 """A value of a training configuration."""
 
 TrainingConfig = Mapping[str, Scalar]
+
+
+PROXIMAL_MU: Final = "proximal_mu"
+"""Key of a training configuration: how strongly a device is pulled back to the global model."""
+
+
+def proximal_mu(config: TrainingConfig) -> float:
+    """Read how strongly devices are pulled back to the global model; 0 if nothing is said.
+
+    With mu above 0 a device minimises its own loss plus mu / 2 times the squared distance to the
+    global model that it started from: FedProx (Li et al., MLSys 2020).
+
+    Raises:
+        ValueError: it is no number from 0 on.
+    """
+    value = config.get(PROXIMAL_MU, 0.0)
+    if isinstance(value, bool | str) or not (value >= 0 and isfinite(value)):
+        raise ValueError(f"{PROXIMAL_MU} is {value!r}; give a number from 0 on, such as 0.01")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,14 @@ from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from minga.federation.aggregation.optimizers import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedYogi,
+    ServerOptimizer,
+)
 from minga.federation.blobs import DIGEST_BYTES
 from minga.federation.coordinator import rounds
 from minga.federation.errors import PeerError
@@ -106,6 +114,49 @@ def _check_digest(digest: bytes) -> None:
 
 
 # --- plans ---
+
+
+def optimizer_to_wire(optimizer: ServerOptimizer) -> pb.ServerOptimizer:
+    """Write a server optimiser; its learning rate is a number of the plan's own."""
+    match optimizer:
+        case FedAvg():
+            return pb.ServerOptimizer(fedavg=pb.FedAvg())
+        case FedAvgM(momentum=momentum):
+            return pb.ServerOptimizer(fedavgm=pb.FedAvgM(momentum=momentum))
+        case FedAdagrad(beta_1=beta_1, tau=tau):
+            return pb.ServerOptimizer(fedadagrad=pb.FedAdagrad(beta_1=beta_1, tau=tau))
+        case FedAdam(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return pb.ServerOptimizer(fedadam=pb.FedAdam(beta_1=beta_1, beta_2=beta_2, tau=tau))
+        case FedYogi(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return pb.ServerOptimizer(fedyogi=pb.FedYogi(beta_1=beta_1, beta_2=beta_2, tau=tau))
+        case _:
+            raise AssertionError(f"{type(optimizer).__name__} has no form on the wire")
+
+
+def optimizer_from_wire(plan: pb.CampaignPlan) -> ServerOptimizer:
+    """Read the server optimiser of a campaign.
+
+    Raises:
+        PeerError: it is one that this version does not know.
+        ValueError: a number is out of its range.
+    """
+    rate, message = plan.server_learning_rate, plan.server_optimizer
+    kind = message.WhichOneof("kind") if plan.HasField("server_optimizer") else "fedavg"
+    match getattr(message, kind) if kind else None:
+        case pb.FedAvg():
+            return FedAvg(learning_rate=rate)
+        case pb.FedAvgM(momentum=momentum):
+            return FedAvgM(learning_rate=rate, momentum=momentum)
+        case pb.FedAdagrad(beta_1=beta_1, tau=tau):
+            return FedAdagrad(learning_rate=rate, beta_1=beta_1, tau=tau)
+        case pb.FedAdam(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return FedAdam(learning_rate=rate, beta_1=beta_1, beta_2=beta_2, tau=tau)
+        case pb.FedYogi(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return FedYogi(learning_rate=rate, beta_1=beta_1, beta_2=beta_2, tau=tau)
+        case _:
+            raise PeerError(
+                "the plan names no server optimiser that this coordinator knows; upgrade it"
+            )
 
 
 def round_plan(

@@ -167,7 +167,7 @@ async def test_cancelled_while_the_sum_is_made(desk: Desk) -> None:
 async def test_sum_that_is_not_finite(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     """A model that overflows fails its campaign with the reason; the next campaign runs."""
     model = toy_model()
-    campaign_id = desk.start_campaign(plan_of(server_learning_rate=1e39), model)
+    campaign_id = desk.start_campaign(plan_of(server_learning_rate=1e40), model)
     campaign = await desk.finish(campaign_id)
     assert campaign.state == pb.CAMPAIGN_STATE_FAILED
     assert "NaN or infinity" in campaign.reason

@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from minga.federation.parameters import Parameters
-from minga.federation.trainer import Scalar, TrainingConfig, Update
+from minga.federation.trainer import Scalar, TrainingConfig, Update, proximal_mu
 from minga.training.data import read_splits
 from minga.training.errors import TaskError
 from minga.training.evaluate import evaluate
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network, load_parameters, parameters_of
+from minga.training.proximal import Pull
 from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 
@@ -21,8 +22,9 @@ from minga.training.task import Splits, Task, TaskReference
 class TaskTrainer:
     """Trains a Task on this site's data, with the same loop as everywhere.
 
-    The coordinator's configuration overrides the Task's defaults; `epochs` (1) and `seed` (0) are
-    read from it too. The same parameters, data and configuration give the same update.
+    The coordinator's configuration overrides the Task's defaults; `epochs` (1), `seed` (0) and
+    `proximal_mu` (0, see `minga.training.proximal`) are read from it too. The same parameters, data
+    and configuration give the same update.
     """
 
     def __init__(self, task: Task, splits: Splits) -> None:
@@ -35,14 +37,17 @@ class TaskTrainer:
         Raises:
             ShapeError: the parameters are not of this Task's network.
             DivergedError: the loss is no longer a finite number.
+            ValueError: `proximal_mu` is no number from 0 on.
         """
         params = self._params(config)
         network = self._network(parameters, params)
+        mu = proximal_mu(config)
         history = fit(
             Learner(self._task, network, params),
             self._splits.train,
             epochs=int(config.get("epochs", 1)),
             seed=int(config.get("seed", 0)),
+            on_gradient=Pull(network, mu) if mu > 0 else None,
         )
         return Update(
             delta={

@@ -83,6 +83,7 @@ def fit(
     validation: Split | None = None,
     shard: Shard = WHOLE,
     on_epoch: Callable[[Record], bool] | None = None,
+    on_gradient: Callable[[], None] | None = None,
 ) -> list[Record]:
     """Train until `epochs` epochs are behind the learner, those of an earlier call included.
 
@@ -94,6 +95,8 @@ def fit(
         validation: is measured after each epoch if given.
         shard: this worker's part of every batch.
         on_epoch: gets each epoch's record; training ends early if it returns True.
+        on_gradient: is called in every step when the loss's gradient is there, before it is
+            clipped; it may change the gradient in place.
 
     Returns:
         the learner's whole history.
@@ -114,7 +117,7 @@ def fit(
             record: Record = {"epoch": epoch + 1}
             torch.manual_seed(_epoch_seed(seed, epoch) + shard.rank)
             batches = _batches(examples, batch_size, _epoch_seed(seed, epoch), shard)
-            record["train_loss"] = _train_epoch(learner, batches, epoch)
+            record["train_loss"] = _train_epoch(learner, batches, epoch, on_gradient)
             if validation is not None:
                 record |= evaluate(learner.task, learner.bare_network, validation)
             learner.history.append(record)
@@ -123,7 +126,12 @@ def fit(
     return learner.history
 
 
-def _train_epoch(learner: Learner, batches: Iterator[Batch], epoch: int) -> float:
+def _train_epoch(
+    learner: Learner,
+    batches: Iterator[Batch],
+    epoch: int,
+    on_gradient: Callable[[], None] | None,
+) -> float:
     """Take one step for each batch and give the mean of their losses."""
     max_norm = float(learner.params.get("max_grad_norm", MAX_GRAD_NORM))
     learner.network.train()
@@ -132,6 +140,8 @@ def _train_epoch(learner: Learner, batches: Iterator[Batch], epoch: int) -> floa
         loss = learner.task.step(learner.network, batch)
         learner.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if on_gradient is not None:
+            on_gradient()
         nn.utils.clip_grad_norm_(learner.network.parameters(), max_norm)
         learner.optimiser.step()
         losses.append(loss.detach())

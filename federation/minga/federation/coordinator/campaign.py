@@ -13,6 +13,7 @@ from minga.federation.errors import CampaignError, PeerError
 from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
 from minga.federation.secagg.errors import PlanError
 from minga.federation.secagg.plan import RoundPlan
+from minga.federation.trainer import proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
 
 RUNNING = pb.CAMPAIGN_STATE_RUNNING
@@ -25,6 +26,8 @@ class Campaign:
     campaign_id: str
     plan: pb.CampaignPlan
     model_digest: bytes
+    optimizer_digest: bytes = b""
+    """The state that the server optimiser goes on with; empty if it keeps none."""
     state: int = RUNNING
     reason: str = ""
     records: list[pb.Round] = field(default_factory=list)
@@ -40,6 +43,7 @@ class Campaign:
             campaign_id=row.campaign_id,
             plan=pb.CampaignPlan.FromString(row.plan),
             model_digest=row.model_digest,
+            optimizer_digest=row.optimizer_digest,
             state=row.state,
             reason=row.reason,
         )
@@ -192,3 +196,8 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
             _round_plan(plan, "00" * 16, plan.model_digest, num_values, cohort)
         except (PlanError, PeerError) as error:
             raise CampaignError(f"no round can work with {cohort} devices: {error}") from error
+    try:
+        wire.optimizer_from_wire(plan)
+        proximal_mu(wire.config_from_wire(plan.training))
+    except (ValueError, PeerError) as error:
+        raise CampaignError(f"the campaign cannot work: {error}") from error

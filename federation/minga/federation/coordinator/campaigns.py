@@ -231,10 +231,12 @@ class Campaigns:
         )
 
     def blobs_in_use(self) -> set[bytes]:
-        """Give the digests of all that campaigns started from, came to, or wait for."""
+        """Give the digests of all that campaigns started from, came to, go on with or wait for."""
         kept = set[bytes]()
         for campaign in self._campaigns.values():
             kept |= {campaign.plan.model_digest, campaign.model_digest}
+            if campaign.is_running and campaign.optimizer_digest:
+                kept.add(campaign.optimizer_digest)
             if campaign.open_round is not None:
                 kept |= {update.digest for update in campaign.open_round.updates.values()}
         return kept
@@ -338,8 +340,9 @@ class Campaigns:
         """Unmask the sum off the loop, then commit."""
         event: Event
         try:
+            optimizer = wire.optimizer_from_wire(campaign.plan)
             event = await asyncio.to_thread(
-                aggregate, round_, self._blobs, campaign.plan.server_learning_rate
+                aggregate, round_, self._blobs, optimizer, campaign.optimizer_digest
             )
         except StorageError:
             raise  # everything it is made from is kept, so it can be done again
@@ -347,7 +350,9 @@ class Campaigns:
             _log.exception("round %s: the sum failed", round_.order.round_id)
             event = RoundFailed(reason=f"the sum failed: {error}")
         if campaign.is_running:  # it may have been cancelled meanwhile
+            former = campaign.optimizer_digest
             self._record(campaign, round_, event)
+            self._drop_unused({former})
 
     def _changes(self) -> list[asyncio.Event]:
         """Whatever may move a round: an event here, a device that comes or goes."""
@@ -418,10 +423,12 @@ class Campaigns:
                 campaign.campaign_id,
                 round_.order.round_id,
                 row,
-                event.model_digest,
-                round_.survivors,
+                model_digest=event.model_digest,
+                optimizer_digest=event.optimizer_digest,
+                counted=round_.survivors,
             )
             campaign.model_digest = event.model_digest
+            campaign.optimizer_digest = event.optimizer_digest
         else:
             self._store.append_event(round_.order.round_id, row)
         round_.apply(event, now)
@@ -449,8 +456,7 @@ class Campaigns:
         campaign.close_round(record)
         self._told.clear()
         updates = {update.digest for update in round_.updates.values()}
-        for digest in {*updates, round_.order.model_digest} - self.blobs_in_use():
-            self._blobs.delete(digest)
+        self._drop_unused({*updates, round_.order.model_digest})
         self._metrics.observe_round(record)
         self.changed.fire()
 
@@ -460,7 +466,13 @@ class Campaigns:
             campaign_ended(self._audit, campaign, state, reason, by)
         campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
+        self._drop_unused({campaign.optimizer_digest})
         self.changed.fire()
+
+    def _drop_unused(self, digests: set[bytes]) -> None:
+        """Delete what no campaign needs any more; what a crash leaves is collected at the start."""
+        for digest in digests - self.blobs_in_use() - {b""}:
+            self._blobs.delete(digest)
 
     # --- reading state ---
 

@@ -33,13 +33,21 @@ def encode(round_id: str, event: Event, at: float) -> EventRow:
             return _row(at, "lost", {"reason": reason}, device_id)
         case DeadlinePassed(stage=stage):
             return _row(at, "deadline", {"stage": stage.name})
-        case SumComputed(model_digest=digest, total_weight=weight):
-            return _row(at, "sum", {"model_digest": digest.hex(), "total_weight": weight})
+        case SumComputed():
+            return _row(at, "sum", _sum(event))
         case RoundFailed(reason=reason):
             return _row(at, "failed", {"reason": reason})
         case _:
             payload = wire.event_to_wire(round_id, event).SerializeToString()
             return EventRow(at=at, device_id=event.device_id, kind=_MESSAGE, payload=payload)
+
+
+def _sum(event: SumComputed) -> dict[str, Any]:
+    return {
+        "model_digest": event.model_digest.hex(),
+        "total_weight": event.total_weight,
+        "optimizer_digest": event.optimizer_digest.hex(),
+    }
 
 
 def _row(at: float, kind: str, values: dict[str, Any], device_id: str = "") -> EventRow:
@@ -57,8 +65,11 @@ def decode(row: EventRow) -> Event:
         case "deadline":
             return DeadlinePassed(stage=Stage[values["stage"]])
         case "sum":
-            digest = bytes.fromhex(values["model_digest"])
-            return SumComputed(model_digest=digest, total_weight=values["total_weight"])
+            return SumComputed(
+                model_digest=bytes.fromhex(values["model_digest"]),
+                total_weight=values["total_weight"],
+                optimizer_digest=bytes.fromhex(values.get("optimizer_digest", "")),
+            )
         case "failed":
             return RoundFailed(reason=values["reason"])
         case kind:

@@ -143,10 +143,11 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumComputed:
-    """The new global model is stored under this digest."""
+    """The next global model is stored, and what the server optimiser keeps, if it keeps any."""
 
     model_digest: bytes
     total_weight: int
+    optimizer_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS campaigns (
     plan BLOB NOT NULL,
     state INTEGER NOT NULL,
     reason TEXT NOT NULL DEFAULT '',
-    model_digest BLOB NOT NULL
+    model_digest BLOB NOT NULL,
+    optimizer_digest BLOB NOT NULL DEFAULT x''
 ) STRICT;
 CREATE TABLE IF NOT EXISTS rounds (
     round_id TEXT PRIMARY KEY,
@@ -89,7 +90,11 @@ class DeviceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CampaignRow:
-    """One campaign; `plan` is a serialised CampaignPlan."""
+    """One campaign; `plan` is a serialised CampaignPlan.
+
+    `optimizer_digest` names the server optimiser's state after the last committed round; empty if
+    it keeps none, or before that round.
+    """
 
     campaign_id: str
     started_at: float
@@ -97,6 +102,7 @@ class CampaignRow:
     state: int
     reason: str
     model_digest: bytes
+    optimizer_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,8 +274,8 @@ class Store:
     def campaigns(self) -> list[CampaignRow]:
         """Give all campaigns, oldest first."""
         rows = self._execute(
-            "SELECT campaign_id, started_at, plan, state, reason, model_digest FROM campaigns"
-            " ORDER BY rowid"
+            "SELECT campaign_id, started_at, plan, state, reason, model_digest, optimizer_digest"
+            " FROM campaigns ORDER BY rowid"
         )
         return [
             CampaignRow(
@@ -279,6 +285,7 @@ class Store:
                 state=row[3],
                 reason=row[4],
                 model_digest=row[5],
+                optimizer_digest=row[6],
             )
             for row in rows
         ]
@@ -354,15 +361,17 @@ class Store:
         campaign_id: str,
         round_id: str,
         row: EventRow,
+        *,
         model_digest: bytes,
+        optimizer_digest: bytes,
         counted: Sequence[str],
     ) -> None:
-        """Store a round's result, the campaign's new model and who was counted, all at once."""
+        """Store a round's result, what the campaign goes on from, and who was counted, at once."""
         with self.transaction():
             self.append_event(round_id, row)
             self._execute(
-                "UPDATE campaigns SET model_digest = ? WHERE campaign_id = ?",
-                (model_digest, campaign_id),
+                "UPDATE campaigns SET model_digest = ?, optimizer_digest = ? WHERE campaign_id = ?",
+                (model_digest, optimizer_digest, campaign_id),
             )
             self.connection.executemany(
                 "UPDATE devices SET rounds_counted = rounds_counted + 1 WHERE device_id = ?",

@@ -1310,6 +1310,162 @@ class RevokeDeviceResponse(_message.Message):
 Global___RevokeDeviceResponse: _TypeAlias = RevokeDeviceResponse  # noqa: Y015
 
 @_typing.final
+class FedAvg(_message.Message):
+    """The global model moves along the mean update (McMahan et al. 2017)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FedAvg: _TypeAlias = FedAvg  # noqa: Y015
+
+@_typing.final
+class FedAvgM(_message.Message):
+    """The model moves along a running sum of mean updates (Hsu et al. 2019)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOMENTUM_FIELD_NUMBER: _builtins.int
+    momentum: _builtins.float
+    def __init__(
+        self,
+        *,
+        momentum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["momentum", b"momentum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FedAvgM: _TypeAlias = FedAvgM  # noqa: Y015
+
+@_typing.final
+class FedAdagrad(_message.Message):
+    """The numbers of algorithm 2 of Reddi et al. 2021, "Adaptive Federated Optimization"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BETA_1_FIELD_NUMBER: _builtins.int
+    TAU_FIELD_NUMBER: _builtins.int
+    beta_1: _builtins.float
+    tau: _builtins.float
+    def __init__(
+        self,
+        *,
+        beta_1: _builtins.float = ...,
+        tau: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta_1", b"beta_1", "tau", b"tau"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FedAdagrad: _TypeAlias = FedAdagrad  # noqa: Y015
+
+@_typing.final
+class FedAdam(_message.Message):
+    """As FedAdagrad; the variance is a running mean of squared updates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BETA_1_FIELD_NUMBER: _builtins.int
+    BETA_2_FIELD_NUMBER: _builtins.int
+    TAU_FIELD_NUMBER: _builtins.int
+    beta_1: _builtins.float
+    beta_2: _builtins.float
+    tau: _builtins.float
+    def __init__(
+        self,
+        *,
+        beta_1: _builtins.float = ...,
+        beta_2: _builtins.float = ...,
+        tau: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta_1", b"beta_1", "beta_2", b"beta_2", "tau", b"tau"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FedAdam: _TypeAlias = FedAdam  # noqa: Y015
+
+@_typing.final
+class FedYogi(_message.Message):
+    """As FedAdam; the variance falls back slowly."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BETA_1_FIELD_NUMBER: _builtins.int
+    BETA_2_FIELD_NUMBER: _builtins.int
+    TAU_FIELD_NUMBER: _builtins.int
+    beta_1: _builtins.float
+    beta_2: _builtins.float
+    tau: _builtins.float
+    def __init__(
+        self,
+        *,
+        beta_1: _builtins.float = ...,
+        beta_2: _builtins.float = ...,
+        tau: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta_1", b"beta_1", "beta_2", b"beta_2", "tau", b"tau"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FedYogi: _TypeAlias = FedYogi  # noqa: Y015
+
+@_typing.final
+class ServerOptimizer(_message.Message):
+    """What the coordinator makes of a round's mean update."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDAVG_FIELD_NUMBER: _builtins.int
+    FEDAVGM_FIELD_NUMBER: _builtins.int
+    FEDADAGRAD_FIELD_NUMBER: _builtins.int
+    FEDADAM_FIELD_NUMBER: _builtins.int
+    FEDYOGI_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def fedavg(self) -> Global___FedAvg: ...
+    @_builtins.property
+    def fedavgm(self) -> Global___FedAvgM: ...
+    @_builtins.property
+    def fedadagrad(self) -> Global___FedAdagrad: ...
+    @_builtins.property
+    def fedadam(self) -> Global___FedAdam: ...
+    @_builtins.property
+    def fedyogi(self) -> Global___FedYogi: ...
+    def __init__(
+        self,
+        *,
+        fedavg: Global___FedAvg | None = ...,
+        fedavgm: Global___FedAvgM | None = ...,
+        fedadagrad: Global___FedAdagrad | None = ...,
+        fedadam: Global___FedAdam | None = ...,
+        fedyogi: Global___FedYogi | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fedadagrad", b"fedadagrad", "fedadam", b"fedadam", "fedavg", b"fedavg", "fedavgm", b"fedavgm", "fedyogi", b"fedyogi", "kind", b"kind"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fedadagrad", b"fedadagrad", "fedadam", b"fedadam", "fedavg", b"fedavg", "fedavgm", b"fedavgm", "fedyogi", b"fedyogi", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___ServerOptimizer: _TypeAlias = ServerOptimizer  # noqa: Y015
+
+@_typing.final
 class CampaignPlan(_message.Message):
     """What a campaign does."""
 
@@ -1353,6 +1509,7 @@ class CampaignPlan(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     EXPECTED_DROPOUT_FIELD_NUMBER: _builtins.int
     COLLUDER_SHARE_FIELD_NUMBER: _builtins.int
+    SERVER_OPTIMIZER_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -1367,6 +1524,7 @@ class CampaignPlan(_message.Message):
     clip: _builtins.float
     max_weight: _builtins.int
     server_learning_rate: _builtins.float
+    """Length of the server optimiser's step."""
     invite_timeout_s: _builtins.float
     """How long a round waits for devices to come, and at each later stage."""
     stage_timeout_s: _builtins.float
@@ -1375,6 +1533,10 @@ class CampaignPlan(_message.Message):
     colluder_share: _builtins.float
     @_builtins.property
     def training(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
+    @_builtins.property
+    def server_optimizer(self) -> Global___ServerOptimizer:
+        """FedAvg if absent."""
+
     def __init__(
         self,
         *,
@@ -1395,10 +1557,11 @@ class CampaignPlan(_message.Message):
         training: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
         expected_dropout: _builtins.float = ...,
         colluder_share: _builtins.float = ...,
+        server_optimizer: Global___ServerOptimizer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_rounds", b"num_rounds", "parent_version", b"parent_version", "server_learning_rate", b"server_learning_rate", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_rounds", b"num_rounds", "parent_version", b"parent_version", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
