@@ -2,14 +2,17 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self
 
+import grpc
 import numpy as np
 
+from minga.federation import transport
 from minga.federation.coordinator.server import Coordinator
 from minga.federation.coordinator.settings import CoordinatorSettings
 from minga.federation.device.agent import Agent
@@ -23,8 +26,10 @@ from minga.federation.operator import Operator, connect
 from minga.federation.parameters import Parameters, to_bytes
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.inference.repository import ModelRepository
 
+Stream = grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionResponse]
 TRAINERS = Path(__file__).parent / "device"
 PATIENCE_S = 60.0
 
@@ -61,9 +66,17 @@ def toy_model(size: int = 1000) -> Parameters:
 class Fleet:
     """One coordinator and some devices; everything ends with the context."""
 
-    def __init__(self, folder: Path, *, clock: Clock = utc_now, **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        certificate_clock: Clock = utc_now,
+        **settings: object,
+    ) -> None:
         self.folder = folder
-        self.clock = clock  # of certificates
+        self.clock = clock
+        self.certificate_clock = certificate_clock
         self.settings = settings
         self.ports = {"port": 0, "enrol_port": 0}
         self._stack = AsyncExitStack()
@@ -89,7 +102,7 @@ class Fleet:
             **{"reconnect_grace_s": 5.0, **self.ports, **self.settings},  # type: ignore[arg-type]
         )
         self.coordinator = await self._coordinator_stack.enter_async_context(
-            Coordinator(settings, certificate_clock=self.clock)
+            Coordinator(settings, clock=self.clock, certificate_clock=self.certificate_clock)
         )
         addresses = self.coordinator.addresses
         self.ports = {
@@ -122,7 +135,7 @@ class Fleet:
             CoordinatorAddress.load(folder).device_address,
             load_identity(folder),
             keep=partial(save_identity, folder),
-            clock=self.clock,
+            clock=self.certificate_clock,
             check_interval_s=0.02,
         )
         agent = Agent(
@@ -138,6 +151,24 @@ class Fleet:
         """Enrol a device and run it."""
         await self.enrol(name)
         self.start_device(name, options)
+
+    @asynccontextmanager
+    async def stream(self, name: str, hello: pb.Hello | None = None) -> AsyncIterator[Stream]:
+        """Speak for an enrolled device by hand, greeted already if it says hello."""
+        address = self.coordinator.addresses.device
+        async with transport.open_channel(address, load_identity(self.folder / name)) as channel:
+            call = pb_grpc.FederationServiceStub(channel).Session()
+            if hello is not None:
+                await call.write(pb.SessionRequest(hello=hello))
+                assert (await call.read()).WhichOneof("body") == "welcome"
+            yield call
+
+    async def until(self, holds: Callable[[list[pb.Device]], bool]) -> list[pb.Device]:
+        """Wait until something holds of the list of devices."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not holds(devices := await self.operator.devices()):
+                await asyncio.sleep(0.01)
+        return devices
 
     async def stop_device(self, name: str) -> None:
         """End a device without a word to the coordinator."""

@@ -46,7 +46,7 @@ def time() -> Time:
 @pytest.fixture
 async def fleet(tmp_path: Path, time: Time) -> AsyncIterator[Fleet]:
     """A coordinator without devices."""
-    async with Fleet(tmp_path, clock=time, server_certificate_hours=720) as fleet:
+    async with Fleet(tmp_path, certificate_clock=time, server_certificate_hours=720) as fleet:
         yield fleet
 
 
@@ -205,7 +205,9 @@ async def test_the_log_tells_the_whole_story(fleet: Fleet, tmp_path: Path) -> No
 async def provoke(fleet: Fleet, folder: Path) -> None:
     """As a device, call what only operators may, then send an answer to no round."""
     address = fleet.coordinator.addresses.device
-    async with transport.open_channel(address, load_identity(folder), clock=fleet.clock) as channel:
+    async with transport.open_channel(
+        address, load_identity(folder), clock=fleet.certificate_clock
+    ) as channel:
         with pytest.raises(AccessError), transport.calling(address):
             await pb_grpc.OperatorServiceStub(channel).GetStatus(pb.GetStatusRequest())
         call = pb_grpc.FederationServiceStub(channel).Session()

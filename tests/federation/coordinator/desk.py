@@ -25,7 +25,7 @@ from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.store import Store
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
-from minga.federation.errors import StorageError
+from minga.federation.errors import StorageError, UnreachableError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.trainer import TrainingConfig, Update
@@ -96,6 +96,7 @@ class DeskDevice:
         self.identity = identity
         self.trainer = trainer
         self.participant: Participant | None = None
+        self.download_errors: list[Exception] = []
         self._ends: dict[str, pb.RoundEnd] = {}
         self._told = Signal()
 
@@ -117,6 +118,8 @@ class DeskDevice:
 
     def join(self, desk: "Desk", invite: pb.RoundInvite) -> None:
         async def download(digest: bytes, path: Path) -> None:
+            if self.download_errors:
+                raise self.download_errors.pop()
             path.write_bytes(desk.blobs.read(digest))
 
         async def upload(digest: bytes, data: bytes) -> None:
@@ -220,13 +223,19 @@ class Desk:
         for message in opening:
             assert await device.answer(self, message) is None
         while (message := await connection.outbox.get()) is not None:
-            answer = await device.answer(self, message)
-            if answer is not None:
-                round_id, event = wire.event_from_wire(connection.device_id, answer)
-                try:
+            try:
+                answer = await device.answer(self, message)
+                if answer is not None:
+                    round_id, event = wire.event_from_wire(connection.device_id, answer)
                     campaigns.take(event, round_id, answer.ByteSize())
-                except StorageError:
-                    self.hub.drop(connection.device_id)
+            except (StorageError, UnreachableError):
+                self.hub.drop(connection.device_id)
+
+    async def until_connected(self, count: int) -> None:
+        """Wait until so many devices have a stream."""
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.hub) != count:
+                await self.hub.changed.next().wait()
 
     def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
         async def until_killed() -> None:

@@ -115,9 +115,7 @@ async def test_full_disk_takes_no_answer(desk: Desk) -> None:
     """A device whose answer met a full disk is asked again; nothing of it was remembered."""
     desk.fail_to("INSERT ON round_events")
     campaign_id = desk.start_campaign(plan_of(), toy_model())
-    async with asyncio.timeout(10):
-        while len(desk.hub):
-            await desk.hub.changed.next().wait()
+    await desk.until_connected(0)
     (round_,) = desk.campaigns.get(campaign_id).describe().rounds
     assert list(round_.cohort) == []
     desk.recover()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -75,6 +76,41 @@ async def test_killed_child(trainer: TrainerProcess) -> None:
     with pytest.raises(TrainerError, match="died"):
         await trainer.fit(PARAMETERS, {})
     assert (await trainer.fit(PARAMETERS, {})).num_examples == 7
+
+
+ORPHAN = """
+import asyncio, sys
+import numpy as np
+from minga.federation.device.trainer_process import TrainerProcess
+
+async def main():
+    trainer = TrainerProcess("constant_trainer:make", {"delay_s": 600.0})
+    await trainer.evaluate({"w": np.ones(2, np.float32)}, {})
+    training = asyncio.create_task(trainer.fit({"w": np.ones(2, np.float32)}, {}))
+    print(trainer.pid, flush=True)
+    await training
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_killed_agent_leaves_no_child() -> None:
+    """A child ends with its agent, also in the middle of training and however the agent ends."""
+    agent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ORPHAN, stdout=asyncio.subprocess.PIPE
+    )
+    assert agent.stdout is not None
+    child = os.pidfd_open(int(await agent.stdout.readline()))
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(child, ended.set)
+    try:
+        agent.kill()
+        await asyncio.wait_for(ended.wait(), 30)
+    finally:
+        asyncio.get_running_loop().remove_reader(child)
+        os.close(child)
+        await agent.wait()
 
 
 async def test_cancelled_call_ends_the_child() -> None:

@@ -149,18 +149,31 @@ class Agent:
         outbox = self._outbox = asyncio.Queue()
         self._send(pb.SessionRequest(hello=self._hello()))
         self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
-        heart = asyncio.create_task(self._beat(outbox))
+        heart: asyncio.Task[None] | None = None
         try:
             async with self._link.channel() as channel:
                 with transport.calling(self._link.address):
                     call = pb_grpc.FederationServiceStub(channel).Session(_drain(outbox))
-                    async for message in self._heard(call):
+                    messages = self._heard(call)
+                    self._take_welcome(await anext(messages, None))
+                    heart = asyncio.create_task(self._beat(outbox))
+                    async for message in messages:
                         self._take(message)
         finally:
-            heart.cancel()
+            if heart is not None:
+                heart.cancel()
             outbox.put_nowait(None)
             if outbox is self._outbox:
                 self._metrics.connected.set(0)
+
+    def _take_welcome(self, message: pb.SessionResponse | None) -> None:
+        if message is None or message.WhichOneof("body") != "welcome":
+            raise PeerError(f"the coordinator at {self._link.address} did not greet this device")
+        if message.welcome.heartbeat_interval_ms:
+            interval_s = message.welcome.heartbeat_interval_ms / 1000
+            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
+        self._metrics.connected.set(1)
+        _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
 
     async def _heard(self, call: "SessionCall") -> AsyncIterator[pb.SessionResponse]:
         """Give what the coordinator says, until it says nothing for several heartbeats.
@@ -204,9 +217,7 @@ class Agent:
     def _take(self, message: pb.SessionResponse) -> None:
         """Start what a message asks for; the stream is read on meanwhile."""
         match message.WhichOneof("body"):
-            case "welcome":
-                self._take_welcome(message.welcome)
-            case "heartbeat":
+            case "heartbeat" | "welcome":
                 pass
             case "model_offer":
                 self._spawn(self._take_model(message.model_offer))
@@ -216,13 +227,6 @@ class Agent:
                 self._take_refusal(message.refusal)
             case _:
                 self._spawn(self._take_step(message))
-
-    def _take_welcome(self, welcome: pb.Welcome) -> None:
-        self._metrics.connected.set(1)
-        if welcome.heartbeat_interval_ms:
-            interval_s = welcome.heartbeat_interval_ms / 1000
-            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
-        _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the stream; what goes wrong is logged, the agent lives on."""
