@@ -49,7 +49,7 @@ def issue(authority: Authority) -> Issue:
         then = Authority(
             certificate=issuer.certificate,
             key=issuer.key,
-            lifetimes=Lifetimes(client=timedelta(days=30)),
+            lifetimes=Lifetimes(device=timedelta(days=30)),
             clock=lambda: utc_now() - age,
         )
         key = new_key()
@@ -81,7 +81,8 @@ async def serve(authority: Authority) -> AsyncIterator[Serve]:
         )
         add_services(server)
         credentials = mutual_server_credentials if mutual else open_server_credentials
-        port = server.add_secure_port("127.0.0.1:0", credentials(issuer.issue_server(hosts)))
+        identity = issuer.issue_server(hosts)
+        port = server.add_secure_port("127.0.0.1:0", credentials(lambda: identity))
         await server.start()
         servers.append(server)
         return f"127.0.0.1:{port}"

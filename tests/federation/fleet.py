@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -16,10 +17,11 @@ from minga.federation.coordinator.server import Coordinator
 from minga.federation.coordinator.settings import CoordinatorSettings
 from minga.federation.device.agent import Agent
 from minga.federation.device.enrolment import CoordinatorAddress, enrol
+from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
-from minga.federation.identity import load_identity
+from minga.federation.identity import Clock, load_identity, save_identity, utc_now
 from minga.federation.operator import Operator, connect
 from minga.federation.parameters import Parameters, to_bytes
 from minga.federation.trainer import Scalar
@@ -65,10 +67,16 @@ class Fleet:
     """One coordinator and some devices; everything ends with the context."""
 
     def __init__(
-        self, folder: Path, *, clock: Callable[[], float] = time.time, **settings: object
+        self,
+        folder: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        certificate_clock: Clock = utc_now,
+        **settings: object,
     ) -> None:
         self.folder = folder
         self.clock = clock
+        self.certificate_clock = certificate_clock
         self.settings = settings
         self.ports = {"port": 0, "enrol_port": 0}
         self._stack = AsyncExitStack()
@@ -94,7 +102,7 @@ class Fleet:
             **{"reconnect_grace_s": 5.0, **self.ports, **self.settings},  # type: ignore[arg-type]
         )
         self.coordinator = await self._coordinator_stack.enter_async_context(
-            Coordinator(settings, clock=self.clock)
+            Coordinator(settings, clock=self.clock, certificate_clock=self.certificate_clock)
         )
         addresses = self.coordinator.addresses
         self.ports = {
@@ -123,9 +131,15 @@ class Fleet:
             os.environ["PYTHONPATH"] = str(TRAINERS)
             trainer = TrainerProcess("constant_trainer:make", options)
         self.models[name] = ModelRepository()
+        link = Link(
+            CoordinatorAddress.load(folder).device_address,
+            load_identity(folder),
+            keep=partial(save_identity, folder),
+            clock=self.certificate_clock,
+            check_interval_s=0.02,
+        )
         agent = Agent(
-            identity=load_identity(folder),
-            address=CoordinatorAddress.load(folder).device_address,
+            link=link,
             trainer=trainer,
             slots=ModelSlots(folder / "models"),
             models=self.models[name],

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("minga.cli.predict:predict", "Send one request to a served model."),
     "coordinator": ("minga.cli.coordinator:app", "Run the federation's server, make tokens."),
     "device": ("minga.cli.device:app", "Enrol and run an edge device; list and revoke devices."),
+    "audit": ("minga.cli.audit:app", "Show, verify, export the coordinator's audit log."),
     "federate": ("minga.cli.federate:federate", "Train the champion further on the fleet."),
     "status": ("minga.cli.status:status", "Show what runs, which versions, which devices."),
 }

@@ -29,6 +29,9 @@ def run(
     enrol_port: Annotated[int, _set_by("ENROL_PORT")] = 7444,
     metrics_port: Annotated[int, _set_by("METRICS_PORT")] = 9464,
     reconnect_grace: Annotated[float, _set_by("RECONNECT_GRACE_S")] = 10.0,
+    device_certificate_hours: Annotated[float, _set_by("DEVICE_CERTIFICATE_HOURS")] = 720.0,
+    operator_certificate_hours: Annotated[float, _set_by("OPERATOR_CERTIFICATE_HOURS")] = 720.0,
+    server_certificate_hours: Annotated[float, _set_by("SERVER_CERTIFICATE_HOURS")] = 2160.0,
 ) -> None:
     """Run the coordinator until Ctrl-C; it goes on where it was after a crash.
 
@@ -45,6 +48,11 @@ def run(
         enrol_port: Port where tokens are redeemed (server TLS); 0 takes a free one.
         metrics_port: Port of the Prometheus endpoint; 0 takes a free one.
         reconnect_grace: Seconds that a device may be away during a round before it counts as lost.
+        device_certificate_hours: How long a device's certificate holds; devices renew by
+            themselves, after two thirds of that.
+        operator_certificate_hours: How long the certificate in `operator/` holds.
+        server_certificate_hours: How long the coordinator's own certificate holds; it is replaced
+            while the coordinator runs.
     """
     from minga.cli.services import run_service
     from minga.federation.coordinator.server import run as serve
@@ -58,6 +66,9 @@ def run(
         enrol_port=enrol_port,
         metrics_port=metrics_port,
         reconnect_grace_s=reconnect_grace,
+        device_certificate_hours=device_certificate_hours,
+        operator_certificate_hours=operator_certificate_hours,
+        server_certificate_hours=server_certificate_hours,
     )
     run_service(serve(settings))
 

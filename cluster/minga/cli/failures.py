@@ -46,6 +46,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.federation.errors.PortInUseError": 22,  # whichever part wanted the port
     "minga.federation.errors.CampaignError": 34,
     "minga.federation.errors.FederationError": 35,
+    "minga.federation.errors.AuditError": 36,
 }
 
 

@@ -8,6 +8,7 @@
     ├── PortInUseError      another process listens where this one should
     ├── CampaignError       a campaign cannot start, or ended without a result
     ├── StorageError        this machine's disk or database fails
+    ├── AuditError          the audit log was altered, or is no audit log
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
     ├── StepError           the mean update cannot be made a next global model
@@ -48,6 +49,10 @@ class CampaignError(FederationError):
 
 class StorageError(FederationError):
     """This machine's disk or database fails; what was not stored has not happened."""
+
+
+class AuditError(FederationError):
+    """The audit log was altered: an entry is changed, missing, moved or not signed as it should."""
 
 
 class TrainerError(FederationError):

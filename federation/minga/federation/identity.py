@@ -39,6 +39,12 @@ AUTHORITY_FILE: Final = "ca.pem"
 
 SIGNATURE_PREFIX: Final = b"minga.federation.v1/identity-signature\x00"
 
+RENEWAL_SHARE: Final = 2 / 3
+"""A certificate is renewed when this share of its lifetime is over."""
+
+RENEWAL_SPREAD: Final = 1 / 12
+"""Renewals are spread over this share of the lifetime, so that a fleet does not come at once."""
+
 Clock = Callable[[], datetime]
 """Gives the time, with its time zone."""
 
@@ -69,6 +75,11 @@ class Principal:
     role: Role
     name: str
     serial: int
+
+    @property
+    def path(self) -> str:
+        """Role and name as the certificate's URI has them: `device/press-7`."""
+        return f"{self.role}/{self.name}"
 
     def __str__(self) -> str:
         """Give role and name, for messages."""
@@ -144,41 +155,48 @@ class Identity:
 class ServerIdentity:
     """A server's key and certificate, PEM, with the authority that its clients are checked against.
 
-    The key lives in memory only: a coordinator makes another one at each start.
+    The key lives in memory only: a coordinator makes another one at each start and each renewal.
     """
 
     key_pem: bytes = field(repr=False)
     certificate_pem: bytes
     authority_pem: bytes
 
+    @property
+    def certificate(self) -> x509.Certificate:
+        """The certificate, taken apart."""
+        return x509.load_pem_x509_certificate(self.certificate_pem)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateVerifier:
-    """Checks that a device signed a message, knowing nothing but the authority."""
+    """Checks that a device, or another role, signed a message; knows nothing but the authority."""
 
     authority: x509.Certificate
     clock: Clock = utc_now
+    role: Role = Role.DEVICE
 
     def verify(self, device_id: str, certificate: bytes, signature: bytes, message: bytes) -> None:
         """Check a signature made by `Identity.sign`.
 
         Args:
-            device_id: Who claims to have signed.
+            device_id: Who claims to have signed: the name of a holder of the role.
             certificate: The signer's certificate, DER, as it came over the wire.
             signature: ECDSA over SHA-256, DER.
             message: What was signed.
 
         Raises:
-            IdentityError: the certificate does not hold, is not that device's, or did not sign.
+            IdentityError: the certificate does not hold, is not that holder's, or did not sign.
         """
         parsed = parse_certificate(certificate)
         principal = _verify(parsed, self.authority, self.clock())
-        if (principal.role, principal.name) != (Role.DEVICE, device_id):
-            raise IdentityError(f"the certificate is of {principal}, not of device {device_id!r}")
+        signer = f"{self.role} {device_id!r}"
+        if (principal.role, principal.name) != (self.role, device_id):
+            raise IdentityError(f"the certificate is of {principal}, not of {signer}")
         try:
             _p256(parsed).verify(signature, SIGNATURE_PREFIX + message, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature as error:
-            raise IdentityError(f"the signature is not by device {device_id!r}") from error
+            raise IdentityError(f"the signature is not by {signer}") from error
 
 
 # -- names ------------------------------------------------------------------------------------
@@ -254,6 +272,17 @@ def parse_certificate(der: bytes) -> x509.Certificate:
         return x509.load_der_x509_certificate(der)
     except (ValueError, x509.InvalidVersion) as error:
         raise IdentityError(f"the bytes are no X.509 certificate ({error})") from error
+
+
+def renewal_time(certificate: x509.Certificate) -> datetime:
+    """Say from when on a certificate should be replaced: after about two thirds of its lifetime.
+
+    The exact moment comes from the serial number, which is random: another one for each
+    certificate, and the same one after each restart.
+    """
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    drawn = certificate.serial_number % 2**32 / 2**32
+    return start + (end - start) * (RENEWAL_SHARE + RENEWAL_SPREAD * drawn)
 
 
 def verify_certificate(

@@ -41,6 +41,24 @@ TOKEN_SECRET_BYTES: Final = 32
 MAX_TOKEN_USES: Final = 10_000
 """Devices that one enrolment token may let in."""
 
+RENEWAL_CHECK_S: Final = 60.0
+"""How often a device or a coordinator looks whether a certificate is due, by the wall clock: a
+machine that slept, or whose clock was set, notices within this time."""
+
+MAX_RENEWALS_PER_MINUTE: Final = 10
+"""Certificates that one device may ask for; it needs one in weeks."""
+
+# -- audit ------------------------------------------------------------------------------------
+
+AUDIT_CHECKPOINT_ENTRIES: Final = 100
+"""Entries of the audit log after which a checkpoint is signed."""
+
+AUDIT_CHECKPOINT_S: Final = 600.0
+"""Entries of a log that grows slower are signed after this time."""
+
+AUDITED_REFUSALS_PER_MINUTE: Final = 10
+"""Entries of one kind that one outsider can cause; more are counted and told in one entry."""
+
 # -- blobs ------------------------------------------------------------------------------------
 
 CHUNK_BYTES: Final = 512 * KIB

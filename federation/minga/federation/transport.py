@@ -12,7 +12,7 @@ against the authority before it dials: what the server would refuse is told here
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -119,18 +119,49 @@ def open_pinned_channel(address: str, authority: x509.Certificate) -> grpc.aio.C
     return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
 
-def mutual_server_credentials(server: ServerIdentity) -> grpc.ServerCredentials:
-    """Give a server's TLS that admits only holders of certificates of its authority."""
-    return grpc.ssl_server_credentials(
-        [(server.key_pem, server.certificate_pem)],
-        root_certificates=server.authority_pem,
-        require_client_auth=True,
+def mutual_server_credentials(source: Callable[[], ServerIdentity]) -> grpc.ServerCredentials:
+    """Give a server's TLS that admits only holders of certificates of its authority.
+
+    Args:
+        source: Gives the newest key and certificate; asked at each handshake, from any thread.
+            Connections that are open go on with what they were opened with.
+    """
+    return _server_credentials(source, is_mutual=True)
+
+
+def open_server_credentials(source: Callable[[], ServerIdentity]) -> grpc.ServerCredentials:
+    """Give a server's TLS that admits anybody: for the enrolment port alone.
+
+    Args:
+        source: As for `mutual_server_credentials`.
+    """
+    return _server_credentials(source, is_mutual=False)
+
+
+def _server_credentials(
+    source: Callable[[], ServerIdentity], *, is_mutual: bool
+) -> grpc.ServerCredentials:
+    shown = source()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal shown
+        newest = source()
+        if newest is shown:
+            return None  # gRPC keeps what it has
+        shown = newest
+        return configure(newest)
+
+    def configure(server: ServerIdentity) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration(
+            [(server.key_pem, server.certificate_pem)],
+            root_certificates=server.authority_pem if is_mutual else None,
+        )
+
+    return grpc.dynamic_ssl_server_credentials(
+        configure(shown),
+        fetch,  # type: ignore[arg-type] # may give None, as its documentation says
+        require_client_authentication=is_mutual,
     )
-
-
-def open_server_credentials(server: ServerIdentity) -> grpc.ServerCredentials:
-    """Give a server's TLS that admits anybody: for the enrolment port alone."""
-    return grpc.ssl_server_credentials([(server.key_pem, server.certificate_pem)])
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from minga.federation import wire
+from minga.federation.audit import AUDITOR
 from minga.federation.blobs import BlobStore
+from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.authority import Authority
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub, Signal
@@ -157,21 +159,26 @@ class Desk:
         self.folder = folder
         self.clock = clock
         self.authority = Authority.open(folder / "authority")
+        self.auditor = self._identity(Role.SERVICE, AUDITOR)
         self.devices: dict[str, DeskDevice] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
     def enrol(self, name: str, step: float, num_examples: int = 100) -> None:
         """Make a device."""
-        key = new_key()
-        certificate = self.authority.issue_client(Role.DEVICE, name, make_csr(key, name))
-        identity = Identity.of(key, certificate, self.authority.certificate)
+        identity = self._identity(Role.DEVICE, name)
         self.devices[name] = DeskDevice(identity, StepTrainer(step, num_examples))
+
+    def _identity(self, role: Role, name: str) -> Identity:
+        key = new_key()
+        certificate = self.authority.issue_client(role, name, make_csr(key, name))
+        return Identity.of(key, certificate, self.authority.certificate)
 
     def start(self, lives: int | None = None) -> None:
         """Start the coordinator; with `lives` it is killed after so many writes."""
         self.store = Store(self.folder / "coordinator.db")
         for name in self.devices:
             self.store.register_device(name, "default", name.encode(), self.clock())
+        audit = AuditLog(self.store, signer=lambda: self.auditor)
         if lives is not None:
             self.mortal = MortalConnection(self.store.connection, lives)
             self.store.connection = self.mortal  # type: ignore[assignment]
@@ -184,6 +191,7 @@ class Desk:
             verifier=CertificateVerifier(authority=self.authority.certificate),
             clock=self.clock,
             metrics=Metrics(),
+            audit=audit,
             reconnect_grace_s=5.0,
         )
         self._spawn(self.campaigns.run)
@@ -266,7 +274,7 @@ class Desk:
     def start_campaign(self, plan: pb.CampaignPlan, model: Parameters) -> str:
         """Start a campaign from a model."""
         plan.model_digest = self.blobs.put_bytes(to_bytes(model))
-        return self.campaigns.start(plan).campaign_id
+        return self.campaigns.start(plan, "operator/operator").campaign_id
 
     async def finish(self, campaign_id: str) -> pb.Campaign:
         """Wait for a campaign's end."""

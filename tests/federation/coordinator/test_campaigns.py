@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minga.federation import wire
+from minga.federation import audit, wire
+from minga.federation.coordinator.audit_log import Kind, read_log
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.errors import CampaignError, StorageError
 from minga.federation.limits import MAX_MESSAGE_BYTES, RETURN_S
@@ -71,8 +72,23 @@ async def test_killed_before_any_write(tmp_path: Path) -> None:
         campaign = await desk.finish(campaign_id)
         assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, (lives, campaign.reason)
         await assert_exact(desk, campaign)
+        assert_told_once(desk, campaign)
         await desk.stop()
     assert ended_by_itself, "NUM_WRITES is too small to reach the campaign's last write"
+
+
+def assert_told_once(desk: Desk, campaign: pb.Campaign) -> None:
+    """Check that the audit log is whole and tells each end once, however often it was begun."""
+    records = list(read_log(desk.folder / "coordinator.db"))
+    audit.verify(records, desk.authority.certificate)
+    ends = [(entry.kind, entry.subject) for entry in records if isinstance(entry, audit.Entry)]
+    assert sorted(ends) == sorted(
+        [
+            (Kind.CAMPAIGN_STARTED, f"campaign/{campaign.campaign_id}"),
+            (Kind.CAMPAIGN_ENDED, f"campaign/{campaign.campaign_id}"),
+            *((Kind.ROUND_COMMITTED, f"round/{round_.round_id}") for round_ in campaign.rounds),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +132,7 @@ async def test_full_disk_refuses_operators(desk: Desk) -> None:
     campaign_id = desk.start_campaign(plan_of(cohort=4), toy_model())
     desk.fail_to("UPDATE ON campaigns")
     with pytest.raises(StorageError, match="free space"):
-        desk.campaigns.cancel(campaign_id)
+        desk.campaigns.cancel(campaign_id, "operator/operator")
     assert desk.campaigns.get(campaign_id).is_running
 
 
@@ -138,7 +154,7 @@ async def test_cancelled_while_the_sum_is_made(desk: Desk) -> None:
     campaign_id = desk.start_campaign(plan_of(), model)
     before = desk.campaigns.get(campaign_id).model_digest
     await desk.reach(campaign_id, pb.ROUND_STAGE_AGGREGATE)
-    desk.campaigns.cancel(campaign_id)
+    desk.campaigns.cancel(campaign_id, "operator/operator")
     campaign = await desk.finish(campaign_id)
     assert campaign.state == pb.CAMPAIGN_STATE_CANCELLED
     assert campaign.model_digest == before
@@ -273,7 +289,7 @@ async def test_impossible_plans(desk: Desk, changes: dict[str, object], message:
     """A plan that no round could follow is refused when it is made, with the reason."""
     digest = desk.blobs.put_bytes(to_bytes(toy_model()))
     with pytest.raises(CampaignError, match=message):
-        desk.campaigns.start(plan_of(**{"model_digest": digest, **changes}))
+        desk.campaigns.start(plan_of(**{"model_digest": digest, **changes}), "operator/operator")
 
 
 async def test_cohort_that_no_plan_exists_for(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ async def test_one_state_is_kept_while_needed(desk: Desk) -> None:
 async def test_cancelled_campaign_keeps_no_state(desk: Desk) -> None:
     """What was kept for the next round goes when there will be none."""
     campaign_id = await begin_second_round(desk, plan_of(ADAM, num_rounds=4))
-    desk.campaigns.cancel(campaign_id)
+    desk.campaigns.cancel(campaign_id, "operator/operator")
     desk.release_training()
     await desk.finish(campaign_id)
     assert states_of(desk) == []

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from minga.federation.device.agent import Agent
+from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
@@ -112,8 +113,7 @@ def run_agent(serve: Serve, issue: Issue, tmp_path: Path) -> RunAgent:
         add_services: AddServices, trainer: TrainerProcess | None = None
     ) -> AsyncIterator[asyncio.Task[None]]:
         agent = Agent(
-            identity=issue("site-0"),
-            address=await serve(add_services),
+            link=Link(await serve(add_services), issue("site-0"), keep=lambda identity: None),
             trainer=trainer,
             slots=ModelSlots(tmp_path / "models"),
             models=ModelRepository(),

@@ -28,6 +28,7 @@ METHODS = {
 DEVICE, OPERATOR = Role.DEVICE, Role.OPERATOR
 EXPECTED = {
     "EnrollmentService/Enroll": set(Role),
+    "IdentityService/Renew": {DEVICE},
     "FederationService/Session": {DEVICE},
     "BlobService/Upload": {DEVICE, OPERATOR},
     "BlobService/GetUploadOffset": {DEVICE, OPERATOR},

@@ -97,7 +97,7 @@ def test_lifetimes_and_serial_numbers(authority: Authority) -> None:
 
 def test_nothing_outlives_the_authority(tmp_path: Path) -> None:
     """A certificate ends with its issuer's, whatever the lifetime."""
-    authority = Authority.open(tmp_path, lifetimes=Lifetimes(client=timedelta(days=10_000)))
+    authority = Authority.open(tmp_path, lifetimes=Lifetimes(device=timedelta(days=10_000)))
     certificate = authority.issue_client(Role.DEVICE, "a", make_csr(new_key(), "a"))
     assert certificate.not_valid_after_utc == authority.certificate.not_valid_after_utc
 

@@ -165,7 +165,9 @@ def test_a_token_holds_all_that_a_device_needs(text: str, authority: Authority) 
     assert "secret" not in repr(token)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None
+)
 @given(data=st.data())
 def test_a_changed_token_is_told(text: str, data: st.DataObject) -> None:
     """Any one character changed, lost or doubled is noticed before anything is dialled."""

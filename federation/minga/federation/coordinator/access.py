@@ -41,6 +41,7 @@ _OPERATORS: Final = frozenset({Role.OPERATOR})
 ALLOWED: Final[Mapping[str, frozenset[Role] | Everybody]] = {
     # Its proof is the enrolment token.
     f"{_PACKAGE}.EnrollmentService/Enroll": Everybody.ANYBODY,
+    f"{_PACKAGE}.IdentityService/Renew": _DEVICES,
     f"{_PACKAGE}.FederationService/Session": _DEVICES,
     f"{_PACKAGE}.BlobService/Upload": _DEVICES | _OPERATORS,
     f"{_PACKAGE}.BlobService/GetUploadOffset": _DEVICES | _OPERATORS,
@@ -100,11 +101,29 @@ class Gatekeeper:
         return principal
 
 
-class AccessInterceptor(grpc.aio.ServerInterceptor):
-    """Asks the gatekeeper before each call; goes behind `transport.ErrorInterceptor`."""
+STRANGER: Final = "stranger"
+"""Stands for a caller without a certificate."""
 
-    def __init__(self, gatekeeper: Gatekeeper) -> None:
+OnRefused = Callable[[str, str, str, IdentityError], None]
+"""Hears of a refusal: caller (`device/press-7`, or `STRANGER`), its address, method, and why."""
+
+
+def _pass_over(caller: str, peer: str, method: str, error: IdentityError) -> None:
+    """Hear of a refusal and do nothing."""
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Asks the gatekeeper before each call; goes behind `transport.ErrorInterceptor`.
+
+    Args:
+        gatekeeper: Who decides.
+        on_refused: Hears of its refusals, and of those that a call's handler makes by the caller's
+            role or name.
+    """
+
+    def __init__(self, gatekeeper: Gatekeeper, on_refused: OnRefused = _pass_over) -> None:
         self._gatekeeper = gatekeeper
+        self._on_refused = on_refused
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Put the check in front of a call."""
@@ -114,15 +133,23 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
         @asynccontextmanager
         async def admitting(context: Context) -> AsyncIterator[None]:
+            method = handler_call_details.method
             try:
-                self._gatekeeper.admit(handler_call_details.method, _certificate_pem_of(context))
-            except IdentityError:
-                if handler.request_streaming:
-                    await _take_opening(context)
+                await self._admit(method, context, is_stream=handler.request_streaming)
+                yield
+            except IdentityError as error:
+                self._on_refused(_caller_of(context), context.peer(), method, error)
                 raise
-            yield
 
         return around(handler, admitting)
+
+    async def _admit(self, method: str, context: Context, *, is_stream: bool) -> None:
+        try:
+            self._gatekeeper.admit(method, _certificate_pem_of(context))
+        except IdentityError:
+            if is_stream:
+                await _take_opening(context)
+            raise
 
 
 def principal_of_call(context: Context) -> Principal:
@@ -135,6 +162,14 @@ def principal_of_call(context: Context) -> Principal:
         IdentityError: the caller has shown no certificate.
     """
     return principal_of(_load(_certificate_pem_of(context)))
+
+
+def _caller_of(context: Context) -> str:
+    """Name the caller of a call that was refused, whatever it has shown."""
+    try:
+        return principal_of_call(context).path
+    except IdentityError:
+        return STRANGER
 
 
 async def _take_opening(context: Context) -> None:

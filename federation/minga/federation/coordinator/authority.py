@@ -39,6 +39,9 @@ from minga.federation.identity import (
 )
 from minga.federation.limits import MAX_REQUEST_BYTES
 
+AUTHORITY_FOLDER: Final = "authority"
+"""Its place in the coordinator's state folder."""
+
 KEY_FILE: Final = "authority.key.pem"
 CERTIFICATE_FILE: Final = "authority.pem"
 DEFAULT_TRUST_DOMAIN: Final = "minga"
@@ -51,8 +54,13 @@ BACKDATING: Final = timedelta(minutes=5)
 class Lifetimes:
     """How long certificates hold."""
 
-    client: timedelta = timedelta(days=30)
+    device: timedelta = timedelta(days=30)
+    operator: timedelta = timedelta(days=30)
     server: timedelta = timedelta(days=90)
+
+    def of(self, role: Role) -> timedelta:
+        """Give the lifetime of a client's certificate; services are renewed with the operator."""
+        return self.device if role is Role.DEVICE else self.operator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +134,7 @@ class Authority:
         return self._issue(
             public_key,
             name,
-            self.lifetimes.client,
+            self.lifetimes.of(role),
             [x509.UniformResourceIdentifier(uri)],
             ExtendedKeyUsageOID.CLIENT_AUTH,
         )

@@ -16,7 +16,13 @@ from minga.federation import wire
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.aggregate import aggregate
+from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.campaign import RUNNING, Campaign, require_possible
+from minga.federation.coordinator.campaign_audit import (
+    campaign_ended,
+    campaign_started,
+    round_ended,
+)
 from minga.federation.coordinator.hub import Connection, Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.rounds import (
@@ -60,6 +66,7 @@ class Campaigns:
         verifier: Verifier,
         clock: Callable[[], float],
         metrics: Metrics,
+        audit: AuditLog,
         reconnect_grace_s: float,
     ) -> None:
         self.changed = Signal()
@@ -69,6 +76,7 @@ class Campaigns:
         self._verifier = verifier
         self._clock = clock
         self._metrics = metrics
+        self._audit = audit
         self._grace_s = reconnect_grace_s
         self._started_at = clock()
         # Device -> where and when it was last told what to do; see `_push`.
@@ -86,8 +94,12 @@ class Campaigns:
             detail_bytes -= described[-1].ByteSize()
         return described[::-1]
 
-    def start(self, plan: pb.CampaignPlan) -> Campaign:
+    def start(self, plan: pb.CampaignPlan, by: str) -> Campaign:
         """Store a new campaign; the loop takes it up at once.
+
+        Args:
+            plan: What it does.
+            by: Who starts it, for the audit log.
 
         Raises:
             CampaignError: another one is running, or the plan cannot work.
@@ -101,16 +113,17 @@ class Campaigns:
         campaign = Campaign(
             campaign_id=secrets.token_hex(6), plan=plan, model_digest=plan.model_digest
         )
-        self._store.add_campaign(
-            CampaignRow(
-                campaign_id=campaign.campaign_id,
-                started_at=self._clock(),
-                plan=plan.SerializeToString(),
-                state=RUNNING,
-                reason="",
-                model_digest=plan.model_digest,
-            )
+        row = CampaignRow(
+            campaign_id=campaign.campaign_id,
+            started_at=self._clock(),
+            plan=plan.SerializeToString(),
+            state=RUNNING,
+            reason="",
+            model_digest=plan.model_digest,
         )
+        with self._store.transaction():
+            self._store.add_campaign(row)
+            campaign_started(self._audit, campaign, by)
         self._campaigns[campaign.campaign_id] = campaign
         self.changed.fire()
         return campaign
@@ -126,11 +139,11 @@ class Campaigns:
             raise CampaignError(f"there is no campaign {campaign_id!r}; `minga status` lists them")
         return campaign
 
-    def cancel(self, campaign_id: str) -> None:
-        """End a campaign now; what was committed stays."""
+    def cancel(self, campaign_id: str, by: str) -> None:
+        """End a campaign now, as `by` wishes; what was committed stays."""
         campaign = self.get(campaign_id)
         if campaign.is_running:
-            self._end(campaign, pb.CAMPAIGN_STATE_CANCELLED, "cancelled by an operator")
+            self._end(campaign, pb.CAMPAIGN_STATE_CANCELLED, "cancelled by an operator", by)
 
     async def watch(self, campaign_id: str) -> AsyncIterator[pb.Campaign]:
         """Give the campaign now and after each change, until it has ended."""
@@ -437,7 +450,9 @@ class Campaigns:
             self._record(campaign, round_, RoundFailed(reason=reason))
         self._push(campaign, round_)
         record = campaign.record()
-        self._store.close_round(round_.order.round_id, record.SerializeToString())
+        with self._store.transaction():
+            self._store.close_round(round_.order.round_id, record.SerializeToString())
+            round_ended(self._audit, campaign, record)
         campaign.close_round(record)
         self._told.clear()
         updates = {update.digest for update in round_.updates.values()}
@@ -445,8 +460,10 @@ class Campaigns:
         self._metrics.observe_round(record)
         self.changed.fire()
 
-    def _end(self, campaign: Campaign, state: int, reason: str) -> None:
-        self._store.end_campaign(campaign.campaign_id, state, reason)
+    def _end(self, campaign: Campaign, state: int, reason: str, by: str = "") -> None:
+        with self._store.transaction():
+            self._store.end_campaign(campaign.campaign_id, state, reason)
+            campaign_ended(self._audit, campaign, state, reason, by)
         campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
         self._drop_unused({campaign.optimizer_digest})

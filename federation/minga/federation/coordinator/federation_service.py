@@ -9,12 +9,14 @@ import grpc
 
 from minga.federation import wire
 from minga.federation.coordinator.access import principal_of_call
+from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import Store
 from minga.federation.errors import FederationError, IdentityError, PeerError
+from minga.federation.identity import Principal
 from minga.federation.limits import SILENT_HEARTBEATS
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
@@ -36,6 +38,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         metrics: Metrics,
         clock: Callable[[], float],
         heartbeat_interval_s: float,
+        audit: AuditLog,
     ) -> None:
         self._store = store
         self._hub = hub
@@ -44,6 +47,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._metrics = metrics
         self._clock = clock
         self._heartbeat_interval_s = heartbeat_interval_s
+        self._audit = audit
 
     async def Session(
         self,
@@ -51,12 +55,13 @@ class FederationService(pb_grpc.FederationServiceServicer):
         context: grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse],
     ) -> AsyncIterator[pb.SessionResponse]:
         """Serve one device until it leaves or falls silent, is revoked, or opens another stream."""
-        device_id = principal_of_call(context).name
+        principal = principal_of_call(context)
+        device_id = principal.name
         requests = self._heard(device_id, request_iterator)
         first = await anext(requests, None)
         if first is None or first.WhichOneof("body") != "hello":
             raise PeerError("a session starts with a hello")
-        opening, connection = self._welcome(device_id, first.hello)
+        opening, connection = self._welcome(principal, first.hello)
         reader = asyncio.create_task(self._read(connection, requests))
         try:
             for first_message in opening:
@@ -69,12 +74,13 @@ class FederationService(pb_grpc.FederationServiceServicer):
             self._store.note_seen(device_id, connection.heard_at)
 
     def _welcome(
-        self, device_id: str, hello: pb.Hello
+        self, principal: Principal, hello: pb.Hello
     ) -> tuple[list[pb.SessionResponse], Connection]:
         """Register the stream; give what the device must know at once."""
+        device_id = principal.name
         device = self._store.device(device_id)
         if device is None:
-            raise IdentityError(f"device {device_id!r} is not enrolled")
+            raise IdentityError(f"{principal} is not enrolled")
         now = self._clock()
         self._store.note_hello(
             device_id, trains=hello.trains, agent_version=plain(hello.agent_version)[:64], at=now
@@ -92,7 +98,9 @@ class FederationService(pb_grpc.FederationServiceServicer):
         ]
         task = asyncio.current_task()
         assert task is not None
-        connection = Connection(device_id, device.group, hello.trains, now, cut=task.cancel)
+        connection = Connection(
+            device_id, device.group, hello.trains, now, cut=task.cancel, serial=principal.serial
+        )
         self._hub.join(connection)
         return opening, connection
 
@@ -150,5 +158,8 @@ class FederationService(pb_grpc.FederationServiceServicer):
             self._metrics.refused.inc()
             reason = plain(str(error))
             _log.warning("refused a message of %s: %s", device_id, reason)
+            self._audit.append_limited(
+                Kind.MESSAGE_REFUSED, f"device/{device_id}", round=round_id, reason=reason
+            )
             refusal = pb.Refusal(round_id=round_id, reason=reason)
             connection.send(pb.SessionResponse(refusal=refusal))

@@ -54,6 +54,7 @@ class Connection:
     trains: bool
     heard_at: float = 0.0
     cut: Callable[[], object] = lambda: None
+    serial: int = 0  # of the certificate that opened it
     outbox: asyncio.Queue[SessionResponse | None] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES)
     )
@@ -98,7 +99,8 @@ class Hub:
         """Register a stream; an older one of the same device is closed."""
         older = self._connections.get(connection.device_id)
         if older is not None:
-            _log.warning("%s opened a second stream; the first is closed", connection.device_id)
+            if older.serial == connection.serial:  # else the device renewed its certificate
+                _log.warning("%s opened a second stream; the first is closed", connection.device_id)
             older.close()
         self._connections[connection.device_id] = connection
         self._left_at.pop(connection.device_id, None)

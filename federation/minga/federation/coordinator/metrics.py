@@ -17,6 +17,11 @@ class Metrics:
             "Devices with an open control stream.",
             registry=self.registry,
         )
+        self.certificate_end = Gauge(
+            "minga_coordinator_certificate_end_timestamp_seconds",
+            "When the newest certificate of the coordinator's ports ends, in seconds since 1970.",
+            registry=self.registry,
+        )
         self._rounds = Counter(
             "minga_coordinator_rounds",
             "Rounds that ended, by result.",

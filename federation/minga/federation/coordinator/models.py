@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from minga.federation import wire
+from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.hub import Hub
 from minga.federation.coordinator.store import Store
 from minga.federation.v1 import federation_pb2 as pb
@@ -11,13 +12,21 @@ from minga.federation.v1 import federation_pb2 as pb
 class PublishedModels:
     """The newest offer per group and model name; devices are told when it changes."""
 
-    def __init__(self, *, store: Store, hub: Hub, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, *, store: Store, hub: Hub, audit: AuditLog, clock: Callable[[], float]
+    ) -> None:
         self._store = store
         self._hub = hub
+        self._audit = audit
         self._clock = clock
 
-    def publish(self, offer: pb.ModelOffer, group: str) -> int:
+    def publish(self, offer: pb.ModelOffer, group: str, by: str) -> int:
         """Store an offer and push it to the group's open streams.
+
+        Args:
+            offer: The model version.
+            group: Whom to offer it; empty: all.
+            by: Who publishes it, for the audit log.
 
         Returns:
             How many devices were told now; the others hear of it when they connect.
@@ -26,7 +35,16 @@ class PublishedModels:
             PeerError: no device could keep a model of this name, version or digest.
         """
         wire.check_model(offer.name, offer.version, offer.digest)
-        self._store.publish_model(group, offer.name, offer.SerializeToString(), self._clock())
+        with self._store.transaction():
+            self._store.publish_model(group, offer.name, offer.SerializeToString(), self._clock())
+            self._audit.append(
+                Kind.MODEL_PUBLISHED,
+                f"model/{offer.name}",
+                version=offer.version,
+                digest=offer.digest.hex(),
+                group=group,
+                by=by,
+            )
         message = pb.SessionResponse(model_offer=offer)
         return sum(connection.send(message) for connection in self._hub.connected(group))
 

@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 
 from minga.federation.blobs import BlobStore
+from minga.federation.coordinator.access import principal_of_call
+from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Hub
 from minga.federation.coordinator.models import PublishedModels
@@ -31,7 +33,8 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         hub: Hub,
         campaigns: Campaigns,
         models: PublishedModels,
-        mint_token: Callable[[str, float], tuple[str, float]],
+        audit: AuditLog,
+        mint_token: Callable[[str, float, str], tuple[str, float]],
         clock: Callable[[], float],
     ) -> None:
         self._store = store
@@ -39,6 +42,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self._hub = hub
         self._campaigns = campaigns
         self._models = models
+        self._audit = audit
         self._mint_token = mint_token
         self._clock = clock
         self._started_at = clock()
@@ -47,7 +51,9 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self, request: pb.CreateTokenRequest, context: Context
     ) -> pb.CreateTokenResponse:
         """Make a token; it is shown this once."""
-        token, expires_at = self._mint_token(request.group, float(request.lifetime_s))
+        token, expires_at = self._mint_token(
+            request.group, float(request.lifetime_s), principal_of_call(context).path
+        )
         return pb.CreateTokenResponse(token=token, expires_at=timestamp(expires_at))
 
     async def ListDevices(
@@ -76,9 +82,15 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self, request: pb.RevokeDeviceRequest, context: Context
     ) -> pb.RevokeDeviceResponse:
         """Refuse a device, close its stream, go on with the round without it."""
-        if not self._store.revoke_device(request.device_id, self._clock()):
-            raise FederationError(
-                f"there is no device {request.device_id!r}; `minga device list` lists them"
+        with self._store.transaction():
+            if not self._store.revoke_device(request.device_id, self._clock()):
+                raise FederationError(
+                    f"there is no device {request.device_id!r}; `minga device list` lists them"
+                )
+            self._audit.append(
+                Kind.DEVICE_REVOKED,
+                f"device/{request.device_id}",
+                by=principal_of_call(context).path,
             )
         self._hub.drop(request.device_id)
         self._campaigns.lose(request.device_id, "revoked by an operator")
@@ -88,7 +100,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self, request: pb.StartCampaignRequest, context: Context
     ) -> pb.StartCampaignResponse:
         """Start a campaign."""
-        campaign = self._campaigns.start(request.plan)
+        campaign = self._campaigns.start(request.plan, principal_of_call(context).path)
         return pb.StartCampaignResponse(campaign_id=campaign.campaign_id)
 
     async def WatchCampaign(
@@ -102,7 +114,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self, request: pb.CancelCampaignRequest, context: Context
     ) -> pb.CancelCampaignResponse:
         """Stop a campaign."""
-        self._campaigns.cancel(request.campaign_id)
+        self._campaigns.cancel(request.campaign_id, principal_of_call(context).path)
         return pb.CancelCampaignResponse()
 
     async def PublishModel(
@@ -111,7 +123,9 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         """Offer an uploaded model to devices."""
         if not self._blobs.has(request.model.digest):
             raise CampaignError("the model is not uploaded; upload it before publishing it")
-        num_devices = self._models.publish(request.model, request.group)
+        num_devices = self._models.publish(
+            request.model, request.group, principal_of_call(context).path
+        )
         return pb.PublishModelResponse(num_devices=num_devices)
 
     async def GetStatus(

@@ -8,34 +8,51 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
+from cryptography import x509
 from prometheus_client import start_http_server
 
-from minga.federation import identity as identities
 from minga.federation import transport
+from minga.federation.audit import AUDITOR, format_time
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.access import AccessInterceptor, Gatekeeper
-from minga.federation.coordinator.authority import Authority
+from minga.federation.coordinator.access import STRANGER, AccessInterceptor, Gatekeeper
+from minga.federation.coordinator.audit_log import AuditLog, Kind
+from minga.federation.coordinator.audited_tokens import AuditedTokens
+from minga.federation.coordinator.authority import AUTHORITY_FOLDER, Authority
 from minga.federation.coordinator.blob_service import BlobServicer
 from minga.federation.coordinator.campaigns import Campaigns
+from minga.federation.coordinator.credentials import OwnIdentity, ServerCertificate
 from minga.federation.coordinator.enrolment import Enroller
 from minga.federation.coordinator.enrolment_service import EnrolmentServicer
 from minga.federation.coordinator.federation_service import FederationService
 from minga.federation.coordinator.hub import Hub
+from minga.federation.coordinator.identity_service import IdentityServicer
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.operator_service import OperatorService
+from minga.federation.coordinator.rate import Rate
+from minga.federation.coordinator.renewal import Renewer
 from minga.federation.coordinator.settings import CoordinatorSettings
-from minga.federation.coordinator.store import Store
+from minga.federation.coordinator.store import DATABASE_FILE, Store
 from minga.federation.coordinator.token_table import TokenTable
-from minga.federation.coordinator.tokens import TokenIssuer
-from minga.federation.errors import StorageError
-from minga.federation.identity import CertificateVerifier, Identity, Principal, Role
-from minga.federation.limits import BLOB_GRACE_S
+from minga.federation.coordinator.tokens import TokenIssuer, token_name
+from minga.federation.enrolment_token import EnrolmentToken
+from minga.federation.errors import EnrolmentError, FederationError, IdentityError, StorageError
+from minga.federation.identity import CertificateVerifier, Clock, Principal, Role, utc_now
+from minga.federation.limits import (
+    BLOB_GRACE_S,
+    MAX_NAME_LENGTH,
+    MAX_RENEWALS_PER_MINUTE,
+    RENEWAL_CHECK_S,
+)
 from minga.federation.operator import OPERATOR_FOLDER, write_address
+from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from minga.federation.wire import plain
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +71,11 @@ class Addresses:
 class Coordinator:
     """One coordinator process. Use as an asynchronous context manager.
 
+    Args:
+        settings: How it is set up.
+        clock: The time of rounds and blobs.
+        certificate_clock: The time of certificates, tokens and the audit log.
+
     Raises (on entering):
         PortInUseError: one of the ports is taken.
         IdentityError: the authority's files are damaged.
@@ -61,12 +83,18 @@ class Coordinator:
     """
 
     def __init__(
-        self, settings: CoordinatorSettings, *, clock: Callable[[], float] = time.time
+        self,
+        settings: CoordinatorSettings,
+        *,
+        clock: Callable[[], float] = time.time,
+        certificate_clock: Clock = utc_now,
     ) -> None:
         self._settings = settings
         self._clock = clock
+        self._certificate_clock = certificate_clock
         self._stack = AsyncExitStack()
         self._driver: asyncio.Task[None] | None = None
+        self._is_started = False
 
     async def __aenter__(self) -> "Coordinator":
         async with AsyncExitStack() as stack:
@@ -88,10 +116,15 @@ class Coordinator:
             transport.require_free_port(settings.host, port)
         settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         stack.enter_context(_owned(settings.state))
-        self._store = Store(settings.state / "coordinator.db")
+        self._store = Store(settings.state / DATABASE_FILE)
         stack.callback(self._store.close)
         self._blobs = BlobStore(settings.state / "blobs", clock=self._clock)
-        self._authority = Authority.open(settings.state / "authority")
+        self._authority = Authority.open(
+            settings.state / AUTHORITY_FOLDER,
+            lifetimes=settings.lifetimes,
+            clock=self._certificate_clock,
+        )
+        self._audit = self._open_audit(stack)
         self._hub = Hub(self._clock)
         self._metrics = Metrics()
         self._metrics.connected.set_function(self._hub.__len__)
@@ -99,18 +132,26 @@ class Coordinator:
             store=self._store,
             blobs=self._blobs,
             hub=self._hub,
-            verifier=CertificateVerifier(authority=self._authority.certificate),
+            verifier=CertificateVerifier(
+                authority=self._authority.certificate, clock=self._certificate_clock
+            ),
             clock=self._clock,
             metrics=self._metrics,
+            audit=self._audit,
             reconnect_grace_s=settings.reconnect_grace_s,
         )
-        self._models = PublishedModels(store=self._store, hub=self._hub, clock=self._clock)
+        self._models = PublishedModels(
+            store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
+        )
         self.collect_blobs()
         await self._listen(stack)
         self._driver = asyncio.create_task(self._campaigns.run())
-        stack.callback(self._driver.cancel)
-        cleaner = asyncio.create_task(self._keep_clean())
-        stack.callback(cleaner.cancel)
+        for task in (
+            self._driver,
+            asyncio.create_task(self._keep_clean()),
+            asyncio.create_task(self._keep_valid()),
+        ):
+            stack.callback(task.cancel)
 
     def collect_blobs(self) -> int:
         """Delete blobs that nothing refers to (any more), and uploads that were given up.
@@ -132,20 +173,57 @@ class Coordinator:
             except (OSError, StorageError):
                 _log.exception("blobs that nothing refers to could not be deleted")
 
+    def tend(self) -> None:
+        """Issue anew what is due of the coordinator's own certificates, and sign the audit log."""
+        if self._certificate.renew_if_due():
+            self._audit.append(
+                Kind.SERVER_CERTIFICATE_ISSUED,
+                "coordinator",
+                **_described(self._certificate.current().certificate),
+            )
+        if self._operator.renew_if_due():
+            self._audit.append(
+                Kind.OPERATOR_CERTIFICATE_ISSUED,
+                "operator/operator",
+                **_described(self._operator.current().certificate),
+            )
+        self._renewals.sweep()
+        self._audit.tend()
+
+    async def _keep_valid(self) -> None:
+        while True:
+            await asyncio.sleep(RENEWAL_CHECK_S)
+            try:
+                self.tend()
+            except (OSError, FederationError):
+                _log.exception("certificates or the audit log are not up to date, trying again")
+
     async def _listen(self, stack: AsyncExitStack) -> None:
         settings = self._settings
-        tls = self._authority.issue_server(sorted({settings.dial_host, settings.host}))
-        gatekeeper = Gatekeeper(authority=self._authority.certificate, is_revoked=self._is_revoked)
-        interceptors = [transport.ErrorInterceptor(), AccessInterceptor(gatekeeper)]
+        self._certificate = ServerCertificate(
+            self._authority, sorted({settings.dial_host, settings.host})
+        )
+        self._metrics.certificate_end.set_function(self._certificate.valid_until)
+        gatekeeper = Gatekeeper(
+            authority=self._authority.certificate,
+            is_revoked=self._is_revoked,
+            clock=self._certificate_clock,
+        )
+        interceptors = [
+            transport.ErrorInterceptor(),
+            AccessInterceptor(gatekeeper, self._note_refused_call),
+        ]
         device_server = grpc.aio.server(interceptors=interceptors, options=transport.SERVER_OPTIONS)
         device_port = device_server.add_secure_port(
-            f"{settings.host}:{settings.port}", transport.mutual_server_credentials(tls)
+            f"{settings.host}:{settings.port}",
+            transport.mutual_server_credentials(self._certificate.current),
         )
         enrol_server = grpc.aio.server(
             interceptors=interceptors, options=transport.ENROLMENT_SERVER_OPTIONS
         )
         enrol_port = enrol_server.add_secure_port(
-            f"{settings.host}:{settings.enrol_port}", transport.open_server_credentials(tls)
+            f"{settings.host}:{settings.enrol_port}",
+            transport.open_server_credentials(self._certificate.current),
         )
         http, thread = start_http_server(
             settings.metrics_port, addr=settings.host, registry=self._metrics.registry
@@ -159,17 +237,20 @@ class Coordinator:
             metrics=f"{settings.host}:{http.server_port}",
         )
         tokens = TokenIssuer(
-            store=TokenTable(self._store.connection),
+            store=AuditedTokens(TokenTable(self._store.connection), self._store, self._audit),
             enrol_address=self.addresses.enrol,
             device_address=self.addresses.device,
             authority_der=self._authority.certificate_der,
+            clock=self._certificate_clock,
         )
         self._add_services(device_server, enrol_server, tokens)
-        self._admit_operator()
+        self._operator = self._own_identity(OPERATOR_FOLDER, Role.OPERATOR, "operator")
+        write_address(settings.state / OPERATOR_FOLDER, self.addresses.device)
         for server in (device_server, enrol_server):
             await server.start()
             stack.push_async_callback(server.stop, _STOP_GRACE_S)
         stack.callback(self._hub.drop_all)
+        self._note_start()
 
     def _add_services(
         self, device_server: grpc.aio.Server, enrol_server: grpc.aio.Server, tokens: TokenIssuer
@@ -177,7 +258,16 @@ class Coordinator:
         enroller = Enroller(
             authority=self._authority, tokens=tokens, register_device=self._register
         )
-        pb_grpc.add_EnrollmentServiceServicer_to_server(EnrolmentServicer(enroller), enrol_server)
+        pb_grpc.add_EnrollmentServiceServicer_to_server(
+            EnrolmentServicer(enroller, self._note_refused_enrolment), enrol_server
+        )
+        self._renewals = Rate[str](
+            per_minute=MAX_RENEWALS_PER_MINUTE, clock=self._certificate_clock
+        )
+        renewer = Renewer(authority=self._authority, key_on_record=self._key_on_record)
+        pb_grpc.add_IdentityServiceServicer_to_server(
+            IdentityServicer(renewer, self._audit, self._renewals), device_server
+        )
         federation = FederationService(
             store=self._store,
             hub=self._hub,
@@ -186,6 +276,7 @@ class Coordinator:
             metrics=self._metrics,
             clock=self._clock,
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
+            audit=self._audit,
         )
         pb_grpc.add_FederationServiceServicer_to_server(federation, device_server)
         blobs = BlobServicer(
@@ -201,7 +292,8 @@ class Coordinator:
             hub=self._hub,
             campaigns=self._campaigns,
             models=self._models,
-            mint_token=lambda group, lifetime_s: self._mint(tokens, group, lifetime_s),
+            audit=self._audit,
+            mint_token=partial(self._mint, tokens),
             clock=self._clock,
         )
         pb_grpc.add_OperatorServiceServicer_to_server(operators, device_server)
@@ -215,11 +307,27 @@ class Coordinator:
         return device is None or device.revoked_at is not None
 
     def _register(self, device_id: str, group: str, key_digest: bytes) -> None:
-        self._store.register_device(device_id, group, key_digest, self._clock())
+        with self._store.transaction():
+            self._store.register_device(device_id, group, key_digest, self._clock())
+            self._audit.append_limited(
+                Kind.DEVICE_ENROLLED, f"device/{device_id}", group=group, key=key_digest.hex()
+            )
 
-    def _mint(self, tokens: TokenIssuer, group: str, lifetime_s: float) -> tuple[str, float]:
+    def _key_on_record(self, device_id: str) -> bytes | None:
+        device = self._store.device(device_id)
+        return None if device is None else device.key_digest
+
+    def _mint(
+        self, tokens: TokenIssuer, group: str, lifetime_s: float, by: str
+    ) -> tuple[str, float]:
         lifetime = timedelta(seconds=lifetime_s)
-        return tokens.mint(group, lifetime), self._clock() + lifetime_s
+        with self._store.transaction():
+            text = tokens.mint(group, lifetime)
+            name = token_name(EnrolmentToken.parse(text).secret)
+            self._audit.append(
+                Kind.TOKEN_MADE, f"token/{name}", group=group, lifetime_s=int(lifetime_s), by=by
+            )
+        return text, self._clock() + lifetime_s
 
     def _may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:  # noqa: ARG002
         """Operators bring models; a device brings its update of the round that waits for it."""
@@ -237,16 +345,58 @@ class Coordinator:
         if principal.role is Role.DEVICE:
             self._campaigns.count_transfer(principal.name, received=received, sent=sent)
 
-    # --- the operator of this machine ---
+    # --- what is this coordinator's own ---
 
-    def _admit_operator(self) -> None:
-        """Keep a valid operator identity in the state folder, for whoever may read it."""
-        folder: Path = self._settings.state / OPERATOR_FOLDER
-        key = identities.load_or_create_key(folder / identities.KEY_FILE)
-        csr = identities.make_csr(key, "operator")
-        certificate = self._authority.issue_client(Role.OPERATOR, "operator", csr)
-        identities.save_identity(folder, Identity.of(key, certificate, self._authority.certificate))
-        write_address(folder, self.addresses.device)
+    def _own_identity(self, folder: str, role: Role, name: str) -> OwnIdentity:
+        return OwnIdentity(self._authority, self._settings.state / folder, role, name)
+
+    def _open_audit(self, stack: AsyncExitStack) -> AuditLog:
+        auditor = self._own_identity(AUDITOR, Role.SERVICE, AUDITOR)
+        audit = AuditLog(self._store, signer=auditor.current, clock=self._certificate_clock)
+        stack.callback(self._close_audit)
+        return audit
+
+    def _note_start(self) -> None:
+        self._audit.append(
+            Kind.COORDINATOR_STARTED,
+            "coordinator",
+            version=version("minga"),
+            **_described(self._certificate.current().certificate),
+        )
+        self._audit.sign()
+        self._is_started = True
+
+    def _close_audit(self) -> None:
+        try:
+            if self._is_started:
+                self._audit.append(Kind.COORDINATOR_STOPPED, "coordinator")
+            self._audit.close()
+        except FederationError:
+            _log.exception("the end of the audit log is not signed")
+
+    def _note_refused_call(self, caller: str, peer: str, method: str, error: IdentityError) -> None:
+        self._audit.append_limited(
+            Kind.ACCESS_REFUSED, caller, method=method, peer=peer, reason=plain(str(error))
+        )
+
+    def _note_refused_enrolment(
+        self, request: pb.EnrollRequest, peer: str, error: EnrolmentError
+    ) -> None:
+        self._audit.append_limited(
+            Kind.ENROLMENT_REFUSED,
+            STRANGER,
+            name=plain(request.device_name)[:MAX_NAME_LENGTH],
+            token=token_name(request.token_secret),
+            peer=peer,
+            reason=plain(str(error)),
+        )
+
+
+def _described(certificate: x509.Certificate) -> dict[str, str]:
+    return {
+        "serial": f"{certificate.serial_number:x}",
+        "valid_until": format_time(certificate.not_valid_after_utc),
+    }
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """How one coordinator process is set up: `MINGA_COORDINATOR_*` in the environment, or flags."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from minga.federation.coordinator.authority import Lifetimes
 from minga.federation.limits import (
     HEARTBEAT_INTERVAL_S,
     MIN_HEARTBEAT_INTERVAL_S,
@@ -13,6 +15,9 @@ from minga.federation.limits import (
 )
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+Hours = Annotated[float, Field(ge=1, le=87600)]
 
 
 class CoordinatorSettings(BaseSettings):
@@ -48,7 +53,25 @@ class CoordinatorSettings(BaseSettings):
     )
     """How often devices say that they are alive; three times that in silence ends a stream."""
 
+    device_certificate_hours: Hours = 720
+    """How long a device's certificate holds; it is renewed after two thirds of that."""
+
+    operator_certificate_hours: Hours = 720
+    """How long the certificate in `operator/` holds; a copy is good for a quarter of that."""
+
+    server_certificate_hours: Hours = 2160
+    """How long the coordinator's own certificate holds; it is replaced after two thirds of that."""
+
     @property
     def dial_host(self) -> str:
         """The host that tokens name."""
         return self.public_host or self.host
+
+    @property
+    def lifetimes(self) -> Lifetimes:
+        """How long certificates hold."""
+        return Lifetimes(
+            device=timedelta(hours=self.device_certificate_hours),
+            operator=timedelta(hours=self.operator_certificate_hours),
+            server=timedelta(hours=self.server_certificate_hours),
+        )

@@ -15,8 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from minga.federation.errors import EnrolmentError, StorageError
+
+DATABASE_FILE: Final = "coordinator.db"
+"""Its name in the coordinator's state folder."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (
@@ -149,7 +153,10 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make several changes one: all or none."""
+        """Make several changes one: all or none; inside another transaction, part of that one."""
+        if self.connection.in_transaction:
+            yield
+            return
         with _storing(), self.connection:  # commits, or rolls back what cannot be committed
             self.connection.execute("BEGIN IMMEDIATE")
             yield

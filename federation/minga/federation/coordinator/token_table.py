@@ -2,6 +2,8 @@
 
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -46,19 +48,19 @@ _FIND: Final = """
 class TokenTable:
     """Token hashes in SQLite; several processes may have the database open.
 
-    The connection stays the caller's: it is used from the thread that it belongs to, is never
-    closed here, and must not be inside a transaction.
+    The connection stays the caller's: it is used from the thread that it belongs to and is never
+    closed here. Inside a transaction of the caller's, what happens here is part of that.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        with connection:
+        with _change(connection):
             for statement in SCHEMA:
                 connection.execute(statement)
 
     def put(self, digest: bytes, group: str, expires_at: float, uses: int) -> None:
         """Keep a new token's hash."""
-        with self._connection:
+        with _change(self._connection):
             self._connection.execute(
                 "INSERT INTO enrolment_tokens VALUES (?, ?, ?, ?)",
                 (digest, group, expires_at, uses),
@@ -67,7 +69,7 @@ class TokenTable:
     def redeem(self, digest: bytes, redeemer: bytes, now: float) -> str | Refusal:
         """Take one use for a redeemer, unless it has one."""
         values = {"digest": digest, "redeemer": redeemer, "now": now}
-        with self._connection:
+        with _change(self._connection):
             self._connection.execute(_TAKE_USE, values)
         row = self._connection.execute(_FIND, values).fetchone()
         if row is None:
@@ -76,6 +78,16 @@ class TokenTable:
         if expires_at <= now:
             return Refusal.EXPIRED
         return str(group) if has_use else Refusal.USED
+
+
+@contextmanager
+def _change(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit at the end, unless the caller is in a transaction."""
+    if connection.in_transaction:
+        yield
+        return
+    with connection:
+        yield
 
 
 @dataclass(slots=True, kw_only=True)

@@ -59,6 +59,11 @@ class TokenStore(Protocol):
         ...
 
 
+def token_name(secret: bytes) -> str:
+    """Name a token without giving it away: the beginning of its hash, 16 characters."""
+    return hashlib.sha256(secret).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenIssuer:
     """Makes and redeems the tokens of one coordinator.

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from minga.federation import transfer, transport, wire
+from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.participant import Participant
 from minga.federation.device.slots import ModelSlots
@@ -27,7 +28,6 @@ from minga.federation.errors import (
     PeerError,
     UnreachableError,
 )
-from minga.federation.identity import Identity
 from minga.federation.limits import (
     FIRST_RECONNECT_BACKOFF_S,
     HEARTBEAT_INTERVAL_S,
@@ -54,8 +54,7 @@ class Agent:
     """One device at work.
 
     Args:
-        identity: who this device is.
-        address: the coordinator's device port, `host:port`.
+        link: the way to the coordinator, and who this device is.
         trainer: what trains here; None for a device that only runs models.
         slots: where models are kept.
         models: what the local inference server answers from.
@@ -65,15 +64,13 @@ class Agent:
     def __init__(
         self,
         *,
-        identity: Identity,
-        address: str,
+        link: Link,
         trainer: TrainerProcess | None,
         slots: ModelSlots,
         models: ModelRepository,
         metrics: Metrics,
     ) -> None:
-        self._identity = identity
-        self._address = address
+        self._link = link
         self._trainer = trainer
         self._slots = slots
         self._models = models
@@ -83,8 +80,7 @@ class Agent:
         self._model_turn = asyncio.Lock()
         self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
         self._outbox: Outbox = asyncio.Queue()
-        self._channel = transport.open_channel(address, identity)
-        self._blobs = pb_grpc.BlobServiceStub(self._channel)
+        metrics.certificate_end.set_function(link.valid_until)
 
     async def run(self) -> None:
         """Work until cancelled.
@@ -97,10 +93,13 @@ class Agent:
         backoff_s = FIRST_RECONNECT_BACKOFF_S
         try:
             await self._restore_models()
+            self._spawn(self._link.keep_valid())
             while True:
                 opened_at = clock()
                 try:
-                    await self._session()
+                    self._link.require_valid()
+                    await self._link.try_to_renew()
+                    await self._stay()
                     _log.info("the coordinator closed the stream")
                 except (AccessError, IdentityError):
                     raise
@@ -133,9 +132,29 @@ class Agent:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._trainer is not None:
             await self._trainer.close()
-        await self._channel.close()
+        await self._link.close()
 
     # --- the stream ---
+
+    async def _stay(self) -> None:
+        """Serve a stream until it ends.
+
+        When the certificate was renewed, a stream with the new one is opened first, and the
+        coordinator then ends the one before: the device is away at no moment, and what it holds of
+        a round stays. An answer that is on its way meanwhile is asked for again on the new stream.
+        """
+        streams: list[asyncio.Task[None]] = []
+        try:
+            while True:
+                renewed = self._link.changed
+                streams.append(asyncio.create_task(self._session()))
+                if not await _comes_before(renewed, streams[-1]):
+                    return await streams[-1]
+                streams = [stream for stream in streams if not stream.done()]
+        finally:
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
 
     async def _session(self) -> None:
         """Open one stream and serve it until it ends."""
@@ -144,27 +163,29 @@ class Agent:
         self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
         heart: asyncio.Task[None] | None = None
         try:
-            with transport.calling(self._address):
-                call = pb_grpc.FederationServiceStub(self._channel).Session(_drain(outbox))
-                messages = self._heard(call)
-                self._take_welcome(await anext(messages, None))
-                heart = asyncio.create_task(self._beat(outbox))
-                async for message in messages:
-                    self._take(message)
+            async with self._link.channel() as channel:
+                with transport.calling(self._link.address):
+                    call = pb_grpc.FederationServiceStub(channel).Session(_drain(outbox))
+                    messages = self._heard(call)
+                    self._take_welcome(await anext(messages, None))
+                    heart = asyncio.create_task(self._beat(outbox))
+                    async for message in messages:
+                        self._take(message)
         finally:
             if heart is not None:
                 heart.cancel()
             outbox.put_nowait(None)
-            self._metrics.connected.set(0)
+            if outbox is self._outbox:
+                self._metrics.connected.set(0)
 
     def _take_welcome(self, message: pb.SessionResponse | None) -> None:
         if message is None or message.WhichOneof("body") != "welcome":
-            raise PeerError(f"the coordinator at {self._address} did not greet this device")
+            raise PeerError(f"the coordinator at {self._link.address} did not greet this device")
         if message.welcome.heartbeat_interval_ms:
             interval_s = message.welcome.heartbeat_interval_ms / 1000
             self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
         self._metrics.connected.set(1)
-        _log.info("connected to %s as %s", self._address, self._identity.name)
+        _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
 
     async def _heard(self, call: "SessionCall") -> AsyncIterator[pb.SessionResponse]:
         """Give what the coordinator says, until it says nothing for several heartbeats.
@@ -181,12 +202,12 @@ class Agent:
                     message = await call.read()
             except TimeoutError:
                 raise UnreachableError(
-                    f"the coordinator at {self._address} said nothing for {patience_s:g} s"
+                    f"the coordinator at {self._link.address} said nothing for {patience_s:g} s"
                 ) from None
             if message is grpc.aio.EOF:
                 return
             if message is None:  # gRPC's word for bytes that it could not read
-                raise PeerError(f"the coordinator at {self._address} sent what is no message")
+                raise PeerError(f"the coordinator at {self._link.address} sent what is no message")
             yield message
 
     def _send(self, request: pb.SessionRequest) -> None:
@@ -272,7 +293,7 @@ class Agent:
         self._drop_participant()
         self._participant = Participant(
             message.invite,
-            identity=self._identity,
+            identity=self._link.identity,
             trainer=self._trainer,
             download=self._download,
             upload=self._upload,
@@ -304,10 +325,14 @@ class Agent:
     # --- bulk ---
 
     async def _download(self, digest: bytes, path: Path) -> None:
-        await transfer.download(self._blobs, digest, path, address=self._address)
+        async with self._link.channel() as channel:
+            stub = pb_grpc.BlobServiceStub(channel)
+            await transfer.download(stub, digest, path, address=self._link.address)
 
     async def _upload(self, digest: bytes, data: bytes) -> None:
-        await transfer.upload(self._blobs, data, digest, address=self._address)
+        async with self._link.channel() as channel:
+            stub = pb_grpc.BlobServiceStub(channel)
+            await transfer.upload(stub, data, digest, address=self._link.address)
 
     # --- models ---
 
@@ -355,6 +380,16 @@ class Agent:
         self._metrics.model.clear()
         for name, served in refs.items():
             self._metrics.model.labels(name=name, version=served.version).set(1)
+
+
+async def _comes_before(event: asyncio.Event, task: asyncio.Task[None]) -> bool:
+    """Wait for the first of both; True if it was the event."""
+    wait = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({wait, task}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        wait.cancel()
+    return not task.done()
 
 
 async def _drain(outbox: Outbox) -> AsyncIterator[pb.SessionRequest]:

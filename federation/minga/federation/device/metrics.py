@@ -15,6 +15,11 @@ class Metrics:
             "1 while the control stream is open.",
             registry=self.registry,
         )
+        self.certificate_end = Gauge(
+            "minga_device_certificate_end_timestamp_seconds",
+            "When this device's certificate ends, in seconds since 1970.",
+            registry=self.registry,
+        )
         self.rounds = Counter(
             "minga_device_rounds",
             "Rounds that this device was in, by how they ended for it.",

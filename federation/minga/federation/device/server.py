@@ -3,15 +3,17 @@
 import json
 import logging
 from contextlib import AsyncExitStack
+from functools import partial
 
 from minga.federation.device.agent import Agent
 from minga.federation.device.enrolment import CoordinatorAddress
+from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.settings import DeviceSettings
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.durable import replace_file
-from minga.federation.identity import load_identity
+from minga.federation.identity import load_identity, save_identity
 from minga.inference.app import InferenceApp
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
@@ -29,15 +31,17 @@ async def run(settings: DeviceSettings) -> None:
         IdentityError: the folder holds no identity, or the coordinator refuses it.
         PortInUseError: one of the ports is taken.
     """
-    identity = load_identity(settings.folder)
     models = ModelRepository()
     metrics = Metrics()
     trainer = None
     if settings.trainer:
         trainer = TrainerProcess(settings.trainer, settings.trainer_options)
     agent = Agent(
-        identity=identity,
-        address=CoordinatorAddress.load(settings.folder).device_address,
+        link=Link(
+            CoordinatorAddress.load(settings.folder).device_address,
+            load_identity(settings.folder),
+            keep=partial(save_identity, settings.folder),
+        ),
         trainer=trainer,
         slots=ModelSlots(settings.folder / "models"),
         models=models,

@@ -110,6 +110,91 @@ class EnrollmentService(object):
             _registered_method=True)
 
 
+class IdentityServiceStub(object):
+    """---------------------------------------------------------------------------------------------
+    Renewal: on the devices' port, over mutual TLS with the certificate that is to be replaced.
+
+    Keeps a device's identity valid.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Renew = channel.unary_unary(
+                '/minga.federation.v1.IdentityService/Renew',
+                request_serializer=minga_dot_federation_dot_v1_dot_federation__pb2.RenewRequest.SerializeToString,
+                response_deserializer=minga_dot_federation_dot_v1_dot_federation__pb2.RenewResponse.FromString,
+                _registered_method=True)
+
+
+class IdentityServiceServicer(object):
+    """---------------------------------------------------------------------------------------------
+    Renewal: on the devices' port, over mutual TLS with the certificate that is to be replaced.
+
+    Keeps a device's identity valid.
+    """
+
+    def Renew(self, request, context):
+        """Issues a new certificate to the caller, under its name and for its own key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_IdentityServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=minga_dot_federation_dot_v1_dot_federation__pb2.RenewRequest.FromString,
+                    response_serializer=minga_dot_federation_dot_v1_dot_federation__pb2.RenewResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'minga.federation.v1.IdentityService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('minga.federation.v1.IdentityService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class IdentityService(object):
+    """---------------------------------------------------------------------------------------------
+    Renewal: on the devices' port, over mutual TLS with the certificate that is to be replaced.
+
+    Keeps a device's identity valid.
+    """
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/minga.federation.v1.IdentityService/Renew',
+            minga_dot_federation_dot_v1_dot_federation__pb2.RenewRequest.SerializeToString,
+            minga_dot_federation_dot_v1_dot_federation__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class BlobServiceStub(object):
     """---------------------------------------------------------------------------------------------
     Bulk: blobs named by the SHA-256 of their content (32 bytes).

@@ -74,6 +74,49 @@ class EnrollmentServiceServicer(metaclass=_abc_1.ABCMeta):
 
 def add_EnrollmentServiceServicer_to_server(servicer: EnrollmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
+class IdentityServiceStub:
+    """---------------------------------------------------------------------------------------------
+    Renewal: on the devices' port, over mutual TLS with the certificate that is to be replaced.
+
+    Keeps a device's identity valid.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> IdentityServiceAsyncStub: ...
+    Renew: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RenewRequest, _federation_pb2.RenewResponse]
+    """Issues a new certificate to the caller, under its name and for its own key."""
+
+@_typing.type_check_only
+class IdentityServiceAsyncStub(IdentityServiceStub):
+    """---------------------------------------------------------------------------------------------
+    Renewal: on the devices' port, over mutual TLS with the certificate that is to be replaced.
+
+    Keeps a device's identity valid.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Renew: _aio.UnaryUnaryMultiCallable[_federation_pb2.RenewRequest, _federation_pb2.RenewResponse]  # type: ignore[assignment]
+    """Issues a new certificate to the caller, under its name and for its own key."""
+
+class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
+    """---------------------------------------------------------------------------------------------
+    Renewal: on the devices' port, over mutual TLS with the certificate that is to be replaced.
+
+    Keeps a device's identity valid.
+    """
+
+    @_abc_1.abstractmethod
+    def Renew(
+        self,
+        request: _federation_pb2.RenewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.RenewResponse, _abc.Awaitable[_federation_pb2.RenewResponse]]:
+        """Issues a new certificate to the caller, under its name and for its own key."""
+
+def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
 class BlobServiceStub:
     """---------------------------------------------------------------------------------------------
     Bulk: blobs named by the SHA-256 of their content (32 bytes).
