@@ -115,13 +115,14 @@ class Agent:
         """Wait before the next stream, and say how long to wait next time."""
         jitter = random.uniform(0.5, 1.0)  # noqa: S311 - so that a fleet spreads out
         await asyncio.sleep(FIRST_RECONNECT_BACKOFF_S * jitter)
-        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
-            # The link is good, the coordinator ends streams. Maybe because of another agent with
-            # this identity: the two would push each other out for ever.
-            await asyncio.sleep(backoff_s * jitter)
-            return min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
-        with suppress(TimeoutError):  # the channel dials by itself, with a backoff of its own
-            await asyncio.wait_for(self._channel.channel_ready(), MAX_RECONNECT_BACKOFF_S)
+        async with self._link.channel() as channel:
+            if channel.get_state() is grpc.ChannelConnectivity.READY:
+                # The link is good, the coordinator ends streams. Maybe because of another agent
+                # with this identity: the two would push each other out for ever.
+                await asyncio.sleep(backoff_s * jitter)
+                return min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
+            with suppress(TimeoutError):  # the channel dials by itself, with a backoff of its own
+                await asyncio.wait_for(channel.channel_ready(), MAX_RECONNECT_BACKOFF_S)
         return FIRST_RECONNECT_BACKOFF_S
 
     async def _close(self) -> None:
