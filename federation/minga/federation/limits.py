@@ -109,6 +109,10 @@ CALL_TIMEOUT_S: Final = 30.0
 OUTBOX_MESSAGES: Final = 64
 """Messages that wait for one device before its stream is cut; a round needs six."""
 
+MAX_PENDING_BYTES: Final = 32 * MIB
+"""Messages of the coordinator that a device keeps until it has answered them; a round of the
+largest cohort needs less than one MiB."""
+
 OUTBOX_CLOSE_S: Final = 5.0
 """How long a stream that is being closed may take to send what is queued, before it is cut."""
 

@@ -123,7 +123,7 @@ class DeskDevice:
             path.write_bytes(desk.blobs.read(digest))
 
         async def upload(digest: bytes, data: bytes) -> None:
-            assert desk.campaigns.expects_upload(self.identity.name, len(data))
+            assert desk.campaigns.expects_upload(self.identity.name, digest, len(data))
             desk.put(digest, data, self.identity.name)
 
         self.leave(None)

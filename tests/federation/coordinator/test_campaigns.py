@@ -253,6 +253,23 @@ async def test_nothing_of_past_rounds_stays(desk: Desk) -> None:
     assert again == campaign
 
 
+async def test_one_upload_per_device(desk: Desk) -> None:
+    """A device may send one update in a round, and none that is not awaited of it."""
+    desk.hold_training()
+    campaign_id = desk.start_campaign(plan_of(), toy_model())
+    expects = desk.campaigns.expects_upload
+    await desk.reach(campaign_id, pb.ROUND_STAGE_UPDATES)
+    round_ = desk.campaigns.get(campaign_id).open_round
+    assert round_ is not None
+    size = round_.order.plan.upload_size
+    assert not expects("site-0", bytes(32), size + 1)
+    assert not expects("stranger", bytes(32), size)
+    assert expects("site-0", bytes(32), size)
+    assert not expects("site-0", b"\x01" * 32, size)
+    assert expects("site-0", bytes(32), size)
+    assert expects("site-1", b"\x01" * 32, size)
+
+
 async def test_long_campaigns_fit_into_a_message() -> None:
     """However many rounds of however many devices a campaign has, it can be told."""
     names = [f"a-device-with-quite-a-long-name-number-{index}" for index in range(1000)]

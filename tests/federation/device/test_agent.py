@@ -243,6 +243,20 @@ async def test_steps_out_of_order(
         await assert_alive(stream)
 
 
+async def test_flood(
+    coordinator: ScriptedCoordinator, run_agent: RunAgent, trainer: TrainerProcess
+) -> None:
+    """A coordinator that asks for more than a device can remember is hung up on."""
+    shares = [pb.EncryptedShare(sender="x" * 10**6)] * 3
+    async with run_agent(coordinator.add_services, trainer):
+        stream, _ = await coordinator.stream()
+        stream.say(pb.SessionResponse(invite=invite_of(1)))
+        await stream.hear()
+        neighbour_shares = pb.NeighbourShares(round_id=ROUND, shares=shares)
+        stream.say(*[pb.SessionResponse(neighbour_shares=neighbour_shares)] * 20)
+        await coordinator.stream()
+
+
 async def test_refused_device_leaves_the_round(
     coordinator: ScriptedCoordinator, run_agent: RunAgent, trainer: TrainerProcess
 ) -> None:

@@ -81,6 +81,8 @@ class Campaigns:
         self._started_at = clock()
         # Device -> where and when it was last told what to do; see `_push`.
         self._told: dict[str, tuple[Connection, str, Stage | None]] = {}
+        # Device -> the upload of the open round, also one that is never announced.
+        self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
 
     # --- for operators ---
@@ -219,8 +221,11 @@ class Campaigns:
             return [wire.unknown_round(round_id)]
         return [wire.round_end(pb.Round.FromString(record), device_id)]
 
-    def expects_upload(self, device_id: str, size: int) -> bool:
-        """True if the open round waits for a masked update of this size from a device."""
+    def expects_upload(self, device_id: str, digest: bytes, size: int) -> bool:
+        """True if the open round waits for this masked update from a device.
+
+        A device has one upload per round: the first digest that it comes with.
+        """
         campaign = self._running()
         round_ = campaign.open_round if campaign else None
         return (
@@ -228,6 +233,7 @@ class Campaigns:
             and round_.stage is Stage.UPDATES
             and device_id in round_.missing()
             and size == round_.order.plan.upload_size
+            and self._uploads.setdefault(device_id, digest) == digest
         )
 
     def blobs_in_use(self) -> set[bytes]:
@@ -265,14 +271,14 @@ class Campaigns:
 
     def _stumble(self, campaign: Campaign, error: Exception) -> None:
         """Keep a campaign that the disk stopped, to be tried again; any other error ends it."""
-        if isinstance(error, StorageError):
-            _log.error("campaign %s stands still: %s", campaign.campaign_id, error)
-            campaign.reason = str(error)
-            self.changed.fire()
-            return
-        _log.error("campaign %s failed", campaign.campaign_id, exc_info=error)
-        with suppress(StorageError):  # it fails again in a while, and is ended then
-            self._end(campaign, pb.CAMPAIGN_STATE_FAILED, str(error) or type(error).__name__)
+        if not isinstance(error, StorageError):
+            _log.error("campaign %s failed", campaign.campaign_id, exc_info=error)
+            with suppress(Exception):  # it fails again in a while, and is ended then
+                self._end(campaign, pb.CAMPAIGN_STATE_FAILED, str(error) or type(error).__name__)
+                return
+        _log.error("campaign %s stands still: %s", campaign.campaign_id, error)
+        campaign.reason = str(error)
+        self.changed.fire()
 
     async def _step(self, campaign: Campaign) -> None:
         if campaign.open_round is not None:
@@ -310,7 +316,7 @@ class Campaigns:
         plan = campaign.plan
         waited_until = self._clock() + plan.invite_timeout_s
         while campaign.is_running:
-            changes = self._changes()
+            changes = [self.changed.next(), self._hub.changed.next()]
             present = [c.device_id for c in self._hub.connected(plan.group) if c.trains]
             left_s = waited_until - self._clock()
             if len(present) >= plan.cohort or (left_s <= 0 and len(present) >= plan.min_cohort):
@@ -327,7 +333,7 @@ class Campaigns:
 
     async def _run_round(self, campaign: Campaign, round_: Round) -> None:
         while not round_.stage.ended and campaign.is_running:
-            changes = self._changes()
+            changes = [self.changed.next(), self._hub.changed.next()]
             self._push(campaign, round_)
             if round_.stage is Stage.AGGREGATE:
                 await self._aggregate(campaign, round_)
@@ -353,10 +359,6 @@ class Campaigns:
             former = campaign.optimizer_digest
             self._record(campaign, round_, event)
             self._drop_unused({former})
-
-    def _changes(self) -> list[asyncio.Event]:
-        """Whatever may move a round: an event here, a device that comes or goes."""
-        return [self.changed.next(), self._hub.changed.next()]
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""
@@ -454,9 +456,10 @@ class Campaigns:
             self._store.close_round(round_.order.round_id, record.SerializeToString())
             round_ended(self._audit, campaign, record)
         campaign.close_round(record)
-        self._told.clear()
         updates = {update.digest for update in round_.updates.values()}
-        self._drop_unused({*updates, round_.order.model_digest})
+        self._drop_unused({*updates, *self._uploads.values(), round_.order.model_digest})
+        self._told.clear()
+        self._uploads.clear()
         self._metrics.observe_round(record)
         self.changed.fire()
 

@@ -329,11 +329,11 @@ class Coordinator:
             )
         return text, self._clock() + lifetime_s
 
-    def _may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:  # noqa: ARG002
+    def _may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:
         """Operators bring models; a device brings its update of the round that waits for it."""
         if principal.role is Role.OPERATOR:
             return True
-        return self._campaigns.expects_upload(principal.name, size)
+        return self._campaigns.expects_upload(principal.name, digest, size)
 
     def _may_download(self, principal: Principal, digest: bytes) -> bool:
         """Operators read models; a device reads what it is to train or to run."""

@@ -31,6 +31,7 @@ from minga.federation.errors import (
 from minga.federation.limits import (
     FIRST_RECONNECT_BACKOFF_S,
     HEARTBEAT_INTERVAL_S,
+    MAX_PENDING_BYTES,
     MAX_RECONNECT_BACKOFF_S,
     MIN_HEARTBEAT_INTERVAL_S,
     SILENT_HEARTBEATS,
@@ -77,6 +78,7 @@ class Agent:
         self._metrics = metrics
         self._participant: Participant | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._pending_bytes = 0
         self._model_turn = asyncio.Lock()
         self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
         self._outbox: Outbox = asyncio.Queue()
@@ -105,6 +107,8 @@ class Agent:
                     raise
                 except FederationError as error:
                     _log.warning("%s", error)
+                except Exception:  # noqa: BLE001 - the local model must go on answering
+                    _log.exception("the stream to the coordinator failed")
                 if clock() - opened_at > 2 * backoff_s:
                     backoff_s = FIRST_RECONNECT_BACKOFF_S
                 backoff_s = await self._pause(backoff_s)
@@ -233,17 +237,29 @@ class Agent:
             case "heartbeat" | "welcome":
                 pass
             case "model_offer":
-                self._spawn(self._take_model(message.model_offer))
+                self._spawn(self._take_model(message.model_offer), message.ByteSize())
             case "round_end":
                 self._end_round(message.round_end)
             case "refusal":
                 self._take_refusal(message.refusal)
             case _:
-                self._spawn(self._take_step(message))
+                self._spawn(self._take_step(message), message.ByteSize())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside the stream; what goes wrong is logged, the agent lives on."""
-        self._watch(asyncio.create_task(work))
+    def _spawn(self, work: Coroutine[Any, Any, None], num_bytes: int = 0) -> None:
+        """Run something beside the stream; what goes wrong is logged, the agent lives on.
+
+        Raises:
+            PeerError: the messages that wait for an answer take more memory than they may.
+        """
+        task = asyncio.create_task(work)
+        self._watch(task)
+        self._pending_bytes += num_bytes
+        task.add_done_callback(lambda _: self._forget(num_bytes))
+        if self._pending_bytes > MAX_PENDING_BYTES:
+            raise PeerError("the coordinator asks for more than this device can remember")
+
+    def _forget(self, num_bytes: int) -> None:
+        self._pending_bytes -= num_bytes
 
     def _watch(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
