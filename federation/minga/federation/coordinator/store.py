@@ -1,8 +1,10 @@
 """What the coordinator remembers, in one SQLite file.
 
 The contract: every method is one transaction, and it is on the disk when the method returns
-(`synchronous=FULL`); if it raises `StorageError` nothing has changed. One coordinator process owns
-the file; it is opened by one thread.
+(`synchronous=FULL`); if it raises `StorageError` nothing has changed. What devices say of
+themselves (`note_*`) survives this process, but not a loss of power: they say it again, and a fleet
+that comes back after a restart must not wait for a disk. One coordinator process owns the file; it
+is opened by one thread.
 
 An open round is stored as its order and the events it took, in order; `rounds.Round` rebuilds
 itself from them. When it is over its record takes the events' place. Order is that of insertion,
@@ -141,6 +143,8 @@ class Store:
             self.connection.execute("PRAGMA synchronous=FULL")
             self.connection.execute("PRAGMA foreign_keys=ON")
             self.connection.executescript(_SCHEMA)
+            self._notes = sqlite3.connect(path, isolation_level=None)
+            self._notes.execute("PRAGMA synchronous=NORMAL")  # no fsync at each commit
         except sqlite3.Error as error:
             raise StorageError(
                 f"the coordinator's database {path} cannot be opened: {error}. "
@@ -149,6 +153,7 @@ class Store:
 
     def close(self) -> None:
         """Close the file."""
+        self._notes.close()
         self.connection.close()
 
     @contextmanager
@@ -232,19 +237,22 @@ class Store:
 
     def note_hello(self, device_id: str, *, trains: bool, agent_version: str, at: float) -> None:
         """Remember what a device said of itself when it connected."""
-        self._execute(
-            "UPDATE devices SET trains = ?, agent_version = ?, last_seen_at = ?"
-            " WHERE device_id = ?",
-            (trains, agent_version, at, device_id),
+        self._note(
+            "trains = ?, agent_version = ?, last_seen_at = ?", trains, agent_version, at, device_id
         )
 
     def note_seen(self, device_id: str, at: float) -> None:
         """Remember when a device was last heard of."""
-        self._execute("UPDATE devices SET last_seen_at = ? WHERE device_id = ?", (at, device_id))
+        self._note("last_seen_at = ?", at, device_id)
 
     def note_model(self, device_id: str, report: bytes) -> None:
         """Remember which model a device says it runs."""
-        self._execute("UPDATE devices SET model = ? WHERE device_id = ?", (report, device_id))
+        self._note("model = ?", report, device_id)
+
+    def _note(self, change: str, *values: object) -> None:
+        # `change` is one of the literals above; values are bound, the device's name last.
+        with _storing():
+            self._notes.execute(f"UPDATE devices SET {change} WHERE device_id = ?", values)  # noqa: S608
 
     def revoke_device(self, device_id: str, at: float) -> bool:
         """Refuse a device from now on; False if there is no such device."""
