@@ -113,6 +113,16 @@ class Operator:
         return digest
 
 
+def _read_address(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text())["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IdentityError(
+            f"{file} does not say where the coordinator is ({error!r}); copy the coordinator's "
+            f"{OPERATOR_FOLDER!r} folder again"
+        ) from error
+
+
 @asynccontextmanager
 async def connect(folder: Path) -> AsyncIterator[Operator]:
     """Connect with the operator's identity in a folder, or in a coordinator's state folder.
@@ -128,7 +138,7 @@ async def connect(folder: Path) -> AsyncIterator[Operator]:
             "or a copy of its 'operator' folder"
         )
     identity = load_identity(folder)
-    address = str(json.loads((folder / ADDRESS_FILE).read_text())["address"])
+    address = _read_address(folder / ADDRESS_FILE)
     async with transport.open_channel(address, identity) as channel:
         yield Operator(
             pb_grpc.OperatorServiceStub(channel), pb_grpc.BlobServiceStub(channel), address
