@@ -115,7 +115,8 @@ class Fleet:
 
     async def stop_coordinator(self) -> None:
         """Stop the coordinator; its state stays."""
-        await self._coordinator_stack.aclose()
+        async with asyncio.timeout(PATIENCE_S):
+            await self._coordinator_stack.aclose()
 
     async def enrol(self, name: str, group: str = "default") -> Path:
         """Enrol a device; gives its folder."""
@@ -174,7 +175,8 @@ class Fleet:
         """End a device without a word to the coordinator."""
         task = self._agents.pop(name)
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.wait([task], timeout=PATIENCE_S)
+        assert task.done(), f"{name} does not stop: {task.get_stack()}"
 
     async def device_ends(self, name: str) -> BaseException | None:
         """Wait until a device ends by itself; gives what ended it."""

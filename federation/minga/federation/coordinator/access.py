@@ -179,7 +179,8 @@ async def _take_opening(context: Context) -> None:
     was not sent, and not why.
     """
     with suppress(TimeoutError):
-        await asyncio.wait_for(context.read(), REFUSAL_GRACE_S)
+        async with asyncio.timeout(REFUSAL_GRACE_S):
+            await context.read()
 
 
 def _certificate_pem_of(context: Context) -> bytes | None:

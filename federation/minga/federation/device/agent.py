@@ -126,7 +126,9 @@ class Agent:
                 await asyncio.sleep(backoff_s * jitter)
                 return min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
             with suppress(TimeoutError):  # the channel dials by itself, with a backoff of its own
-                await asyncio.wait_for(channel.channel_ready(), MAX_RECONNECT_BACKOFF_S)
+                # Not `wait_for`: Python 3.11's loses a cancellation that comes with the result.
+                async with asyncio.timeout(MAX_RECONNECT_BACKOFF_S):
+                    await channel.channel_ready()
         return FIRST_RECONNECT_BACKOFF_S
 
     async def _close(self) -> None:
