@@ -53,6 +53,7 @@ def run(
     source: str = "",
     trainer: Annotated[str, _set_by("TRAINER")] = "",
     option: dict[str, str] | None = None,
+    allow_plain: Annotated[bool, _set_by("ALLOW_PLAIN")] = False,
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
     port: Annotated[int, _set_by("PORT")] = 8080,
 ) -> None:
@@ -70,6 +71,8 @@ def run(
         source: This site's data, as the Task's `data` method takes it.
         trainer: Instead of a project: `package.module:attribute` that makes a LocalTrainer.
         option: What that trainer is made with: --option.name value.
+        allow_plain: Take part in rounds whose coordinator sees this device's update; without it
+            only in those that mask updates.
         host: Address of the local inference server.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
     """
@@ -82,7 +85,9 @@ def run(
         trainer = "minga.training.federated:trainer_from_options"
         options = {"project": str(project.resolve()), "source": source}
     given = {"trainer_options": options} if options else {}  # else the environment's
-    settings = DeviceSettings(folder=folder, trainer=trainer, host=host, port=port, **given)
+    settings = DeviceSettings(
+        folder=folder, trainer=trainer, allow_plain=allow_plain, host=host, port=port, **given
+    )
     run_service(serve(settings))
 
 

@@ -75,6 +75,9 @@ def _round(round_: pb.Round) -> dict[str, Any]:
     }
 
 
+_PROTECTIONS = {"secure": pb.PROTECTION_SECURE, "plain": pb.PROTECTION_PLAIN}
+
+
 def campaign_plan(
     config: FederationConfig,
     *,
@@ -102,6 +105,9 @@ def campaign_plan(
         expected_dropout=config.expected_dropout,
         colluder_share=config.colluder_share,
         server_optimizer=optimizer_to_wire(optimizer),
+        protection=_PROTECTIONS[config.protection],
+        num_groups=config.groups,
+        over_selection=config.over_selection,
     )
 
 

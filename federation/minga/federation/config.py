@@ -1,6 +1,6 @@
 """How the fleet trains: the `[federation]` table of minga.toml."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -25,6 +25,18 @@ class FederationConfig(BaseModel):
 
     min_cohort: Annotated[int, Field(ge=3)] = 3
     """A round with fewer updates than this is aborted: a sum over few hides little."""
+
+    over_selection: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """So many devices more than the cohort are invited, as a share of it; the cohort's fastest
+    count, the others are told that they are not needed."""
+
+    protection: Literal["secure", "plain"] = "secure"
+    """secure: the coordinator learns sums of updates alone. plain: it sees each update; devices
+    take part only if their owners set allow_plain."""
+
+    groups: Annotated[int, Field(ge=1)] = 1
+    """A secure round sums within so many groups of equal size: the coordinator learns a sum per
+    group, so that rules against liars have something to compare."""
 
     clip: Annotated[float, Field(gt=0)] = 4.0
     """Each coordinate of an update is clipped to [-clip, clip] before it is rounded."""
@@ -67,4 +79,11 @@ class FederationConfig(BaseModel):
     def _cohort_holds_minimum(self) -> "FederationConfig":
         if self.min_cohort > self.cohort:
             raise ValueError(f"min_cohort {self.min_cohort} is above cohort {self.cohort}")
+        if self.cohort % self.groups or self.min_cohort % self.groups:
+            raise ValueError(
+                f"cohort {self.cohort} and min_cohort {self.min_cohort} do not make "
+                f"{self.groups} groups of equal size"
+            )
+        if self.protection == "plain" and self.groups > 1:
+            raise ValueError("groups are for secure rounds; a plain one shows every update anyway")
         return self

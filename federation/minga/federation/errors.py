@@ -12,6 +12,7 @@
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
     ├── StepError           the mean update cannot be made a next global model
+    ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -65,6 +66,10 @@ class MissingBlobError(FederationError):
 
 class StepError(FederationError, ValueError):
     """The mean update cannot be made a next global model."""
+
+
+class PlainRefusedError(FederationError):
+    """The coordinator would see a single update, and the device's owner does not allow that."""
 
 
 class PeerError(FederationError):

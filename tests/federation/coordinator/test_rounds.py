@@ -9,7 +9,6 @@ import pytest
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.authority import Authority
 from minga.federation.coordinator.rounds import (
-    Advertise,
     ConfirmSurvivors,
     DeadlinePassed,
     DeviceLost,
@@ -17,7 +16,6 @@ from minga.federation.coordinator.rounds import (
     Finish,
     KeysAdvertised,
     RevealShares,
-    Round,
     RoundFailed,
     RoundOrder,
     SendUpdate,
@@ -27,8 +25,10 @@ from minga.federation.coordinator.rounds import (
     Stage,
     SumComputed,
     SurvivorsConfirmed,
+    TakePart,
     Timeouts,
     UpdateUploaded,
+    open_round,
 )
 from minga.federation.errors import PeerError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
@@ -75,11 +75,12 @@ class Table:
             plan=plan,
             invited=tuple(identities),
             min_cohort=min_cohort,
+            goal=len(identities),
             model_digest=MODEL,
             training={},
             timeouts=Timeouts(keys_s=10, stage_s=10, updates_s=100),
         )
-        self.round = Round(order=self.order, started_at=0.0)
+        self.round = open_round(self.order, 0.0)
         self.sessions = {
             name: DeviceSession(plan, identity, CertificateVerifier(authority=identity.authority))
             for name, identity in identities.items()
@@ -98,7 +99,7 @@ class Table:
         """Let one device do what it is told."""
         session = self.sessions[name]
         match self.round.instruction(name):
-            case Advertise():
+            case TakePart():
                 return KeysAdvertised(device_id=name, advert=session.advertise())
             case ShareSecrets(adverts=adverts):
                 return SharesSent(device_id=name, shares=session.share(adverts))
@@ -190,7 +191,7 @@ def test_replay_gives_the_same_round(identities: dict[str, Identity]) -> None:
     table.play(Stage.AGGREGATE, lambda now: ("site-5",) if now is Stage.UPDATES else ())
     table.take(SumComputed(model_digest=bytes(32), total_weight=40))
     for length in range(len(table.log) + 1):
-        first = Round(order=table.order, started_at=0.0)
+        first = open_round(table.order, 0.0)
         rows = []
         for index, event in enumerate(table.log[:length]):
             first.apply(event, float(index))
@@ -203,7 +204,7 @@ def test_looking_at_an_event_changes_nothing(identities: dict[str, Identity]) ->
     table = Table(identities)
     table.play(Stage.AGGREGATE, lambda now: ("site-5",) if now is Stage.UPDATES else ())
     table.take(SumComputed(model_digest=bytes(32), total_weight=40))
-    first, second = (Round(order=table.order, started_at=0.0) for _ in range(2))
+    first, second = (open_round(table.order, 0.0) for _ in range(2))
     for at, event in enumerate(table.log):
         would_change = first.changed_by(event)
         assert first == second
@@ -243,7 +244,7 @@ def test_strangers_and_latecomers(identities: dict[str, Identity]) -> None:
 def test_instructions_follow_the_state(identities: dict[str, Identity]) -> None:
     """A device is told its step until it has answered, then to wait, at last how it ended."""
     table = Table(identities)
-    assert isinstance(table.round.instruction("site-0"), Advertise)
+    assert isinstance(table.round.instruction("site-0"), TakePart)
     event = table.answer("site-0")
     assert event is not None
     table.take(event)

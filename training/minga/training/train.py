@@ -109,16 +109,18 @@ def train(
         scaling_config=ScalingConfig(num_workers=config.num_workers),
         run_config=_run_config(task, config, folder),
     )
-    with _reporting(folder / PROGRESS_FILE, config.epochs, on_progress), handlers_restored():
-        try:
+    try:
+        with _reporting(folder / PROGRESS_FILE, config.epochs, on_progress), handlers_restored():
             result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise TrainingError(_reason(error)) from error
-        except SystemExit:  # what Ray makes of Ctrl-C once it has stopped the workers
-            raise KeyboardInterrupt(
-                f"checkpoints are kept in {folder}; the same command goes on from there"
-            ) from None
-    trained = _read_best(result, task, splits, params, seed)
+        trained = _read_best(result, task, splits, params, seed)
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(_reason(error)) from error
+    except (SystemExit, KeyboardInterrupt):
+        # Ray makes a SystemExit of Ctrl-C, once it has stopped the workers; before it listens and
+        # after it is done Ctrl-C is what it always is.
+        raise KeyboardInterrupt(
+            f"checkpoints are kept in {folder}; the same command goes on from there"
+        ) from None
     shutil.rmtree(folder, ignore_errors=True)
     return trained
 

@@ -1,6 +1,9 @@
-"""From masked uploads on the disk to the next global model."""
+"""From updates on the disk to the next global model."""
 
 import logging
+from collections.abc import Iterator
+
+import numpy as np
 
 from minga.federation.aggregation.optimizers import (
     ServerOptimizer,
@@ -9,18 +12,32 @@ from minga.federation.aggregation.optimizers import (
     initial_state,
 )
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.rounds import Round, SumComputed
+from minga.federation.coordinator.rounds import (
+    PlainRound,
+    PlainUpdateUploaded,
+    Round,
+    SecureRound,
+    SumComputed,
+)
 from minga.federation.errors import StorageError
 from minga.federation.parameters import read_layout, read_tensors, to_bytes
+from minga.federation.plain import VALUE
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
+from minga.federation.secagg.errors import QuorumError
 
 _log = logging.getLogger(__name__)
+
+_BLOCK_VALUES = 1 << 18
+"""So many coordinates of plain updates are added at a time."""
+
+Rejected = tuple[tuple[str, str], ...]
+"""Devices whose updates are unusable, each with the reason."""
 
 
 def aggregate(
     round_: Round, blobs: BlobStore, optimizer: ServerOptimizer, optimizer_digest: bytes
 ) -> SumComputed:
-    """Add the masked updates, unmask their sum, and let the server optimiser take its step.
+    """Make the mean of a round's updates, and let the server optimiser take its step.
 
     Memory is three times the model and what the optimiser keeps, whatever the cohort: uploads are
     added in pieces as they are read, and the next model takes the mean's place tensor by tensor.
@@ -34,24 +51,25 @@ def aggregate(
 
     Raises:
         FederationError: a secret cannot be rebuilt, or an upload is gone.
+        QuorumError: too few updates are usable.
         StepError: the next model would not be finite.
         StorageError: the disk fails.
     """
     try:
-        result = _unmasked_sum(round_, blobs)
+        values, total_weight, rejected = _mean(round_, blobs)
         model = blobs.path(round_.order.model_digest)
-        values = result.mean_delta  # from here on the next model grows in it
         state = _state(optimizer, blobs, optimizer_digest, values.size)
         start = 0
-        for tensor in read_tensors(model):
+        for tensor in read_tensors(model):  # the next model grows in the mean's place
             part = slice(start, start + tensor.size)
             kept = {name: vector[part] for name, vector in state.items()}
             advance(optimizer, kept, tensor.ravel(), values[part])
             start += tensor.size
         return SumComputed(
             model_digest=blobs.put_bytes(to_bytes(read_layout(model).unflatten(values))),
-            total_weight=result.total_weight,
+            total_weight=total_weight,
             optimizer_digest=blobs.put_bytes(to_bytes(state)) if state else b"",
+            rejected=rejected,
         )
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
@@ -67,20 +85,96 @@ def _state(
     return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
 
 
-def _unmasked_sum(round_: Round, blobs: BlobStore) -> Unmasked:
-    plan = round_.order.plan
-    masked = MaskedSum(plan)
-    for device_id in round_.survivors:
+def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
+    """Give the weighted mean of the updates, the sum of their weights, and which are unusable."""
+    match round_:
+        case SecureRound():
+            return *_secure_mean(round_, blobs), ()
+        case PlainRound():
+            return _plain_mean(round_, blobs)
+        case _:
+            raise AssertionError(f"{type(round_).__name__} has no mean")
+
+
+# --- secure rounds ----------------------------------------------------------------------------
+
+
+def _secure_mean(round_: SecureRound, blobs: BlobStore) -> tuple[Vector, int]:
+    first, *others = round_.groups
+    result = _unmasked_sum(round_, first, blobs)
+    values, total_weight = result.mean_delta, result.total_weight
+    for group in others:
+        result = _unmasked_sum(round_, group, blobs)
+        total_weight += result.total_weight
+        values += (result.mean_delta - values) * np.float32(result.total_weight / total_weight)
+    return values, total_weight
+
+
+def _unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) -> Unmasked:
+    survivors = [name for name in group if name in round_.updates]
+    masked = MaskedSum(round_.plan)
+    for device_id in survivors:
         masked.add_chunks(blobs.chunks(round_.updates[device_id].digest))
     result = unmask(
-        plan=plan,
+        plan=round_.plan,
         graph=round_.graph,
         adverts=round_.adverts,
-        sharers=round_.sharers,
-        survivors=round_.survivors,
+        sharers=[name for name in group if name in round_.shares],
+        survivors=survivors,
         reveals=round_.reveals,
         masked_sum=masked,
     )
     if result.liars:
         _log.warning("round %s: false shares from %s", round_.order.round_id, result.liars)
     return result
+
+
+# --- plain rounds -----------------------------------------------------------------------------
+
+
+def _plain_mean(round_: PlainRound, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
+    """Average updates; those that hold NaN or infinity are left out, and their devices named."""
+    updates = [round_.updates[name] for name in round_.survivors]
+    values, total_weight = _weighted_mean(updates, round_.order.plan.num_values, blobs)
+    if np.isfinite(values).all():
+        return values, total_weight, ()
+    good = [update for update in updates if _is_finite(update, blobs)]
+    if len(good) < round_.order.min_cohort:
+        raise QuorumError(
+            f"{len(updates) - len(good)} of {len(updates)} updates hold NaN or infinity; "
+            f"{round_.order.min_cohort} good ones are needed"
+        )
+    values, total_weight = _weighted_mean(good, values.size, blobs)
+    rejected = [
+        (update.device_id, "its update holds NaN or infinity")
+        for update in updates
+        if update not in good
+    ]
+    return values, total_weight, tuple(rejected)
+
+
+def _weighted_mean(
+    updates: list[PlainUpdateUploaded], num_values: int, blobs: BlobStore
+) -> tuple[Vector, int]:
+    total_weight = sum(update.num_examples for update in updates)
+    values = np.empty(num_values, np.float32)
+    for start, blocks in _blocks(updates, num_values, blobs):
+        total = np.zeros(blocks[0].size)
+        for update, block in zip(updates, blocks, strict=True):
+            total += block * (update.num_examples / total_weight)
+        values[start : start + total.size] = total
+    return values, total_weight
+
+
+def _is_finite(update: PlainUpdateUploaded, blobs: BlobStore) -> bool:
+    num_values = update.size // VALUE.itemsize
+    return all(np.isfinite(block).all() for _, [block] in _blocks([update], num_values, blobs))
+
+
+def _blocks(
+    updates: list[PlainUpdateUploaded], num_values: int, blobs: BlobStore
+) -> Iterator[tuple[int, list[Vector]]]:
+    """Give all updates' coordinates block by block, each block with its place."""
+    files = [np.memmap(blobs.path(update.digest), VALUE, mode="r") for update in updates]
+    for start in range(0, num_values, _BLOCK_VALUES):
+        yield start, [file[start : start + _BLOCK_VALUES] for file in files]

@@ -4,13 +4,15 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from minga.federation import wire
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
-from minga.federation.coordinator.store import CampaignRow, Store
+from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, PeerError
 from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
+from minga.federation.plain import PlainPlan
 from minga.federation.secagg.errors import PlanError
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import proximal_mu
@@ -51,8 +53,7 @@ class Campaign:
             if round_row.record is not None:
                 campaign.add_record(pb.Round.FromString(round_row.record))
             else:
-                plan = campaign.plan
-                order = journal.order_of(round_row, plan.min_cohort, _timeouts(plan))
+                order = campaign.order_of(round_row)
                 events = store.events(round_row.round_id)
                 campaign.open_round = journal.replay(order, round_row.started_at, events)
         return campaign
@@ -82,32 +83,61 @@ class Campaign:
             count += 1
         return count
 
+    @property
+    def num_wanted(self) -> int:
+        """How many devices a round invites if they are there: the cohort, and some for losses."""
+        return _num_wanted(self.plan)
+
     def next_order(self, devices: Sequence[str], num_values: int) -> RoundOrder:
         """Fix what the next round is to do, with as many of some devices as a plan exists for.
 
         Raises:
             PlanError: there is no plan, not even for the smallest cohort.
         """
-        plan, round_id = self.plan, secrets.token_hex(16)
+        round_id = secrets.token_hex(16)
         while True:
+            devices = devices[: _invitable(self.plan, len(devices))]
             try:
-                round_plan = _round_plan(
-                    plan, round_id, self.model_digest, num_values, len(devices)
-                )
+                plan = _round_plan(self.plan, round_id, self.model_digest, num_values, len(devices))
                 break
             except PlanError:  # shares of a cohort that are to be borne round badly for some sizes
-                if len(devices) <= plan.min_cohort:
+                if len(devices) <= self.plan.min_cohort:
                     raise
                 devices = devices[:-1]
-        return RoundOrder(
+        return self._order(
             round_id=round_id,
             number=self.num_committed + 1,
-            plan=round_plan,
+            plan=plan,
             invited=tuple(sorted(devices)),
-            min_cohort=plan.min_cohort,
             model_digest=self.model_digest,
-            training=wire.config_from_wire(plan.training),
-            timeouts=_timeouts(plan),
+            training=wire.config_from_wire(self.plan.training),
+        )
+
+    def order_of(self, row: RoundRow) -> RoundOrder:
+        """Read what a round of this campaign was to do."""
+        invite = pb.RoundInvite.FromString(row.invite)
+        return self._order(
+            round_id=row.round_id,
+            number=row.number,
+            plan=wire.plan_of_invite(invite),
+            invited=row.invited,
+            model_digest=invite.model_digest,
+            training=wire.config_from_wire(invite.training),
+        )
+
+    def _order(self, **values: Any) -> RoundOrder:
+        """Add what follows from the campaign's plan alone."""
+        plan = self.plan
+        return RoundOrder(
+            min_cohort=plan.min_cohort,
+            goal=plan.cohort,
+            num_groups=wire.num_groups(plan),
+            timeouts=Timeouts(
+                keys_s=plan.invite_timeout_s,
+                stage_s=plan.stage_timeout_s,
+                updates_s=plan.training_timeout_s,
+            ),
+            **values,
         )
 
     def record(self) -> pb.Round:
@@ -151,20 +181,25 @@ class Campaign:
         )
 
 
-def _timeouts(plan: pb.CampaignPlan) -> Timeouts:
-    return Timeouts(
-        keys_s=plan.invite_timeout_s,
-        stage_s=plan.stage_timeout_s,
-        updates_s=plan.training_timeout_s,
-    )
-
-
 def _round_plan(
-    plan: pb.CampaignPlan, round_id: str, model_digest: bytes, num_values: int, cohort: int
-) -> RoundPlan:
+    plan: pb.CampaignPlan, round_id: str, model_digest: bytes, num_values: int, num_invited: int
+) -> RoundPlan | PlainPlan:
     return wire.round_plan(
-        plan, round_id=round_id, model_digest=model_digest, num_values=num_values, cohort=cohort
+        plan,
+        round_id=round_id,
+        model_digest=model_digest,
+        num_values=num_values,
+        num_invited=num_invited,
     )
+
+
+def _num_wanted(plan: pb.CampaignPlan) -> int:
+    return math.ceil(plan.cohort * (1 + plan.over_selection))
+
+
+def _invitable(plan: pb.CampaignPlan, num_devices: int) -> int:
+    """Say how many of some devices a round can invite: groups are of equal size."""
+    return num_devices - num_devices % wire.num_groups(plan)
 
 
 def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
@@ -177,6 +212,20 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
     Raises:
         CampaignError: the numbers cannot work.
     """
+    _require_numbers(plan)
+    for count in (_num_wanted(plan), plan.cohort, plan.min_cohort):
+        try:
+            _round_plan(plan, "00" * 16, plan.model_digest, num_values, count)
+        except (PlanError, PeerError) as error:
+            raise CampaignError(f"no round can work with {count} devices: {error}") from error
+    try:
+        wire.optimizer_from_wire(plan)
+        proximal_mu(wire.config_from_wire(plan.training))
+    except (ValueError, PeerError) as error:
+        raise CampaignError(f"the campaign cannot work: {error}") from error
+
+
+def _require_numbers(plan: pb.CampaignPlan) -> None:
     positive = (
         "num_rounds",
         "server_learning_rate",
@@ -189,15 +238,15 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
             raise CampaignError(f"{name} is {getattr(plan, name)}; it must be positive and finite")
     if plan.min_cohort > plan.cohort:
         raise CampaignError(f"min_cohort {plan.min_cohort} is above cohort {plan.cohort}")
-    if plan.cohort > MAX_COHORT:
-        raise CampaignError(f"cohort is {plan.cohort}; a round holds {MAX_COHORT} devices at most")
-    for cohort in (plan.cohort, plan.min_cohort):
-        try:
-            _round_plan(plan, "00" * 16, plan.model_digest, num_values, cohort)
-        except (PlanError, PeerError) as error:
-            raise CampaignError(f"no round can work with {cohort} devices: {error}") from error
-    try:
-        wire.optimizer_from_wire(plan)
-        proximal_mu(wire.config_from_wire(plan.training))
-    except (ValueError, PeerError) as error:
-        raise CampaignError(f"the campaign cannot work: {error}") from error
+    if not 0 <= plan.over_selection <= 1:
+        raise CampaignError(f"over_selection is {plan.over_selection}; give a share from 0 to 1")
+    if _num_wanted(plan) > MAX_COHORT:
+        raise CampaignError(
+            f"{_num_wanted(plan)} devices would be invited; a round holds {MAX_COHORT} at most"
+        )
+    if wire.is_plain(plan) and wire.num_groups(plan) > 1:
+        raise CampaignError("groups are for secure rounds; a plain one shows every update anyway")
+    if _invitable(plan, plan.min_cohort) != plan.min_cohort:
+        raise CampaignError(
+            f"min_cohort {plan.min_cohort} does not make {plan.num_groups} groups of equal size"
+        )

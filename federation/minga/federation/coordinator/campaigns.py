@@ -23,7 +23,8 @@ from minga.federation.coordinator.campaign_audit import (
     campaign_started,
     round_ended,
 )
-from minga.federation.coordinator.hub import Connection, Hub, Signal, wait_for_any
+from minga.federation.coordinator.herald import Herald
+from minga.federation.coordinator.hub import Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.rounds import (
     DeadlinePassed,
@@ -31,12 +32,15 @@ from minga.federation.coordinator.rounds import (
     DeviceLost,
     Event,
     KeysAdvertised,
+    PlainUpdateUploaded,
     Round,
     RoundFailed,
+    SecureRound,
     Stage,
     SumComputed,
     SurvivorsConfirmed,
     UpdateUploaded,
+    open_round,
 )
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
@@ -79,8 +83,7 @@ class Campaigns:
         self._audit = audit
         self._grace_s = reconnect_grace_s
         self._started_at = clock()
-        # Device -> where and when it was last told what to do; see `_push`.
-        self._told: dict[str, tuple[Connection, str, Stage | None]] = {}
+        self._herald = Herald(hub)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
@@ -187,15 +190,16 @@ class Campaigns:
 
     def _check_proof(self, round_: Round, event: DeviceEvent) -> None:
         """Refuse what its device did not sign or upload, before it costs others their round."""
-        plan = round_.order.plan
-        match event:
-            case KeysAdvertised(advert=advert):
+        match round_, event:
+            case SecureRound(plan=plan), KeysAdvertised(advert=advert):
                 check_advert(plan, self._verifier, advert)
-            case SurvivorsConfirmed(device_id=device_id, confirmation=confirmation):
-                signer = round_.adverts.get(device_id)
+            case SecureRound(plan=plan), SurvivorsConfirmed(device_id=device_id) as confirmed:
+                signer, listed = round_.adverts.get(device_id), round_.survivors_with(device_id)
                 if signer is not None:
-                    check_confirmation(plan, self._verifier, signer, round_.survivors, confirmation)
-            case UpdateUploaded(digest=digest, size=size):
+                    check_confirmation(plan, self._verifier, signer, listed, confirmed.confirmation)
+            case _, UpdateUploaded(digest=digest, size=size) | PlainUpdateUploaded(
+                digest=digest, size=size
+            ):
                 if not self._blobs.has(digest) or self._blobs.size(digest) != size:
                     raise PeerError("the update that was announced is not uploaded")
             case _:
@@ -308,7 +312,7 @@ class Campaigns:
                 invite=wire.invite_to_wire(order).SerializeToString(),
             )
         )
-        campaign.open_round = Round(order=order, started_at=now)
+        campaign.open_round = open_round(order, now)
         self.changed.fire()
 
     async def _gather(self, campaign: Campaign) -> Sequence[str]:
@@ -316,14 +320,15 @@ class Campaigns:
         plan = campaign.plan
         waited_until = self._clock() + plan.invite_timeout_s
         while campaign.is_running:
-            changes = [self.changed.next(), self._hub.changed.next()]
+            changes = self._changes()
             present = [c.device_id for c in self._hub.connected(plan.group) if c.trains]
             left_s = waited_until - self._clock()
-            if len(present) >= plan.cohort or (left_s <= 0 and len(present) >= plan.min_cohort):
+            wanted = campaign.num_wanted
+            if len(present) >= wanted or (left_s <= 0 and len(present) >= plan.min_cohort):
                 secrets.SystemRandom().shuffle(present)
                 campaign.reason = ""
-                return present[: plan.cohort]
-            reason = f"waiting for devices: {len(present)} of {plan.cohort} are connected"
+                return present[:wanted]
+            reason = f"waiting for devices: {len(present)} of {wanted} are connected"
             if reason != campaign.reason:
                 campaign.reason = reason
                 self.changed.fire()
@@ -333,8 +338,8 @@ class Campaigns:
 
     async def _run_round(self, campaign: Campaign, round_: Round) -> None:
         while not round_.stage.ended and campaign.is_running:
-            changes = [self.changed.next(), self._hub.changed.next()]
-            self._push(campaign, round_)
+            changes = self._changes()
+            campaign.bytes_sent += self._herald.tell(round_)
             if round_.stage is Stage.AGGREGATE:
                 await self._aggregate(campaign, round_)
             else:
@@ -381,32 +386,6 @@ class Campaigns:
         if deadline is not None and now >= deadline:
             self._record(campaign, round_, DeadlinePassed(stage=round_.stage))
 
-    # --- telling devices ---
-
-    def _push(self, campaign: Campaign, round_: Round) -> None:
-        """Send every device its instruction, once per stream and stage.
-
-        Within a stage an instruction only changes when its device is lost. So it is made once, and
-        not at each of the cohort's answers: making it takes time with the neighbours.
-        """
-        for device_id in round_.order.invited:
-            connection = self._hub.connection(device_id)
-            if connection is None:
-                continue
-            is_lost = device_id in round_.lost and not round_.stage.ended
-            told = (connection, round_.order.round_id, None if is_lost else round_.stage)
-            if self._told.get(device_id) != told and self._tell(campaign, round_, connection):
-                self._told[device_id] = told
-
-    def _tell(self, campaign: Campaign, round_: Round, connection: Connection) -> bool:
-        instruction = round_.instruction(connection.device_id)
-        if instruction is None:
-            return True
-        message = wire.instruction_to_wire(round_.order.round_id, instruction)
-        is_sent = connection.send(message)
-        campaign.bytes_sent += message.ByteSize() if is_sent else 0
-        return is_sent
-
     # --- changing state ---
 
     def _record(self, campaign: Campaign, round_: Round, event: Event) -> None:
@@ -427,7 +406,7 @@ class Campaigns:
                 row,
                 model_digest=event.model_digest,
                 optimizer_digest=event.optimizer_digest,
-                counted=round_.survivors,
+                counted=sorted(set(round_.survivors) - dict(event.rejected).keys()),
             )
             campaign.model_digest = event.model_digest
             campaign.optimizer_digest = event.optimizer_digest
@@ -450,7 +429,7 @@ class Campaigns:
         if not round_.stage.ended:
             reason = campaign.reason or "the campaign ended"
             self._record(campaign, round_, RoundFailed(reason=reason))
-        self._push(campaign, round_)
+        campaign.bytes_sent += self._herald.tell(round_)
         record = campaign.record()
         with self._store.transaction():
             self._store.close_round(round_.order.round_id, record.SerializeToString())
@@ -458,7 +437,7 @@ class Campaigns:
         campaign.close_round(record)
         updates = {update.digest for update in round_.updates.values()}
         self._drop_unused({*updates, *self._uploads.values(), round_.order.model_digest})
-        self._told.clear()
+        self._herald.forget()
         self._uploads.clear()
         self._metrics.observe_round(record)
         self.changed.fire()
@@ -481,6 +460,10 @@ class Campaigns:
                 _log.exception("blob %s could not be deleted", digest.hex())
 
     # --- reading state ---
+
+    def _changes(self) -> list[asyncio.Event]:
+        """Give what happens next: to a campaign, or to the list of connected devices."""
+        return [self.changed.next(), self._hub.changed.next()]
 
     def _running(self) -> Campaign | None:
         return next((c for c in self._campaigns.values() if c.is_running), None)

@@ -20,7 +20,7 @@ from minga.federation.identity import Principal
 from minga.federation.limits import SILENT_HEARTBEATS
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
-from minga.federation.wire import plain
+from minga.federation.wire import printable
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,10 @@ class FederationService(pb_grpc.FederationServiceServicer):
             raise IdentityError(f"{principal} is not enrolled")
         now = self._clock()
         self._store.note_hello(
-            device_id, trains=hello.trains, agent_version=plain(hello.agent_version)[:64], at=now
+            device_id,
+            trains=hello.trains,
+            agent_version=printable(hello.agent_version)[:64],
+            at=now,
         )
         if hello.HasField("model"):
             self._models.note_report(device_id, hello.model)
@@ -156,7 +159,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
                     self._campaigns.take(event, round_id, request.ByteSize())
         except PeerError as error:
             self._metrics.refused.inc()
-            reason = plain(str(error))
+            reason = printable(str(error))
             _log.warning("refused a message of %s: %s", device_id, reason)
             self._audit.append_limited(
                 Kind.MESSAGE_REFUSED, f"device/{device_id}", round=round_id, reason=reason

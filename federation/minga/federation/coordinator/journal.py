@@ -18,9 +18,9 @@ from minga.federation.coordinator.rounds import (
     RoundOrder,
     Stage,
     SumComputed,
-    Timeouts,
+    open_round,
 )
-from minga.federation.coordinator.store import EventRow, RoundRow
+from minga.federation.coordinator.store import EventRow
 from minga.federation.v1 import federation_pb2 as pb
 
 _MESSAGE = "message"
@@ -47,6 +47,7 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "model_digest": event.model_digest.hex(),
         "total_weight": event.total_weight,
         "optimizer_digest": event.optimizer_digest.hex(),
+        "rejected": event.rejected,
     }
 
 
@@ -69,6 +70,7 @@ def decode(row: EventRow) -> Event:
                 model_digest=bytes.fromhex(values["model_digest"]),
                 total_weight=values["total_weight"],
                 optimizer_digest=bytes.fromhex(values.get("optimizer_digest", "")),
+                rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
             )
         case "failed":
             return RoundFailed(reason=values["reason"])
@@ -76,24 +78,9 @@ def decode(row: EventRow) -> Event:
             raise AssertionError(f"an event of unknown kind {kind!r}")
 
 
-def order_of(row: RoundRow, min_cohort: int, timeouts: Timeouts) -> RoundOrder:
-    """Rebuild what a round was to do."""
-    invite = pb.RoundInvite.FromString(row.invite)
-    return RoundOrder(
-        round_id=row.round_id,
-        number=row.number,
-        plan=wire.plan_of_invite(invite),
-        invited=row.invited,
-        min_cohort=min_cohort,
-        model_digest=invite.model_digest,
-        training=wire.config_from_wire(invite.training),
-        timeouts=timeouts,
-    )
-
-
 def replay(order: RoundOrder, started_at: float, events: Iterable[EventRow]) -> Round:
     """Rebuild a round from its events."""
-    round_ = Round(order=order, started_at=started_at)
+    round_ = open_round(order, started_at)
     for row in events:
         round_.apply(decode(row), row.at)
     return round_

@@ -52,7 +52,7 @@ from minga.federation.limits import (
 from minga.federation.operator import OPERATOR_FOLDER, write_address
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
-from minga.federation.wire import plain
+from minga.federation.wire import printable
 
 _log = logging.getLogger(__name__)
 
@@ -376,7 +376,7 @@ class Coordinator:
 
     def _note_refused_call(self, caller: str, peer: str, method: str, error: IdentityError) -> None:
         self._audit.append_limited(
-            Kind.ACCESS_REFUSED, caller, method=method, peer=peer, reason=plain(str(error))
+            Kind.ACCESS_REFUSED, caller, method=method, peer=peer, reason=printable(str(error))
         )
 
     def _note_refused_enrolment(
@@ -385,10 +385,10 @@ class Coordinator:
         self._audit.append_limited(
             Kind.ENROLMENT_REFUSED,
             STRANGER,
-            name=plain(request.device_name)[:MAX_NAME_LENGTH],
+            name=printable(request.device_name)[:MAX_NAME_LENGTH],
             token=token_name(request.token_secret),
             peer=peer,
-            reason=plain(str(error)),
+            reason=printable(str(error)),
         )
 
 

@@ -38,7 +38,7 @@ from minga.federation.limits import (
 )
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
-from minga.federation.wire import plain
+from minga.federation.wire import printable
 from minga.inference.engine import ModelRef
 from minga.inference.errors import InferenceError
 from minga.inference.repository import ModelRepository
@@ -60,6 +60,7 @@ class Agent:
         slots: where models are kept.
         models: what the local inference server answers from.
         metrics: what Prometheus reads.
+        allow_plain: whether the coordinator may see this device's updates.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Agent:
         slots: ModelSlots,
         models: ModelRepository,
         metrics: Metrics,
+        allow_plain: bool = False,
     ) -> None:
         self._link = link
+        self._allow_plain = allow_plain
         self._trainer = trainer
         self._slots = slots
         self._models = models
@@ -285,7 +288,7 @@ class Agent:
             outbox.put_nowait(None)  # ends the stream: the coordinator asks again on the next one
             return
         except FederationError as error:
-            _log.warning("round %s is refused: %s", plain(round_id), error)
+            _log.warning("round %s is refused: %s", printable(round_id), error)
             self._send(wire.withdrawal(round_id, str(error)))
             return
         if participant is not self._participant:
@@ -317,6 +320,7 @@ class Agent:
             download=self._download,
             upload=self._upload,
             metrics=self._metrics,
+            allow_plain=self._allow_plain,
         )
         return self._participant
 
@@ -330,12 +334,12 @@ class Agent:
             return
         result = "counted" if end.counted else "committed" if end.committed else "aborted"
         self._metrics.rounds.labels(result=result).inc()
-        _log.info("round %s: %s %s", end.round_id, result, plain(end.reason))
+        _log.info("round %s: %s %s", end.round_id, result, printable(end.reason))
         self._drop_participant()
 
     def _take_refusal(self, refusal: pb.Refusal) -> None:
         """Leave the round in which a message was refused: there is no other answer to give."""
-        _log.warning("the coordinator refused a message: %s", plain(refusal.reason))
+        _log.warning("the coordinator refused a message: %s", printable(refusal.reason))
         if self._participant is not None and self._participant.round_id == refusal.round_id:
             self._metrics.rounds.labels(result="refused").inc()
             self._send(wire.withdrawal(refusal.round_id, "its answer was refused"))
@@ -374,12 +378,12 @@ class Agent:
                 await self._switch_to(offer)
             report.state = pb.MODEL_STATE_ACTIVE
         except UnreachableError as error:
-            _log.warning("model %s waits for the link: %s", plain(offer.name), error)
+            _log.warning("model %s waits for the link: %s", printable(offer.name), error)
             return  # offered again after the reconnect
         except (FederationError, InferenceError, OSError) as error:
-            _log.error("model %s is refused: %s", plain(offer.name), error)
+            _log.error("model %s is refused: %s", printable(offer.name), error)
             report.state = pb.MODEL_STATE_FAILED
-            report.detail = plain(str(error))
+            report.detail = printable(str(error))
         self._send(pb.SessionRequest(model_report=report))
 
     async def _switch_to(self, offer: pb.ModelOffer) -> None:

@@ -12,13 +12,24 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from minga.federation import wire
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.trainer_process import TrainerProcess
-from minga.federation.errors import FederationError, PeerError, TrainerError, UnreachableError
+from minga.federation.errors import (
+    FederationError,
+    PeerError,
+    PlainRefusedError,
+    TrainerError,
+    UnreachableError,
+)
 from minga.federation.identity import CertificateVerifier, Identity
 from minga.federation.parameters import Layout, from_bytes
+from minga.federation.plain import update_to_bytes
 from minga.federation.secagg.device import DeviceSession
+from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Update
 from minga.federation.transfer import digest_of
 from minga.federation.v1 import federation_pb2 as pb
@@ -44,13 +55,28 @@ class Participant:
         download: Download,
         upload: Upload,
         metrics: Metrics,
+        allow_plain: bool = False,
     ) -> None:
+        """Begin to train.
+
+        Raises:
+            ValueError, PeerError: the invitation is not safe to follow, or malformed.
+            PlainRefusedError: the coordinator would see the update, and this site does not allow
+                that.
+        """
         self.round_id = invite.round_id
         self._model_digest = invite.model_digest
         self._training = wire.config_from_wire(invite.training)
         self._plan = wire.plan_of_invite(invite)
-        verifier = CertificateVerifier(authority=identity.authority)
-        self._session = DeviceSession(self._plan, identity, verifier)
+        self._session: DeviceSession | None = None
+        if isinstance(self._plan, RoundPlan):
+            verifier = CertificateVerifier(authority=identity.authority)
+            self._session = DeviceSession(self._plan, identity, verifier)
+        elif not allow_plain:
+            raise PlainRefusedError(
+                "the coordinator would see this device's update; its owner has to allow that "
+                "(allow_plain)"
+            )
         self._trainer = trainer
         self._download = download
         self._upload = upload
@@ -86,18 +112,21 @@ class Participant:
                 return self._withdraw("the device failed; its own log says why")
 
     async def _answer(self, message: pb.SessionResponse) -> pb.SessionRequest:
+        session = self._session
+        if session is None:
+            return await self._send_plain(message)
         match message.WhichOneof("body"):
             case "invite":
-                advert = self._session.advertise()
+                advert = session.advertise()
                 return pb.SessionRequest(key_advert=wire.advert_to_wire(self.round_id, advert))
             case "neighbour_keys":
                 adverts = [wire.advert_from_wire(a) for a in message.neighbour_keys.adverts]
-                shares = self._session.share(adverts)
+                shares = session.share(adverts)
                 return pb.SessionRequest(shares=wire.shares_to_wire(self.round_id, shares))
             case "neighbour_shares":
-                return await self._send_update(message.neighbour_shares)
+                return await self._send_masked(session, message.neighbour_shares)
             case "survivors":
-                confirmation = self._session.confirm(message.survivors.device_ids)
+                confirmation = session.confirm(message.survivors.device_ids)
                 return pb.SessionRequest(
                     confirmation=wire.confirmation_to_wire(self.round_id, confirmation)
                 )
@@ -105,22 +134,41 @@ class Participant:
                 confirmations = [
                     wire.confirmation_from_wire(c) for c in message.confirmations.confirmations
                 ]
-                reveal = self._session.reveal(confirmations)
+                reveal = session.reveal(confirmations)
                 return pb.SessionRequest(reveal=wire.reveal_to_wire(self.round_id, reveal))
             case other:
                 raise PeerError(f"{other!r} is no step of a round")
 
-    async def _send_update(self, message: pb.NeighbourShares) -> pb.SessionRequest:
-        update = await self._trained()
+    async def _send_masked(
+        self, session: DeviceSession, message: pb.NeighbourShares
+    ) -> pb.SessionRequest:
+        delta, weight = await self._contribution()
         inbox = [wire.share_from_wire(share) for share in message.shares]
-        delta = Layout.of(update.delta).flatten(update.delta)
-        weight = min(update.num_examples, self._plan.max_weight)
-        masked = await asyncio.to_thread(self._session.mask, inbox, delta, weight)
+        masked = await asyncio.to_thread(session.mask, inbox, delta, weight)
         digest = digest_of(masked)
         await self._upload(digest, masked)
         return pb.SessionRequest(
             masked_update=pb.MaskedUpdate(round_id=self.round_id, digest=digest, size=len(masked))
         )
+
+    async def _send_plain(self, message: pb.SessionResponse) -> pb.SessionRequest:
+        if message.WhichOneof("body") != "invite":
+            raise PeerError(f"{message.WhichOneof('body')!r} is no step of a plain round")
+        delta, weight = await self._contribution()
+        data = update_to_bytes(delta)
+        digest = digest_of(data)
+        await self._upload(digest, data)
+        return pb.SessionRequest(
+            plain_update=pb.PlainUpdate(
+                round_id=self.round_id, digest=digest, size=len(data), num_examples=weight
+            )
+        )
+
+    async def _contribution(self) -> tuple[NDArray[np.float32], int]:
+        """Wait for the update: its vector, and how much it counts."""
+        update = await self._trained()
+        weight = min(update.num_examples, self._plan.max_weight)
+        return Layout.of(update.delta).flatten(update.delta), weight
 
     async def _trained(self) -> Update:
         """Wait for the update; training that could not fetch its model begins anew."""

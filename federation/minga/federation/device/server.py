@@ -46,6 +46,7 @@ async def run(settings: DeviceSettings) -> None:
         slots=ModelSlots(settings.folder / "models"),
         models=models,
         metrics=metrics,
+        allow_plain=settings.allow_plain,
     )
     async with AsyncExitStack() as stack:
         app = InferenceApp(models, registry=metrics.registry)

@@ -27,6 +27,10 @@ class DeviceSettings(BaseSettings):
     trainer_options: dict[str, Scalar] = Field(default_factory=dict)
     """What the trainer is made with, for instance where this site's data lies."""
 
+    allow_plain: bool = False
+    """Take part in rounds whose coordinator sees this device's update. Without it the device takes
+    part only where updates are masked (secure aggregation)."""
+
     host: str = "127.0.0.1"
     """Address of the local inference server."""
 

@@ -43,6 +43,30 @@ MODEL_STATE_ACTIVE: ModelState.ValueType  # 1
 MODEL_STATE_FAILED: ModelState.ValueType  # 2
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
+class _Protection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ProtectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Protection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROTECTION_UNSPECIFIED: _Protection.ValueType  # 0
+    """As SECURE."""
+    PROTECTION_SECURE: _Protection.ValueType  # 1
+    """Nobody: the coordinator learns sums alone."""
+    PROTECTION_PLAIN: _Protection.ValueType  # 2
+    """The coordinator; only devices whose owners allow it take part."""
+
+class Protection(_Protection, metaclass=_ProtectionEnumTypeWrapper):
+    """Who may see a single update."""
+
+PROTECTION_UNSPECIFIED: Protection.ValueType  # 0
+"""As SECURE."""
+PROTECTION_SECURE: Protection.ValueType  # 1
+"""Nobody: the coordinator learns sums alone."""
+PROTECTION_PLAIN: Protection.ValueType  # 2
+"""The coordinator; only devices whose owners allow it take part."""
+Global___Protection: _TypeAlias = Protection  # noqa: Y015
+
 class _CampaignState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -376,6 +400,7 @@ class SessionRequest(_message.Message):
     REVEAL_FIELD_NUMBER: _builtins.int
     WITHDRAWAL_FIELD_NUMBER: _builtins.int
     MODEL_REPORT_FIELD_NUMBER: _builtins.int
+    PLAIN_UPDATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -394,6 +419,8 @@ class SessionRequest(_message.Message):
     def withdrawal(self) -> Global___RoundWithdrawal: ...
     @_builtins.property
     def model_report(self) -> Global___ModelReport: ...
+    @_builtins.property
+    def plain_update(self) -> Global___PlainUpdate: ...
     def __init__(
         self,
         *,
@@ -406,12 +433,13 @@ class SessionRequest(_message.Message):
         reveal: Global___ShareReveal | None = ...,
         withdrawal: Global___RoundWithdrawal | None = ...,
         model_report: Global___ModelReport | None = ...,
+        plain_update: Global___PlainUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmation", b"confirmation", "heartbeat", b"heartbeat", "hello", b"hello", "key_advert", b"key_advert", "masked_update", b"masked_update", "model_report", b"model_report", "reveal", b"reveal", "shares", b"shares", "withdrawal", b"withdrawal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmation", b"confirmation", "heartbeat", b"heartbeat", "hello", b"hello", "key_advert", b"key_advert", "masked_update", b"masked_update", "model_report", b"model_report", "plain_update", b"plain_update", "reveal", b"reveal", "shares", b"shares", "withdrawal", b"withdrawal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmation", b"confirmation", "heartbeat", b"heartbeat", "hello", b"hello", "key_advert", b"key_advert", "masked_update", b"masked_update", "model_report", b"model_report", "reveal", b"reveal", "shares", b"shares", "withdrawal", b"withdrawal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmation", b"confirmation", "heartbeat", b"heartbeat", "hello", b"hello", "key_advert", b"key_advert", "masked_update", b"masked_update", "model_report", b"model_report", "plain_update", b"plain_update", "reveal", b"reveal", "shares", b"shares", "withdrawal", b"withdrawal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "key_advert", "shares", "masked_update", "confirmation", "reveal", "withdrawal", "model_report"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "key_advert", "shares", "masked_update", "confirmation", "reveal", "withdrawal", "model_report", "plain_update"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -656,8 +684,32 @@ class SecureAggregationPlan(_message.Message):
 Global___SecureAggregationPlan: _TypeAlias = SecureAggregationPlan  # noqa: Y015
 
 @_typing.final
+class PlainPlan(_message.Message):
+    """The numbers of a round whose updates the coordinator sees one by one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_VALUES_FIELD_NUMBER: _builtins.int
+    MAX_WEIGHT_FIELD_NUMBER: _builtins.int
+    num_values: _builtins.int
+    max_weight: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_values: _builtins.int = ...,
+        max_weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_weight", b"max_weight", "num_values", b"num_values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlainPlan: _TypeAlias = PlainPlan  # noqa: Y015
+
+@_typing.final
 class RoundInvite(_message.Message):
-    """Stage 1: invites a device. It answers with a key advert, or withdraws."""
+    """Stage 1: invites a device. It answers with a key advert, with a plain update, or withdraws."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -686,13 +738,20 @@ class RoundInvite(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
+    PLAIN_PLAN_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     model_digest: _builtins.bytes
     """Blob: the global model as safetensors."""
     @_builtins.property
-    def plan(self) -> Global___SecureAggregationPlan: ...
+    def plan(self) -> Global___SecureAggregationPlan:
+        """The round is secure: updates are masked."""
+
     @_builtins.property
     def training(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
+    @_builtins.property
+    def plain_plan(self) -> Global___PlainPlan:
+        """The round is plain; never beside a secure plan. A device refuses it unless its owner allows it."""
+
     def __init__(
         self,
         *,
@@ -700,14 +759,48 @@ class RoundInvite(_message.Message):
         plan: Global___SecureAggregationPlan | None = ...,
         model_digest: _builtins.bytes = ...,
         training: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
+        plain_plan: Global___PlainPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plain_plan", b"plain_plan", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_digest", b"model_digest", "plan", b"plan", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_digest", b"model_digest", "plain_plan", b"plain_plan", "plan", b"plan", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundInvite: _TypeAlias = RoundInvite  # noqa: Y015
+
+@_typing.final
+class PlainUpdate(_message.Message):
+    """A plain round's only answer: the update, uploaded as the blob of this digest, is a vector of
+    little-endian float32, the tensors in the order of their names.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
+    round_id: _builtins.str
+    digest: _builtins.bytes
+    size: _builtins.int
+    num_examples: _builtins.int
+    """Capped by the plan's max_weight."""
+    def __init__(
+        self,
+        *,
+        round_id: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        num_examples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_examples", b"num_examples", "round_id", b"round_id", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlainUpdate: _TypeAlias = PlainUpdate  # noqa: Y015
 
 @_typing.final
 class KeyAdvert(_message.Message):
@@ -1510,6 +1603,9 @@ class CampaignPlan(_message.Message):
     EXPECTED_DROPOUT_FIELD_NUMBER: _builtins.int
     COLLUDER_SHARE_FIELD_NUMBER: _builtins.int
     SERVER_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    PROTECTION_FIELD_NUMBER: _builtins.int
+    NUM_GROUPS_FIELD_NUMBER: _builtins.int
+    OVER_SELECTION_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -1531,6 +1627,13 @@ class CampaignPlan(_message.Message):
     training_timeout_s: _builtins.float
     expected_dropout: _builtins.float
     colluder_share: _builtins.float
+    protection: Global___Protection.ValueType
+    num_groups: _builtins.int
+    """A secure round sums within so many groups of equal size; 0 means 1."""
+    over_selection: _builtins.float
+    """A round invites so many devices more than the cohort, as a share of it, and waits for the
+    cohort's fastest.
+    """
     @_builtins.property
     def training(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
     @_builtins.property
@@ -1558,10 +1661,13 @@ class CampaignPlan(_message.Message):
         expected_dropout: _builtins.float = ...,
         colluder_share: _builtins.float = ...,
         server_optimizer: Global___ServerOptimizer | None = ...,
+        protection: Global___Protection.ValueType = ...,
+        num_groups: _builtins.int = ...,
+        over_selection: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_rounds", b"num_rounds", "parent_version", b"parent_version", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1771,6 +1877,7 @@ class Round(_message.Message):
     ENDED_AT_FIELD_NUMBER: _builtins.int
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     BYTES_SENT_FIELD_NUMBER: _builtins.int
+    PLAIN_PLAN_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     number: _builtins.int
     stage: Global___RoundStage.ValueType
@@ -1800,6 +1907,10 @@ class Round(_message.Message):
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def ended_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def plain_plan(self) -> Global___PlainPlan:
+        """Instead of `plan` if the round is plain."""
+
     def __init__(
         self,
         *,
@@ -1818,10 +1929,11 @@ class Round(_message.Message):
         ended_at: _timestamp_pb2.Timestamp | None = ...,
         bytes_received: _builtins.int = ...,
         bytes_sent: _builtins.int = ...,
+        plain_plan: Global___PlainPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plan", b"plan", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plain_plan", b"plain_plan", "plan", b"plan", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "number", b"number", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

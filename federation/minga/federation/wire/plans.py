@@ -1,0 +1,141 @@
+"""Plans of campaigns and rounds on the wire."""
+
+from minga.federation.aggregation.optimizers import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedYogi,
+    ServerOptimizer,
+)
+from minga.federation.errors import PeerError
+from minga.federation.plain import PlainPlan
+from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.wire.values import check_digest, config_from_wire
+
+
+def optimizer_to_wire(optimizer: ServerOptimizer) -> pb.ServerOptimizer:
+    """Write a server optimiser; its learning rate is a number of the plan's own."""
+    match optimizer:
+        case FedAvg():
+            return pb.ServerOptimizer(fedavg=pb.FedAvg())
+        case FedAvgM(momentum=momentum):
+            return pb.ServerOptimizer(fedavgm=pb.FedAvgM(momentum=momentum))
+        case FedAdagrad(beta_1=beta_1, tau=tau):
+            return pb.ServerOptimizer(fedadagrad=pb.FedAdagrad(beta_1=beta_1, tau=tau))
+        case FedAdam(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return pb.ServerOptimizer(fedadam=pb.FedAdam(beta_1=beta_1, beta_2=beta_2, tau=tau))
+        case FedYogi(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return pb.ServerOptimizer(fedyogi=pb.FedYogi(beta_1=beta_1, beta_2=beta_2, tau=tau))
+        case _:
+            raise AssertionError(f"{type(optimizer).__name__} has no form on the wire")
+
+
+def optimizer_from_wire(plan: pb.CampaignPlan) -> ServerOptimizer:
+    """Read the server optimiser of a campaign.
+
+    Raises:
+        PeerError: it is one that this version does not know.
+        ValueError: a number is out of its range.
+    """
+    rate, message = plan.server_learning_rate, plan.server_optimizer
+    kind = message.WhichOneof("kind") if plan.HasField("server_optimizer") else "fedavg"
+    match getattr(message, kind) if kind else None:
+        case pb.FedAvg():
+            return FedAvg(learning_rate=rate)
+        case pb.FedAvgM(momentum=momentum):
+            return FedAvgM(learning_rate=rate, momentum=momentum)
+        case pb.FedAdagrad(beta_1=beta_1, tau=tau):
+            return FedAdagrad(learning_rate=rate, beta_1=beta_1, tau=tau)
+        case pb.FedAdam(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return FedAdam(learning_rate=rate, beta_1=beta_1, beta_2=beta_2, tau=tau)
+        case pb.FedYogi(beta_1=beta_1, beta_2=beta_2, tau=tau):
+            return FedYogi(learning_rate=rate, beta_1=beta_1, beta_2=beta_2, tau=tau)
+        case _:
+            raise PeerError(
+                "the plan names no server optimiser that this coordinator knows; upgrade it"
+            )
+
+
+def num_groups(plan: pb.CampaignPlan) -> int:
+    """Say within how many groups a secure round of a campaign sums."""
+    return max(1, plan.num_groups)
+
+
+def is_plain(plan: pb.CampaignPlan) -> bool:
+    """Say whether the coordinator sees each update; secure unless it is said clearly."""
+    return plan.protection == pb.PROTECTION_PLAIN
+
+
+def round_plan(
+    plan: pb.CampaignPlan, *, round_id: str, model_digest: bytes, num_values: int, num_invited: int
+) -> RoundPlan | PlainPlan:
+    """Derive the plan of one round of a campaign.
+
+    Devices that are invited beyond the cohort are expected to be lost, like others.
+
+    Raises:
+        ValueError, PeerError: the campaign's numbers cannot work for so many devices.
+    """
+    if is_plain(plan):
+        return PlainPlan(num_values=num_values, max_weight=plan.max_weight)
+    not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
+    return derive_plan(
+        round_id=bytes.fromhex(round_id),
+        context_digest=context_digest(model_digest, config_from_wire(plan.training)),
+        num_values=num_values,
+        cohort_size=num_invited // num_groups(plan),
+        clip=plan.clip,
+        value_bits=plan.value_bits,
+        max_weight=plan.max_weight,
+        expected_dropout=1 - (1 - plan.expected_dropout) * (1 - not_needed),
+        colluder_share=plan.colluder_share,
+    )
+
+
+def plan_to_wire(plan: RoundPlan) -> pb.SecureAggregationPlan:
+    """Write a plan; its context is not sent, each side computes it from what it really uses."""
+    return pb.SecureAggregationPlan(
+        round_id=plan.round_id,
+        num_values=plan.num_values,
+        max_cohort=plan.max_cohort,
+        num_neighbours=plan.num_neighbours,
+        threshold=plan.threshold,
+        value_bits=plan.value_bits,
+        clip=plan.clip,
+        max_weight=plan.max_weight,
+    )
+
+
+def plain_plan_to_wire(plan: PlainPlan) -> pb.PlainPlan:
+    """Write a plain round's plan."""
+    return pb.PlainPlan(num_values=plan.num_values, max_weight=plan.max_weight)
+
+
+def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
+    """Read the plan of an invitation, bound to the model and the training that it names.
+
+    Raises:
+        ValueError, PeerError: the plan is not safe, or the invitation contradicts itself.
+    """
+    check_digest(invite.model_digest)
+    if invite.HasField("plan") == invite.HasField("plain_plan"):
+        raise PeerError("an invitation is to a secure or to a plain round, one of both")
+    if invite.HasField("plain_plan"):
+        plain = invite.plain_plan
+        return PlainPlan(num_values=plain.num_values, max_weight=plain.max_weight)
+    plan = invite.plan
+    if plan.round_id.hex() != invite.round_id:
+        raise PeerError("the invitation and its plan name different rounds")
+    return RoundPlan(
+        round_id=plan.round_id,
+        context_digest=context_digest(invite.model_digest, config_from_wire(invite.training)),
+        num_values=plan.num_values,
+        max_cohort=plan.max_cohort,
+        num_neighbours=plan.num_neighbours,
+        threshold=plan.threshold,
+        value_bits=plan.value_bits,
+        clip=plan.clip,
+        max_weight=plan.max_weight,
+    )
