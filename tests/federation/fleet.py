@@ -124,7 +124,9 @@ class Fleet:
         await enrol(token.token, self.folder / name, name)
         return self.folder / name
 
-    def start_device(self, name: str, options: Mapping[str, Scalar] | None = None) -> None:
+    def start_device(
+        self, name: str, options: Mapping[str, Scalar] | None = None, *, allow_plain: bool = False
+    ) -> None:
         """Run an enrolled device; without options it only runs models."""
         folder = self.folder / name
         trainer = None
@@ -145,13 +147,16 @@ class Fleet:
             slots=ModelSlots(folder / "models"),
             models=self.models[name],
             metrics=Metrics(),
+            allow_plain=allow_plain,
         )
         self._agents[name] = asyncio.create_task(agent.run(), name=name)
 
-    async def add(self, name: str, options: Mapping[str, Scalar] | None = None) -> None:
+    async def add(
+        self, name: str, options: Mapping[str, Scalar] | None = None, *, allow_plain: bool = False
+    ) -> None:
         """Enrol a device and run it."""
         await self.enrol(name)
-        self.start_device(name, options)
+        self.start_device(name, options, allow_plain=allow_plain)
 
     @asynccontextmanager
     async def stream(self, name: str, hello: pb.Hello | None = None) -> AsyncIterator[Stream]:

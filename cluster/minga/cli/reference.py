@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from prometheus_client import CollectorRegistry
@@ -163,6 +163,8 @@ def _keys(fields: Any) -> str:
 
 
 def _type_of(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(field.annotation))
     kind = getattr(field.annotation, "__name__", str(field.annotation))
     bounds = [
         f"{word} {getattr(bound, name)}"
