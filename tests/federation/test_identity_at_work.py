@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +16,13 @@ from minga.federation.coordinator.authority import Authority
 from minga.federation.device.enrolment import enrol
 from minga.federation.enrolment_token import EnrolmentToken
 from minga.federation.errors import AccessError, EnrolmentError, IdentityError
-from minga.federation.identity import load_certificate, load_identity, utc_now
+from minga.federation.identity import load_certificate, load_identity
 from minga.federation.operator import connect
 from minga.federation.parameters import from_bytes
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from tests.federation.certificate_time import AGE, Time
 from tests.federation.fleet import PATIENCE_S, Fleet, campaign_plan, toy_model
-
-AGE = timedelta(days=26)
-"""Older than every renewal time of certificates that hold for 30 days, and not expired."""
-
-
-class Time:
-    """The certificates' clock; TLS itself looks at the real time, so it begins in the past."""
-
-    def __init__(self) -> None:
-        self.now = utc_now() - AGE
-
-    def __call__(self) -> datetime:
-        return self.now
 
 
 @pytest.fixture

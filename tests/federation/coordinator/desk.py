@@ -292,6 +292,31 @@ class Desk:
                     return campaign
         raise AssertionError("the campaign ended before")
 
+    async def finish_over_a_kill(
+        self, plan: pb.CampaignPlan, model: Parameters, lives: int
+    ) -> tuple[pb.Campaign, bool]:
+        """Run a campaign whose coordinator is killed before its `lives`-th next write.
+
+        Returns:
+            The campaign as it ended after a restart, and whether the kill came before that.
+        """
+        campaign_id = self.start_campaign(plan, model)
+        await self.stop()
+        self.start(lives)
+        self.connect()
+        killed = asyncio.create_task(self.mortal.killed.wait())
+        ended = asyncio.create_task(self.finish(campaign_id))
+        await asyncio.wait([killed, ended], return_when=asyncio.FIRST_COMPLETED)
+        was_killed = killed.done()
+        for task in (killed, ended):
+            task.cancel()
+        await self.stop()
+        self.start()
+        self.connect()
+        campaign = await self.finish(campaign_id)
+        assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, (lives, campaign.reason)
+        return campaign, was_killed
+
     def moved(self, campaign: pb.Campaign, model: Parameters) -> dict[str, np.ndarray]:
         """Say by how much a campaign moved its model."""
         result = from_bytes(self.blobs.read(campaign.model_digest))

@@ -49,32 +49,15 @@ def plan_of(**changes: object) -> pb.CampaignPlan:
 @pytest.mark.slow
 async def test_killed_before_any_write(tmp_path: Path) -> None:
     """Killed between any two writes, the coordinator goes on: each update counts exactly once."""
-    model = toy_model()
-    ended_by_itself = False
     for lives in range(1, NUM_WRITES):
         desk = Desk(tmp_path / str(lives))
         enrol_three(desk)
         desk.start()
-        campaign_id = desk.start_campaign(plan_of(), model)
-        await desk.stop()
-        desk.start(lives)
-        desk.connect()
-        killed = asyncio.create_task(desk.mortal.killed.wait())
-        ended = asyncio.create_task(desk.finish(campaign_id))
-        await asyncio.wait([killed, ended], return_when=asyncio.FIRST_COMPLETED)
-        ended_by_itself = not killed.done()
-        for task in (killed, ended):
-            task.cancel()
-        await desk.stop()
-
-        desk.start()
-        desk.connect()
-        campaign = await desk.finish(campaign_id)
-        assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, (lives, campaign.reason)
+        campaign, was_killed = await desk.finish_over_a_kill(plan_of(), toy_model(), lives)
         await assert_exact(desk, campaign)
         assert_told_once(desk, campaign)
         await desk.stop()
-    assert ended_by_itself, "NUM_WRITES is too small to reach the campaign's last write"
+    assert not was_killed, "NUM_WRITES is too small to reach the campaign's last write"
 
 
 def assert_told_once(desk: Desk, campaign: pb.Campaign) -> None:

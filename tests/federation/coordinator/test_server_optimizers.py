@@ -134,28 +134,13 @@ async def test_killed_before_any_write(tmp_path: Path) -> None:
     campaign = await desk.finish(desk.start_campaign(plan_of(ADAM, num_rounds=2), toy_model()))
     undisturbed = campaign.model_digest
     await desk.stop()
-    ended_by_itself = False
+    plan = plan_of(ADAM, num_rounds=2)
     for lives in range(1, NUM_WRITES, 3):
         desk = open_desk(tmp_path / str(lives))
-        campaign_id = desk.start_campaign(plan_of(ADAM, num_rounds=2), toy_model())
-        await desk.stop()
-        desk.start(lives)
-        desk.connect()
-        killed = asyncio.create_task(desk.mortal.killed.wait())
-        ended = asyncio.create_task(desk.finish(campaign_id))
-        await asyncio.wait([killed, ended], return_when=asyncio.FIRST_COMPLETED)
-        ended_by_itself = not killed.done()
-        for task in (killed, ended):
-            task.cancel()
-        await desk.stop()
-
-        desk.start()
-        desk.connect()
-        campaign = await desk.finish(campaign_id)
-        assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, (lives, campaign.reason)
+        campaign, was_killed = await desk.finish_over_a_kill(plan, toy_model(), lives)
         assert campaign.model_digest == undisturbed, lives
         await desk.stop()
-    assert ended_by_itself, "NUM_WRITES is too small to reach the campaign's last write"
+    assert not was_killed, "NUM_WRITES is too small to reach the campaign's last write"
 
 
 async def test_restart_between_rounds(desk: Desk) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from minga.federation.identity import (
     make_csr,
     new_key,
     renewal_time,
-    utc_now,
 )
 from minga.federation.transport import (
     SERVER_OPTIONS,
@@ -32,19 +31,9 @@ from minga.federation.transport import (
 )
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from tests.federation.certificate_time import AGE, Time
 
 LIFETIME = timedelta(days=30)
-AGE = timedelta(days=26)
-
-
-class Time:
-    """A clock that stands still until it is moved; it begins `AGE` ago."""
-
-    def __init__(self) -> None:
-        self.now = utc_now() - AGE
-
-    def __call__(self) -> datetime:
-        return self.now
 
 
 @pytest.fixture
