@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from minga.federation.coordinator.authority import Authority
+from minga.federation.coordinator.store import DATABASE_FILE, Store
 from minga.federation.errors import IdentityError
 from minga.federation.identity import (
     KEY_FILE,
@@ -14,7 +15,9 @@ from minga.federation.identity import (
     make_csr,
     save_identity,
 )
+from minga.federation.limits import PAGE_DEVICES
 from minga.federation.operator import ADDRESS_FILE, connect
+from tests.federation.fleet import Fleet
 
 
 async def test_folder_without_an_identity(tmp_path: Path) -> None:
@@ -38,3 +41,18 @@ async def test_folder_without_an_address(
     with pytest.raises(IdentityError, match="copy the coordinator's"):
         async with connect(folder):
             pass
+
+
+async def test_large_fleet_is_listed_in_pages(tmp_path: Path) -> None:
+    """Every device of a group is listed once and by name, however many messages that takes."""
+    async with Fleet(tmp_path) as fleet:
+        store = Store(tmp_path / "coordinator" / DATABASE_FILE)
+        names = [f"site-{index:05}" for index in range(2 * PAGE_DEVICES + 1)]
+        with store.transaction():
+            for index, name in enumerate(reversed(names)):
+                group = "line-1" if index % 2 else "line-2"
+                store.register_device(name, group, name.encode(), 0.0)
+        store.close()
+        assert [device.device_id for device in await fleet.operator.devices()] == names
+        assert len(await fleet.operator.devices("line-1")) == PAGE_DEVICES
+        assert (await fleet.operator.status()).num_devices == len(names)

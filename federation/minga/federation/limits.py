@@ -136,6 +136,9 @@ RETURN_S: Final = 2 * MAX_RECONNECT_BACKOFF_S
 STORAGE_RETRY_S: Final = 5.0
 """A campaign that the coordinator's own disk or database stopped is tried again this often."""
 
+PAGE_DEVICES: Final = 1000
+"""Devices in one page of a listing; the largest take 2.5 KiB each."""
+
 MAX_COHORT: Final = 4096
 """Devices in one round."""
 

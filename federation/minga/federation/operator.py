@@ -51,11 +51,17 @@ class Operator:
             return await self._stub.CreateToken(request, timeout=CALL_TIMEOUT_S)
 
     async def devices(self, group: str = "") -> list[pb.Device]:
-        """List the devices of a group, or all."""
-        request = pb.ListDevicesRequest(group=group)
-        with transport.calling(self.address):
-            response = await self._stub.ListDevices(request, timeout=CALL_TIMEOUT_S)
-        return list(response.devices)
+        """List the devices of a group, or all, by name."""
+        devices: list[pb.Device] = []
+        has_more = True
+        while has_more:
+            after = devices[-1].device_id if devices else ""
+            request = pb.ListDevicesRequest(group=group, after=after)
+            with transport.calling(self.address):
+                response = await self._stub.ListDevices(request, timeout=CALL_TIMEOUT_S)
+            devices += response.devices
+            has_more = response.has_more and bool(response.devices)
+        return devices
 
     async def revoke(self, device_id: str) -> None:
         """Refuse a device from now on."""

@@ -15,6 +15,7 @@ from minga.federation.coordinator.hub import Hub
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import DeviceRow, Store
 from minga.federation.errors import CampaignError, FederationError
+from minga.federation.limits import PAGE_DEVICES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.federation.wire import timestamp
@@ -59,9 +60,12 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
     async def ListDevices(
         self, request: pb.ListDevicesRequest, context: Context
     ) -> pb.ListDevicesResponse:
-        """List devices."""
-        rows = self._store.devices(request.group)
-        return pb.ListDevicesResponse(devices=[self._device(row) for row in rows])
+        """List one page of devices."""
+        rows = self._store.devices(request.group, after=request.after, most=PAGE_DEVICES + 1)
+        return pb.ListDevicesResponse(
+            devices=[self._device(row) for row in rows[:PAGE_DEVICES]],
+            has_more=len(rows) > PAGE_DEVICES,
+        )
 
     def _device(self, row: DeviceRow) -> pb.Device:
         connection = self._hub.connection(row.device_id)
@@ -136,7 +140,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         return pb.GetStatusResponse(
             version=version("minga"),
             started_at=timestamp(self._started_at),
-            num_devices=len(self._store.devices()),
+            num_devices=self._store.num_devices(),
             num_connected=len(self._hub),
             campaigns=self._campaigns.describe(),
             peak_memory_bytes=peak_kib * 1024,

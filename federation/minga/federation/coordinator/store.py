@@ -73,6 +73,8 @@ CREATE TABLE IF NOT EXISTS published_models (
 ) STRICT;
 """
 
+_ALL = -1  # SQLite's word for no limit
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRow:
@@ -207,17 +209,25 @@ class Store:
         rows = self._devices("WHERE device_id = ?", (device_id,))
         return rows[0] if rows else None
 
-    def devices(self, group: str = "") -> list[DeviceRow]:
-        """Give the devices of a group, or all, by name."""
-        return self._devices("WHERE ? IN ('', group_name)", (group,))
+    def devices(self, group: str = "", *, after: str = "", most: int = _ALL) -> list[DeviceRow]:
+        """Give the devices of a group, or all, by name; so many of those that sort after a name."""
+        where = "WHERE ? IN ('', group_name) AND device_id > ?"
+        return self._devices(where, (group, after), most)
 
-    def _devices(self, where: str, values: Sequence[str | bytes]) -> list[DeviceRow]:
+    def num_devices(self) -> int:
+        """Count the devices."""
+        (count,) = self._execute("SELECT count(*) FROM devices").fetchone()
+        return int(count)
+
+    def _devices(
+        self, where: str, values: Sequence[str | bytes], most: int = _ALL
+    ) -> list[DeviceRow]:
         # `where` is one of the literals in this class; values are bound.
         rows = self._execute(
             "SELECT device_id, group_name, key_digest, enrolled_at, last_seen_at, revoked_at,"  # noqa: S608
             f" trains, agent_version, model, rounds_counted FROM devices {where}"
-            " ORDER BY device_id",
-            values,
+            " ORDER BY device_id LIMIT ?",
+            (*values, most),
         )
         return [
             DeviceRow(
