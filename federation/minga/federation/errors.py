@@ -13,6 +13,7 @@
     ├── MissingBlobError    the store holds no blob of that digest
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
+    ├── StrategyError       a Flower strategy fails, is not allowed, or wants what rounds cannot do
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -70,6 +71,10 @@ class StepError(FederationError, ValueError):
 
 class PlainRefusedError(FederationError):
     """The coordinator would see a single update, and the device's owner does not allow that."""
+
+
+class StrategyError(FederationError):
+    """A Flower strategy fails, is not allowed here, or wants what a round cannot do."""
 
 
 class PeerError(FederationError):
