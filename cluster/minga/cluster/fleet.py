@@ -11,7 +11,7 @@ from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.wire import config_to_wire, optimizer_to_wire
+from minga.federation.wire import config_to_wire, optimizer_to_wire, strategy_to_wire
 from minga.training.progress import OnProgress, Progress
 
 OnCampaign = Callable[[pb.Campaign], None]
@@ -105,6 +105,7 @@ def campaign_plan(
         expected_dropout=config.expected_dropout,
         colluder_share=config.colluder_share,
         server_optimizer=optimizer_to_wire(optimizer),
+        flower_strategy=strategy_to_wire(config.flower.strategy_name),
         protection=_PROTECTIONS[config.protection],
         num_groups=config.groups,
         over_selection=config.over_selection,

@@ -13,13 +13,13 @@ from flwr.serverapp import strategy as newer
 
 from minga.federation.errors import StrategyError
 from minga.federation.flower.arrays import FLOWER_ARRAYS, names_to_text
+from minga.federation.flower.config import StrategyName
 from minga.federation.flower.runtime import be_a_node
 from minga.federation.flower.strategy import (
     BUILT_IN,
     FlowerStrategy,
     Result,
     Step,
-    StrategyName,
 )
 from minga.federation.parameters import Layout, Parameters
 from minga.federation.trainer import Scalar
@@ -201,7 +201,9 @@ def test_recorder_is_told_what_flower_tells() -> None:
     instructions = strategy.configure(**told, devices=DEVICES)
     assert instructions.training == {**CONFIG, "lr": 0.25, "round": 2}
     failures = {"site-4": "away for more than 10 s"}
-    step = strategy.aggregate(**told, results=results_of(MODEL, 1)[:4], failures=failures)
+    step = strategy.aggregate(
+        **told, devices=DEVICES, results=results_of(MODEL, 1)[:4], failures=failures
+    )
     expected = np.average([arrays[0] for arrays in trained(1)[:4]], axis=0, weights=COUNTS[:4])
     np.testing.assert_allclose(step.parameters["fc.weight"], expected, atol=1e-6)
     assert step.metrics == {"rounds": 1, "loss": pytest.approx(np.abs(expected).sum()), "n": 2}
@@ -272,7 +274,7 @@ def test_failing_step(fault: str, message: str) -> None:
     told = {"number": 1, "state": b"", "model": MODEL, "config": CONFIG}
     for _ in range(2):
         with pytest.raises(StrategyError, match=message):
-            strategy.aggregate(**told, results=results_of(MODEL, 1), failures={})
+            strategy.aggregate(**told, devices=DEVICES, results=results_of(MODEL, 1), failures={})
 
 
 def test_step_can_be_taken_again() -> None:
@@ -280,7 +282,8 @@ def test_step_can_be_taken_again() -> None:
     strategy = named(f"{OLDER}:FedAdam")
     told = {"number": 1, "state": b"", "model": MODEL, "config": CONFIG}
     first, second = (
-        strategy.aggregate(**told, results=results_of(MODEL, 1), failures={}) for _ in range(2)
+        strategy.aggregate(**told, devices=DEVICES, results=results_of(MODEL, 1), failures={})
+        for _ in range(2)
     )
     assert first.state == second.state
     np.testing.assert_array_equal(first.parameters["fc.weight"], second.parameters["fc.weight"])
@@ -333,7 +336,7 @@ def test_sum_steps_like_its_updates() -> None:
 
     def step(given: Sequence[Result]) -> Parameters:
         strategy = named(f"{OLDER}:FedAdam", **arguments)
-        return strategy.aggregate(**told, results=given, failures={}).parameters
+        return strategy.aggregate(**told, devices=DEVICES, results=given, failures={}).parameters
 
     one, many = step([whole]), step(results)
     np.testing.assert_allclose(one["fc.weight"], many["fc.weight"], atol=1e-6)

@@ -12,10 +12,8 @@ from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, PeerError
 from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
-from minga.federation.plain import PlainPlan
 from minga.federation.secagg.errors import PlanError
-from minga.federation.secagg.plan import RoundPlan
-from minga.federation.trainer import proximal_mu
+from minga.federation.trainer import TrainingConfig, proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
 
 RUNNING = pb.CAMPAIGN_STATE_RUNNING
@@ -88,7 +86,9 @@ class Campaign:
         """How many devices a round invites if they are there: the cohort, and some for losses."""
         return _num_wanted(self.plan)
 
-    def next_order(self, devices: Sequence[str], num_values: int) -> RoundOrder:
+    def next_order(
+        self, devices: Sequence[str], num_values: int, training: TrainingConfig
+    ) -> RoundOrder:
         """Fix what the next round is to do, with as many of some devices as a plan exists for.
 
         Raises:
@@ -98,7 +98,14 @@ class Campaign:
         while True:
             devices = devices[: _invitable(self.plan, len(devices))]
             try:
-                plan = _round_plan(self.plan, round_id, self.model_digest, num_values, len(devices))
+                plan = wire.round_plan(
+                    self.plan,
+                    round_id=round_id,
+                    model_digest=self.model_digest,
+                    training=training,
+                    num_values=num_values,
+                    num_invited=len(devices),
+                )
                 break
             except PlanError:  # shares of a cohort that are to be borne round badly for some sizes
                 if len(devices) <= self.plan.min_cohort:
@@ -110,7 +117,7 @@ class Campaign:
             plan=plan,
             invited=tuple(sorted(devices)),
             model_digest=self.model_digest,
-            training=wire.config_from_wire(self.plan.training),
+            training=training,
         )
 
     def order_of(self, row: RoundRow) -> RoundOrder:
@@ -181,18 +188,6 @@ class Campaign:
         )
 
 
-def _round_plan(
-    plan: pb.CampaignPlan, round_id: str, model_digest: bytes, num_values: int, num_invited: int
-) -> RoundPlan | PlainPlan:
-    return wire.round_plan(
-        plan,
-        round_id=round_id,
-        model_digest=model_digest,
-        num_values=num_values,
-        num_invited=num_invited,
-    )
-
-
 def _num_wanted(plan: pb.CampaignPlan) -> int:
     return math.ceil(plan.cohort * (1 + plan.over_selection))
 
@@ -215,7 +210,14 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
     _require_numbers(plan)
     for count in (_num_wanted(plan), plan.cohort, plan.min_cohort):
         try:
-            _round_plan(plan, "00" * 16, plan.model_digest, num_values, count)
+            wire.round_plan(
+                plan,
+                round_id="00" * 16,
+                model_digest=plan.model_digest,
+                training=wire.config_from_wire(plan.training),
+                num_values=num_values,
+                num_invited=count,
+            )
         except (PlanError, PeerError) as error:
             raise CampaignError(f"no round can work with {count} devices: {error}") from error
     try:

@@ -43,6 +43,7 @@ from minga.federation.coordinator.rounds import (
     open_round,
 )
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
+from minga.federation.coordinator.strategies import Strategies
 from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
 from minga.federation.limits import (
     MAX_CONSECUTIVE_ABORTS,
@@ -72,6 +73,7 @@ class Campaigns:
         metrics: Metrics,
         audit: AuditLog,
         reconnect_grace_s: float,
+        strategies: Sequence[str] = (),
     ) -> None:
         self.changed = Signal()
         self._store = store
@@ -84,6 +86,7 @@ class Campaigns:
         self._grace_s = reconnect_grace_s
         self._started_at = clock()
         self._herald = Herald(hub)
+        self.strategies = Strategies(blobs, strategies)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
@@ -300,7 +303,11 @@ class Campaigns:
         devices = await self._gather(campaign)
         if not devices:
             return
-        order = campaign.next_order(devices, self._num_values(campaign.model_digest))
+        told = await asyncio.to_thread(self.strategies.configure, campaign, devices)
+        if not campaign.is_running:  # it may have been cancelled meanwhile
+            return
+        num_values = self._num_values(campaign.model_digest)
+        order = campaign.next_order(told.devices, num_values, told.training)
         now = self._clock()
         self._store.add_round(
             RoundRow(
@@ -351,10 +358,7 @@ class Campaigns:
         """Unmask the sum off the loop, then commit."""
         event: Event
         try:
-            optimizer = wire.optimizer_from_wire(campaign.plan)
-            event = await asyncio.to_thread(
-                aggregate, round_, self._blobs, optimizer, campaign.optimizer_digest
-            )
+            event = await asyncio.to_thread(self._next_model, campaign, round_)
         except StorageError:
             raise  # everything it is made from is kept, so it can be done again
         except Exception as error:  # noqa: BLE001 - the round failed, the coordinator lives on
@@ -364,6 +368,13 @@ class Campaigns:
             former = campaign.optimizer_digest
             self._record(campaign, round_, event)
             self._drop_unused({former})
+
+    def _next_model(self, campaign: Campaign, round_: Round) -> SumComputed:
+        by_strategy = self.strategies.aggregate(campaign, round_)
+        if by_strategy is not None:
+            return by_strategy
+        optimizer = wire.optimizer_from_wire(campaign.plan)
+        return aggregate(round_, self._blobs, optimizer, campaign.optimizer_digest)
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""

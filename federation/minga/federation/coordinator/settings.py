@@ -53,6 +53,10 @@ class CoordinatorSettings(BaseSettings):
     )
     """How often devices say that they are alive; three times that in silence ends a stream."""
 
+    strategies: tuple[str, ...] = ()
+    """Strategies written for Flower that campaigns may name beside Flower's own, each as
+    `package.module:attribute`: this coordinator imports and runs them."""
+
     device_certificate_hours: Hours = 720
     """How long a device's certificate holds; it is renewed after two thirds of that."""
 

@@ -2,6 +2,7 @@
 
 | module | what |
 |---|---|
+| `config` | `[federation.flower]` of a project |
 | `arrays` | which tensors of the global model a Flower app sees, in which order, by which name |
 | `folder` | what a project folder says of its app; what a device names as its trainer |
 | `app` | a `ClientApp`, a client class or a `client_fn` as a `LocalTrainer` |
@@ -15,7 +16,7 @@ of Flower's servers, links or command lines runs: bytes travel over our own wire
 safetensors and protobuf. Flower reports its use to its makers; that is switched off before flwr is
 loaded, here, since whoever loads flwr with Minga loads this first.
 
-`arrays` and `folder` load no flwr.
+None of `config`, `arrays`, `folder` and `strategy` loads flwr before it is used.
 """
 
 import os

@@ -223,8 +223,8 @@ def _load(project: Path, reference: str, node_config: Mapping[str, Scalar]) -> C
     if callable(found):
         return ClientApp(found)
     raise TrainerError(
-        f"the Flower app {reference!r} is of type {type(found).__name__}; name a ClientApp, a class "
-        "derived from NumPyClient or Client, or a client_fn"
+        f"the Flower app {reference!r} is of type {type(found).__name__}; name a ClientApp, "
+        "a class derived from NumPyClient or Client, or a client_fn"
     )
 
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from minga.federation.errors import StrategyError
 from minga.federation.flower.arrays import ArrayNames
+from minga.federation.flower.config import StrategyName
 from minga.federation.limits import MAX_STRATEGY_BYTES
 from minga.federation.parameters import Layout, Parameters
 from minga.federation.trainer import Scalar, TrainingConfig
@@ -57,21 +58,6 @@ BUILT_IN: Final = frozenset(
     for name in _NAMES
 ) | {"flwr.serverapp.strategy:MultiKrum"}
 """Flower's own strategies that a campaign may name without a word of the coordinator's operator."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategyName:
-    """Which strategy a campaign wants.
-
-    Attributes:
-        reference: `package.module:attribute`, a class or a function that makes a strategy.
-        arguments: what it is made with.
-        on_sums: it only averages, so secure sums do for it; Minga knows that of Flower's own.
-    """
-
-    reference: str
-    arguments: Mapping[str, Scalar] = field(default_factory=dict)
-    on_sums: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +226,7 @@ class FlowerStrategy:
         state: bytes,
         model: Parameters,
         config: TrainingConfig,
+        devices: Sequence[str],
         results: Sequence[Result],
         failures: Mapping[str, str],
     ) -> Step:
@@ -250,6 +237,7 @@ class FlowerStrategy:
             state: what `configure` was given for it.
             model: the global model that the devices started from.
             config: the campaign's training configuration.
+            devices: whom the round invited.
             results: what came back, at least one.
             failures: device -> why nothing came from it.
 
@@ -259,7 +247,6 @@ class FlowerStrategy:
         names = ArrayNames.of(model, config)
         live = self._at(state, model, names)
         if live.configured != number:  # the coordinator restarted meanwhile
-            devices = [*(result.name for result in results), *failures]
             self.configure(number=number, state=state, model=model, config=config, devices=devices)
         returned = [_returned(result, model, names) for result in results]
         self._live = None  # until it is known where the strategy stands

@@ -12,6 +12,8 @@ from minga.federation.wire.plans import (
     plan_of_invite,
     plan_to_wire,
     round_plan,
+    strategy_from_wire,
+    strategy_to_wire,
 )
 from minga.federation.wire.rounds import (
     event_from_wire,
@@ -74,6 +76,8 @@ __all__ = [
     "share_from_wire",
     "share_to_wire",
     "shares_to_wire",
+    "strategy_from_wire",
+    "strategy_to_wire",
     "timestamp",
     "unknown_round",
     "withdrawal",

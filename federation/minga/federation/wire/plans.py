@@ -9,10 +9,12 @@ from minga.federation.aggregation.optimizers import (
     ServerOptimizer,
 )
 from minga.federation.errors import PeerError
+from minga.federation.flower.config import StrategyName
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
+from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.wire.values import check_digest, config_from_wire
+from minga.federation.wire.values import check_digest, config_from_wire, config_to_wire
 
 
 def optimizer_to_wire(optimizer: ServerOptimizer) -> pb.ServerOptimizer:
@@ -58,6 +60,33 @@ def optimizer_from_wire(plan: pb.CampaignPlan) -> ServerOptimizer:
             )
 
 
+def strategy_to_wire(name: StrategyName | None) -> pb.FlowerStrategy | None:
+    """Write a Flower strategy."""
+    if name is None:
+        return None
+    return pb.FlowerStrategy(
+        reference=name.reference,
+        arguments=config_to_wire(name.arguments),
+        on_sums=name.on_sums,
+    )
+
+
+def strategy_from_wire(plan: pb.CampaignPlan) -> StrategyName | None:
+    """Read the Flower strategy of a campaign, if it has one.
+
+    Raises:
+        PeerError: an argument has no value.
+    """
+    if not plan.HasField("flower_strategy"):
+        return None
+    strategy = plan.flower_strategy
+    return StrategyName(
+        reference=strategy.reference,
+        arguments=config_from_wire(strategy.arguments),
+        on_sums=strategy.on_sums,
+    )
+
+
 def num_groups(plan: pb.CampaignPlan) -> int:
     """Say within how many groups a secure round of a campaign sums."""
     return max(1, plan.num_groups)
@@ -69,7 +98,13 @@ def is_plain(plan: pb.CampaignPlan) -> bool:
 
 
 def round_plan(
-    plan: pb.CampaignPlan, *, round_id: str, model_digest: bytes, num_values: int, num_invited: int
+    plan: pb.CampaignPlan,
+    *,
+    round_id: str,
+    model_digest: bytes,
+    training: TrainingConfig,
+    num_values: int,
+    num_invited: int,
 ) -> RoundPlan | PlainPlan:
     """Derive the plan of one round of a campaign.
 
@@ -83,7 +118,7 @@ def round_plan(
     not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
     return derive_plan(
         round_id=bytes.fromhex(round_id),
-        context_digest=context_digest(model_digest, config_from_wire(plan.training)),
+        context_digest=context_digest(model_digest, training),
         num_values=num_values,
         cohort_size=num_invited // num_groups(plan),
         clip=plan.clip,
