@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -61,6 +61,13 @@ def toy_model(size: int = 1000) -> Parameters:
         "w": np.zeros((size // 10, 10), np.float32),
         "b": np.ones(7, np.float32),
     }
+
+
+def _put_on_path(folder: Path) -> None:
+    """Let child processes import from a folder, beside what they find already."""
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(folder) not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, known)])
 
 
 class Fleet:
@@ -125,14 +132,19 @@ class Fleet:
         return self.folder / name
 
     def start_device(
-        self, name: str, options: Mapping[str, Scalar] | None = None, *, allow_plain: bool = False
+        self,
+        name: str,
+        options: Mapping[str, Scalar] | None = None,
+        *,
+        trainer: str = "constant_trainer:make",
+        allow_plain: bool = False,
     ) -> None:
         """Run an enrolled device; without options it only runs models."""
         folder = self.folder / name
-        trainer = None
+        process = None
         if options is not None:
-            os.environ["PYTHONPATH"] = str(TRAINERS)
-            trainer = TrainerProcess("constant_trainer:make", options)
+            _put_on_path(TRAINERS)
+            process = TrainerProcess(trainer, options)
         self.models[name] = ModelRepository()
         link = Link(
             CoordinatorAddress.load(folder).device_address,
@@ -143,7 +155,7 @@ class Fleet:
         )
         agent = Agent(
             link=link,
-            trainer=trainer,
+            trainer=process,
             slots=ModelSlots(folder / "models"),
             models=self.models[name],
             metrics=Metrics(),
@@ -151,12 +163,10 @@ class Fleet:
         )
         self._agents[name] = asyncio.create_task(agent.run(), name=name)
 
-    async def add(
-        self, name: str, options: Mapping[str, Scalar] | None = None, *, allow_plain: bool = False
-    ) -> None:
-        """Enrol a device and run it."""
+    async def add(self, name: str, options: Mapping[str, Scalar] | None = None, **how: Any) -> None:
+        """Enrol a device and run it, as `start_device` does."""
         await self.enrol(name)
-        self.start_device(name, options, allow_plain=allow_plain)
+        self.start_device(name, options, **how)
 
     @asynccontextmanager
     async def stream(self, name: str, hello: pb.Hello | None = None) -> AsyncIterator[Stream]:

@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common import Code, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy as older
 from flwr.serverapp import strategy as newer
 
 from minga.federation.errors import StrategyError
 from minga.federation.flower.arrays import FLOWER_ARRAYS, names_to_text
 from minga.federation.flower.config import StrategyName
-from minga.federation.flower.runtime import be_a_node
 from minga.federation.flower.strategy import (
     BUILT_IN,
     FlowerStrategy,
@@ -23,6 +21,7 @@ from minga.federation.flower.strategy import (
 )
 from minga.federation.parameters import Layout, Parameters
 from minga.federation.trainer import Scalar
+from tests.federation.flower.drivers import Arrays, drive_newer, drive_older
 
 OLDER, NEWER = "flwr.server.strategy", "flwr.serverapp.strategy"
 MINE = "strategies"
@@ -30,8 +29,7 @@ DEVICES = tuple(f"site-{number}" for number in range(5))
 COUNTS = (10, 30, 20, 50, 40)
 NUM_ROUNDS = 3
 NAMES = {"fc.weight": "w", "fc.bias": "b"}
-CONFIG: dict[str, Scalar] = {FLOWER_ARRAYS: names_to_text(NAMES), "epochs": 2}
-Arrays = list[np.ndarray]
+CONFIG: dict[str, Scalar] = {FLOWER_ARRAYS: names_to_text(NAMES), "epochs": 9}
 
 MODEL: Parameters = {
     "fc.bias": np.array([0.5, -0.5], np.float32),
@@ -82,60 +80,24 @@ def run(make: Callable[[], FlowerStrategy], *, restarts: bool) -> list[Step]:
         assert instructions.training.items() >= CONFIG.items()
         strategy = make() if restarts else strategy
         results = results_of(model, number)
-        steps.append(strategy.aggregate(**told, results=results, failures={}))
+        steps.append(strategy.aggregate(**told, devices=DEVICES, results=results, failures={}))
         model, state = steps[-1].parameters, steps[-1].state
     return steps
 
 
-class Proxy(older.fedavg.ClientProxy):
-    """A client that nobody calls."""
+def flower_says(reference: str, arguments: Mapping[str, Any]) -> Arrays:
+    """Take the same rounds as Flower does."""
+    module, _, name = reference.partition(":")
+    first = [MODEL[name] for name in NAMES]
 
-    get_properties = get_parameters = fit = evaluate = reconnect = lambda *_: None
+    def train(number: int, _: Arrays) -> list[tuple[Arrays, int]]:
+        return list(zip(trained(number), COUNTS, strict=True))
 
-
-def older_says(name: str, arguments: Mapping[str, Any]) -> Arrays:
-    """Drive an older strategy as Flower's server does."""
-    first = ndarrays_to_parameters([MODEL[name] for name in NAMES])
-    strategy = getattr(older, name)(initial_parameters=first, **arguments)
-    for number in range(1, NUM_ROUNDS + 1):
-        results = [
-            (
-                Proxy(device),
-                FitRes(Status(Code.OK, ""), ndarrays_to_parameters(arrays), count, {}),
-            )
-            for device, count, arrays in zip(DEVICES, COUNTS, trained(number), strict=True)
-        ]
-        parameters, _ = strategy.aggregate_fit(number, results, [])
-    return parameters_to_ndarrays(parameters)
-
-
-class Nodes(newer.fedavg.Grid):
-    """Some nodes."""
-
-    def get_node_ids(self) -> list[int]:
-        return list(range(10, 10 + len(DEVICES)))
-
-    set_run = create_message = push_messages = pull_messages = send_and_receive = None
-    run = None
-
-
-def newer_says(name: str, arguments: Mapping[str, Any]) -> Arrays:
-    """Drive a newer strategy as its own `start` does."""
-    be_a_node(1)
-    strategy = getattr(newer, name)(**arguments)
-    current = ArrayRecord({theirs: Array(MODEL[ours]) for ours, theirs in NAMES.items()})
-    for number in range(1, NUM_ROUNDS + 1):
-        messages = strategy.configure_train(number, current, ConfigRecord(), Nodes())
-        by_node = {message.metadata.dst_node_id: message for message in messages}
-        replies = []
-        for node_id, count, arrays in zip(sorted(by_node), COUNTS, trained(number), strict=True):
-            named_arrays = zip(NAMES.values(), arrays, strict=True)
-            record = ArrayRecord({name: Array(value) for name, value in named_arrays})
-            metrics = MetricRecord({"num-examples": count})
-            content = RecordDict({"a": record, "m": metrics})
-            replies.append(Message(content, reply_to=by_node[node_id]))
-        current, _ = strategy.aggregate_train(number, replies)
-    return current.to_numpy_ndarrays()
+    if module == NEWER:
+        strategy = getattr(newer, name)(**arguments)
+        return drive_newer(strategy, first, train, num_rounds=NUM_ROUNDS)
+    strategy = getattr(older, name)(initial_parameters=ndarrays_to_parameters(first), **arguments)
+    return drive_older(strategy, first, train, num_rounds=NUM_ROUNDS)
 
 
 ARGUMENTS: dict[str, dict[str, Scalar]] = {
@@ -164,8 +126,7 @@ def test_steps_are_flowers(reference: str) -> None:
     """Each strategy that is let in makes of three rounds what Flower makes, restarted or not."""
     module, _, name = reference.partition(":")
     arguments = OWN_ARGUMENTS.get((module, name), ARGUMENTS[name])
-    says = older_says if module == OLDER else newer_says
-    expected = says(name, arguments)
+    expected = flower_says(reference, arguments)
     steps = run(lambda: named(reference, **arguments), restarts=False)
     for ours, array in zip(NAMES, expected, strict=True):
         np.testing.assert_allclose(steps[-1].parameters[ours], array, rtol=2e-5, atol=2e-6)
@@ -199,7 +160,7 @@ def test_recorder_is_told_what_flower_tells() -> None:
     strategy = named(f"{MINE}:Recorder")
     told = {"number": 2, "state": b"", "model": MODEL, "config": CONFIG}
     instructions = strategy.configure(**told, devices=DEVICES)
-    assert instructions.training == {**CONFIG, "lr": 0.25, "round": 2}
+    assert instructions.training == {**CONFIG, "lr": 0.25, "epochs": 2}
     failures = {"site-4": "away for more than 10 s"}
     step = strategy.aggregate(
         **told, devices=DEVICES, results=results_of(MODEL, 1)[:4], failures=failures

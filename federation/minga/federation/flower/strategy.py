@@ -275,7 +275,7 @@ class FlowerStrategy:
         module, _, attribute = self._name.reference.partition(":")
         make: Callable[..., object] = getattr(importlib.import_module(module), attribute)
         arguments: dict[str, Any] = dict(self._name.arguments)
-        if "initial_parameters" in inspect.signature(make).parameters:
+        if _takes(make, "initial_parameters"):
             arguments["initial_parameters"] = ndarrays_to_parameters(arrays)
         return make(**arguments)
 
@@ -319,6 +319,17 @@ def _kind_of(strategy: object, *, is_new: bool) -> Kind:
     if isinstance(strategy, train.Strategy):
         return TrainKind(strategy)
     raise StrategyError(f"it makes a {type(strategy).__name__}, which is no Flower strategy")
+
+
+def _takes(make: Callable[..., object], name: str) -> bool:
+    """Say whether an argument is taken, also by a class that hands all it gets to its base."""
+    parameters = inspect.signature(make).parameters
+    if name in parameters or not isinstance(make, type):
+        return name in parameters
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return hands_on and any(
+        name in inspect.signature(base).parameters for base in make.__mro__[1:-1]
+    )
 
 
 def _returned(result: Result, model: Parameters, names: ArrayNames) -> Returned:

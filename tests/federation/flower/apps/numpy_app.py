@@ -1,5 +1,7 @@
 """The classic style: a NumPyClient, a client_fn, a ClientApp."""
 
+import time
+
 import numpy as np
 import ridge
 from flwr.app import Context
@@ -17,6 +19,7 @@ class RidgeClient(NumPyClient):
         """Train; say what was told."""
         if config.get("fail"):
             raise ValueError("no data today")
+        time.sleep(config.get("delay", 0))
         epochs = int(config.get("epochs", 1))
         weights = ridge.train(parameters, *self.data, epochs=epochs, rate=self.rate)
         metrics = {"loss": ridge.loss_of(weights, *self.data), "told": ",".join(sorted(config))}

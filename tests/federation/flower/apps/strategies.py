@@ -14,12 +14,12 @@ from flwr.server.strategy import (
 from flwr.serverapp import strategy as newer
 
 
-class Recorder(FedAvg):
+class Recorder(FedAvgM):
     """Overrides the step to record it, lowers the learning rate, measures on the server."""
 
     def __init__(self, first_rate: float = 0.5, **arguments) -> None:
         super().__init__(
-            on_fit_config_fn=lambda number: {"lr": first_rate / number, "round": number},
+            on_fit_config_fn=lambda number: {"lr": first_rate / number, "epochs": number},
             evaluate_fn=lambda number, arrays, config: (
                 float(np.abs(arrays[0]).sum()),
                 {"n": number},
