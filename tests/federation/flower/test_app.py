@@ -146,10 +146,10 @@ def test_folder_names_its_app(tmp_path: Path) -> None:
     (tmp_path / "minga.toml").write_text('[federation.flower]\nclient_app = "mine:app"\n')
     assert client_app_of(tmp_path) == "mine:app"
     (tmp_path / "minga.toml").write_text("[federation]\nflower = 3\n")
-    with pytest.raises(ValueError, match=r"federation\.flower is no table"):
+    with pytest.raises(TrainerError, match=r"federation\.flower is no table"):
         client_app_of(tmp_path)
     (tmp_path / "pyproject.toml").write_text("[tool.flwr.app.config]\na = [1]\n")
-    with pytest.raises(ValueError, match=r"config\.a is \[1\]"):
+    with pytest.raises(TrainerError, match=r"config\.a is \[1\]"):
         run_config_of(tmp_path)
 
 

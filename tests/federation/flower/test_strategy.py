@@ -77,7 +77,7 @@ def run(make: Callable[[], FlowerStrategy], *, restarts: bool) -> list[Step]:
         strategy = make() if restarts else strategy
         instructions = strategy.configure(**told, devices=DEVICES)
         assert sorted(instructions.devices) == sorted(DEVICES)
-        assert instructions.training.items() >= CONFIG.items()
+        assert instructions.training.keys() >= CONFIG.keys()
         strategy = make() if restarts else strategy
         results = results_of(model, number)
         steps.append(strategy.aggregate(**told, devices=DEVICES, results=results, failures={}))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from minga.federation.flower.arrays import without_names
 from minga.federation.parameters import Parameters
 from minga.federation.trainer import Scalar, TrainingConfig, Update, proximal_mu
 from minga.training.data import read_splits
@@ -68,7 +69,7 @@ class TaskTrainer:
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def _params(self, config: TrainingConfig) -> Params:
-        return {**self._task.defaults, **config}
+        return {**self._task.defaults, **without_names(config)}
 
     def _network(self, parameters: Parameters, params: Params) -> nn.Module:
         network = build_network(

@@ -182,8 +182,7 @@ def from_options(options: Mapping[str, Scalar]) -> FlowerTrainer:
             such: `partition-id` of "3" is 3.
 
     Raises:
-        TrainerError: no app is named, or it cannot be loaded.
-        ValueError: see `folder`.
+        TrainerError: no app is named, or it cannot be loaded; see also `folder`.
     """
     project = Path(str(options.get(folder.PROJECT, "."))).absolute()
     reference = str(options.get(folder.CLIENT_APP) or folder.client_app_of(project))

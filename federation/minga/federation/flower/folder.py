@@ -41,13 +41,13 @@ def client_app_of(project: Path) -> str:
     """Give the app that a folder names as `module:attribute`; empty if it names none.
 
     Raises:
-        ValueError: a file cannot be read, or does not name the app as text.
+        TrainerError: a file cannot be read, or does not name the app as text.
     """
     named = _inside(_read(project / "minga.toml"), "federation", "flower").get(CLIENT_APP)
     if named is None:
         named = _inside(_read(project / "pyproject.toml"), *_APP, "components").get("clientapp", "")
     if not isinstance(named, str):
-        raise ValueError(f'{project} names its Flower app as {named!r}; write "module:attribute"')
+        raise TrainerError(f'{project} names its Flower app as {named!r}; write "module:attribute"')
     return named
 
 
@@ -55,7 +55,7 @@ def run_config_of(project: Path) -> dict[str, Scalar]:
     """Give the run's configuration, tables in it flattened: `[a] b = 1` is `a.b`.
 
     Raises:
-        ValueError: the file cannot be read, or a value is neither text, number nor truth.
+        TrainerError: the file cannot be read, or a value is neither text, number nor truth.
     """
     return _flat(_inside(_read(project / "pyproject.toml"), *_APP, "config"), "")
 
@@ -69,14 +69,14 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise TrainerError(f"{file} cannot be read: {error}") from error
 
 
 def _inside(document: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     for name in path:
         document = document.get(name, {})
         if not isinstance(document, Mapping):
-            raise ValueError(f"{'.'.join(path)} is no table")
+            raise TrainerError(f"{'.'.join(path)} is no table")
     return document
 
 
@@ -88,7 +88,7 @@ def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Scalar]:
         elif isinstance(value, bool | int | float | str):
             flat[prefix + name] = value
         else:
-            raise ValueError(
+            raise TrainerError(
                 f"{'.'.join(_APP)}.config.{prefix}{name} is {value!r}; "
                 "Flower takes text, numbers and truth values"
             )
