@@ -188,8 +188,7 @@ async def test_project_with_a_flower_app(project, tmp_path):
         async with Fleet(tmp_path) as fleet:
             assert client_app_of(project.directory) == "client_app:app"
             for site in range(3):
-                source = str(project.directory / "data" / f"site-{site % 2}.csv")
-                options = {"project": str(project.directory), "source": source}
+                options = {"project": str(project.directory), "source": project.source}
                 await fleet.add(f"site-{site}", options, trainer=TRAINER, allow_plain=True)
             told = []
             result = await asyncio.to_thread(

@@ -29,7 +29,7 @@ def run(
     enrol_port: Annotated[int, _set_by("ENROL_PORT")] = 7444,
     metrics_port: Annotated[int, _set_by("METRICS_PORT")] = 9464,
     reconnect_grace: Annotated[float, _set_by("RECONNECT_GRACE_S")] = 10.0,
-    strategy: tuple[str, ...] = (),
+    strategy: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     device_certificate_hours: Annotated[float, _set_by("DEVICE_CERTIFICATE_HOURS")] = 720.0,
     operator_certificate_hours: Annotated[float, _set_by("OPERATOR_CERTIFICATE_HOURS")] = 720.0,
     server_certificate_hours: Annotated[float, _set_by("SERVER_CERTIFICATE_HOURS")] = 2160.0,

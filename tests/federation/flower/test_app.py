@@ -91,9 +91,13 @@ async def test_app_sees_the_arrays_that_the_campaign_names() -> None:
 @pytest.mark.parametrize(
     ("app", "config", "message"),
     [
-        ("numpy_app:BrokenClient", {"fault": "shape"}, r"'0' of shape \(1, 4\), the model's"),
-        ("numpy_app:BrokenClient", {"fault": "count"}, "returned 10 arrays for 11"),
-        ("numpy_app:BrokenClient", {"fault": "nan"}, "NaN or infinity in '3'"),
+        (
+            "numpy_app:BrokenClient",
+            {"fault": "shape"},
+            r"'0' came back in shape \(1, 4\), the model's",
+        ),
+        ("numpy_app:BrokenClient", {"fault": "count"}, "10 arrays came back for the 11"),
+        ("numpy_app:BrokenClient", {"fault": "nan"}, "'3' came back with NaN"),
         ("numpy_app:app", {"fail": True}, "ValueError: no data today"),
         ("message_app:app", {"fail": True}, "replied with error 7"),
         ("numpy_app:app", {FLOWER_ARRAYS: '{"11": "w"}'}, "names '11', which the model does not"),

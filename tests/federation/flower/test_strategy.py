@@ -225,7 +225,7 @@ def test_what_a_round_cannot_do_is_refused(
         ("nothing", "made no parameters"),
         ("raise", "failed: KeyError: 'accuracy'"),
         ("exit", "failed: SystemExit"),
-        ("shape", r"'w' of shape \(1, 2, 3\)"),
+        ("shape", r"'w' came back in shape \(1, 2, 3\)"),
         ("nan", "NaN or infinity"),
     ],
 )

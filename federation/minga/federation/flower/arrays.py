@@ -68,21 +68,21 @@ class ArrayNames:
         """Give `parameters` with the app's arrays in their places; raises as `delta` does."""
         if len(returned) != len(self.ours):
             raise ValueError(
-                f"the app returned {len(returned)} arrays for {len(self.ours)}; "
-                f"it is given {', '.join(self.theirs)}"
+                f"{len(returned)} arrays came back for the {len(self.ours)} that were given: "
+                f"{', '.join(self.theirs)}"
             )
         result = dict(parameters)
         for ours, theirs, value in zip(self.ours, self.theirs, returned, strict=True):
             array = np.asarray(value)
             if array.shape != parameters[ours].shape:
                 raise ValueError(
-                    f"the app returned {theirs!r} of shape {array.shape}, "
+                    f"array {theirs!r} came back in shape {array.shape}, "
                     f"the model's is {parameters[ours].shape}"
                 )
             with np.errstate(over="ignore"):  # told below
                 result[ours] = array.astype(np.float32)
             if not np.isfinite(result[ours]).all():
-                raise ValueError(f"the app returned NaN or infinity in {theirs!r}")
+                raise ValueError(f"array {theirs!r} came back with NaN or infinity")
         return result
 
 

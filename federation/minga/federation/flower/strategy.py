@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from minga.federation.errors import StrategyError
 from minga.federation.flower.arrays import ArrayNames
 from minga.federation.flower.config import StrategyName
-from minga.federation.limits import MAX_STRATEGY_BYTES
+from minga.federation.limits import MAX_REASON_CHARS, MAX_STRATEGY_BYTES
 from minga.federation.parameters import Layout, Parameters
 from minga.federation.trainer import Scalar, TrainingConfig
 
@@ -252,9 +252,12 @@ class FlowerStrategy:
         self._live = None  # until it is known where the strategy stands
         with self._running():
             arrays, metrics = live.kind.aggregate(number, returned, failures)
-            if arrays is None:
-                raise StrategyError("it made no parameters of the results")
+        if arrays is None:
+            raise self._error(" made no parameters of the results")
+        try:
             parameters = names.put(model, arrays)
+        except ValueError as error:
+            raise self._error(f": {error}") from error
         live.state, live.configured = live.dump(), None
         self._live = live
         if metrics:
@@ -285,11 +288,13 @@ class FlowerStrategy:
         try:
             yield
         except StrategyError as error:
-            raise StrategyError(f"{self._name.reference}: {error}") from error
+            raise self._error(f": {error}") from error
         except (Exception, SystemExit) as error:
-            raise StrategyError(
-                f"{self._name.reference} failed: {type(error).__name__}: {error}"
-            ) from error
+            raise self._error(f" failed: {type(error).__name__}: {error}") from error
+
+    def _error(self, what: str) -> StrategyError:
+        """Say what went wrong, briefly: it goes into records and to devices."""
+        return StrategyError(f"{self._name.reference}{what}"[:MAX_REASON_CHARS])
 
 
 class _Live:
