@@ -12,7 +12,12 @@ from flwr.serverapp import strategy as newer
 
 from minga.federation import wire
 from minga.federation.errors import CampaignError
-from minga.federation.flower.arrays import to_arrays, to_parameters
+from minga.federation.flower.arrays import (
+    FLOWER_ARRAYS,
+    names_to_text,
+    to_arrays,
+    to_parameters,
+)
 from minga.federation.flower.config import StrategyName
 from minga.federation.flower.folder import TRAINER
 from minga.federation.parameters import from_bytes
@@ -144,6 +149,29 @@ async def reach_round(fleet: Fleet, campaign_id: str, number: int) -> None:
         async for campaign in fleet.operator.watch(campaign_id):
             if len(campaign.rounds) == number:
                 return
+
+
+async def test_median_of_secure_groups(fleet: Fleet) -> None:
+    """A strategy that compares gets one sum per group: FedMedian of two lies amid their means."""
+    for index, step in enumerate([1.0, 1.0, 1.0, -1.0, 1.0, 1.0]):
+        await fleet.add(f"site-{index}", {"step": step, "num_examples": 100 if index else 50})
+    plan = flower_plan(
+        "flwr.server.strategy:FedMedian",
+        protection=pb.PROTECTION_SECURE,
+        num_rounds=1,
+        num_groups=2,
+        cohort=6,
+        min_cohort=6,
+        expected_dropout=0.0,
+        training=wire.config_to_wire({FLOWER_ARRAYS: names_to_text({"w": "w", "b": "b"})}),
+    )
+    campaign = await fleet.finish(await fleet.start_campaign(plan))
+    assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, campaign.reason
+    assert campaign.rounds[0].total_weight == 550
+    weights = from_bytes(await fleet.operator.read(campaign.model_digest))["w"]
+    # Site 3 steps back; whether site 0, which has half the examples, is in its group decides.
+    means = [(1.0 + 50 / 250) / 2, (1.0 + 100 / 300) / 2]
+    assert min(np.abs(weights - mean).max() for mean in means) < 1e-3
 
 
 @pytest.mark.parametrize(
