@@ -174,6 +174,25 @@ async def test_median_of_secure_groups(fleet: Fleet) -> None:
     assert min(np.abs(weights - mean).max() for mean in means) < 1e-3
 
 
+async def test_a_device_that_is_not_needed_is_no_failure(fleet: Fleet) -> None:
+    """A strategy that accepts no failures takes a round whose slowest device was left behind."""
+    for index, delay_s in enumerate([0.0, 0.0, 0.0, 600.0]):
+        options = {"step": 1.0, "delay_s": delay_s}
+        await fleet.add(f"site-{index}", options, allow_plain=True)
+    plan = flower_plan(
+        "flwr.server.strategy:FedAvg",
+        arguments={"accept_failures": False},
+        num_rounds=1,
+        cohort=3,
+        min_cohort=3,
+        over_selection=0.33,
+        training=wire.config_to_wire({FLOWER_ARRAYS: names_to_text({"w": "w", "b": "b"})}),
+    )
+    campaign = await fleet.finish(await fleet.start_campaign(plan))
+    assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, campaign.reason
+    assert "site-3" in campaign.rounds[0].lost
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -15,6 +15,7 @@ from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.aggregate import Rejected, unmasked_sum
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.rounds import PlainRound, Round, SecureRound, SumComputed
+from minga.federation.coordinator.rounds.machine import NOT_NEEDED
 from minga.federation.errors import CampaignError, FederationError, StorageError, StrategyError
 from minga.federation.flower.strategy import FlowerStrategy, Instructions, Result
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
@@ -102,7 +103,11 @@ class Strategies:
         with _disk():
             results, rejected = _results(round_, self._blobs)
             model, state = self._read(order.model_digest), self._state(campaign)
-        absent = {name: why for name, why in round_.lost.items() if name not in round_.updates}
+        absent = {
+            name: reason
+            for name, reason in round_.lost.items()
+            if name not in round_.updates and reason != NOT_NEEDED
+        }
         step = strategy.aggregate(
             number=order.number,
             state=state,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from minga.federation.coordinator.rounds.events import (
     Answer,
@@ -17,6 +17,9 @@ from minga.federation.coordinator.rounds.events import (
 from minga.federation.coordinator.rounds.instructions import Instruction, TakePart, finish
 from minga.federation.coordinator.rounds.order import RoundOrder, Stage
 from minga.federation.errors import PeerError
+
+NOT_NEEDED: Final = "not needed: enough others were faster"
+"""Why a device is out of a round that invited more than it needs."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -175,7 +178,7 @@ class Round(ABC):
             if missing:
                 if self.stage is not Stage.UPDATES or len(self.updates) < self.order.goal:
                     return
-                self._give_up(missing, "not needed: enough others were faster")
+                self._give_up(missing, NOT_NEEDED)
             self._leave(at)
         if self.stage.ended and self.ended_at is None:
             self.ended_at = at
