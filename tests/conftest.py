@@ -8,6 +8,13 @@ import pytest
 from minga.cluster.stack import local_ray
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the chaos test be made longer, or repeated."""
+    group = parser.getgroup("chaos", "tests/federation/test_chaos.py")
+    group.addoption("--chaos-points", type=int, default=40, help="how often it kills")
+    group.addoption("--chaos-seed", type=int, help="which points; drawn at random by default")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One small Ray for the whole session: starting it takes longer than most tests."""

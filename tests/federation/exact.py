@@ -52,8 +52,22 @@ def moved(value: np.ndarray, rounds: list[pb.Round]) -> np.ndarray:
     return value
 
 
-async def assert_exact(fleet: Fleet, campaign: pb.Campaign, model: Parameters | None = None) -> None:
-    """Check that each committed round holds the updates of its survivors, each exactly once."""
+async def assert_exact(
+    fleet: Fleet, campaign: pb.Campaign, model: Parameters | None = None
+) -> None:
+    """Check that the rounds of a fleet's only campaign hold each of their survivors exactly once.
+
+    That is: their total weights, the model, and how often the coordinator says each one counted.
+    """
+    counted = await assert_sums_exact(fleet, campaign, model)
+    devices = {d.device_id: d.rounds_counted for d in await fleet.operator.devices()}
+    assert {name: devices.get(name, 0) for name in WEIGHTS} == counted
+
+
+async def assert_sums_exact(
+    fleet: Fleet, campaign: pb.Campaign, model: Parameters | None = None
+) -> dict[str, int]:
+    """Check the total weights and the model of a campaign; gives how often each device counted."""
     assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, campaign.reason
     committed = [r for r in campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED]
     assert [r.number for r in committed] == list(range(1, campaign.plan.num_rounds + 1))
@@ -65,5 +79,4 @@ async def assert_exact(fleet: Fleet, campaign: pb.Campaign, model: Parameters | 
     result = from_bytes(await fleet.operator.read(campaign.model_digest))
     for name, value in (model or toy_model()).items():
         np.testing.assert_array_equal(result[name], moved(value, committed))
-    devices = {d.device_id: d.rounds_counted for d in await fleet.operator.devices()}
-    assert {name: devices.get(name, 0) for name in WEIGHTS} == counted
+    return counted

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 _PIECE_BYTES = 64 * 1024
@@ -33,8 +33,7 @@ class Proxy:
         self._is_up = asyncio.Event()
         self._is_up.set()
         self._is_cut = False
-        self._alarm_at: int | None = None
-        self._alarm = asyncio.Event()
+        self._alarm: tuple[int, Callable[[], None], asyncio.Event] | None = None
         self._calls: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -68,17 +67,15 @@ class Proxy:
         self._is_cut = False
         self._is_up.set()
 
-    async def carried_up(self, num_bytes: int, *, then_black_hole: bool) -> None:
-        """Wait until devices got so many more bytes through.
+    async def carried_up(self, num_bytes: int, *, then: Callable[[], None]) -> None:
+        """Wait until devices got so many more bytes through, and do something at that moment.
 
         Args:
             num_bytes: How many, counted from now.
-            then_black_hole: Carry nothing after those, without a moment in between.
+            then: What is done before another byte gets through.
         """
-        self._alarm.clear()
-        self._alarm_at = self.bytes_up + num_bytes
-        self._stops_at_alarm = then_black_hole
-        await self._alarm.wait()
+        self._alarm = (self.bytes_up + num_bytes, then, asyncio.Event())
+        await self._alarm[-1].wait()
 
     # --- carrying ---
 
@@ -139,11 +136,11 @@ class Proxy:
 
     def _count(self, num_bytes: int) -> None:
         self.bytes_up += num_bytes
-        if self._alarm_at is not None and self.bytes_up >= self._alarm_at:
-            self._alarm_at = None
-            if self._stops_at_alarm:
-                self.black_hole()
-            self._alarm.set()
+        if self._alarm is not None and self.bytes_up >= self._alarm[0]:
+            _, then, is_reached = self._alarm
+            self._alarm = None
+            then()
+            is_reached.set()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -1,0 +1,75 @@
+"""A coordinator that is killed at many points of many rounds, and devices with it.
+
+`make chaos` does it at hundreds of points. A failure is repeated, as far as processes on a busy
+machine repeat anything, with the seed and the number of points in the test's name:
+`pytest tests/federation/test_chaos.py --chaos-points=40 --chaos-seed=1234`.
+"""
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.federation.chaos import LATENCY_S, STAGES, ChaosFleet, Point, points_of
+from tests.federation.proxy import open_proxy
+
+pytestmark = pytest.mark.slow
+
+FLEETS = 3
+"""So many campaigns go on side by side: a coordinator that starts keeps one core busy."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Draw a seed unless one is given; both numbers go into the test's name."""
+    if "seed" in metafunc.fixturenames:
+        seed = metafunc.config.getoption("chaos_seed")
+        seed = random.SystemRandom().randrange(10_000) if seed is None else seed
+        count = metafunc.config.getoption("chaos_points")
+        metafunc.parametrize(
+            ("seed", "count"), [(seed, count)], ids=[f"seed={seed}-points={count}"]
+        )
+
+
+async def test_killed_at_many_points(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int, count: int
+) -> None:
+    """All rounds end with exact sums, each device in them once and told so, by themselves."""
+    caplog.set_level(logging.INFO, "minga.federation.device.agent")
+    points = points_of(seed, count)
+    share = -(-len(points) // FLEETS)
+    hits: Counter[str] = Counter()
+    async with asyncio.TaskGroup() as group:
+        for index in range(FLEETS):
+            mine = renumbered(points[index * share : (index + 1) * share])
+            group.create_task(go_through(tmp_path / f"fleet-{index}", mine, hits))
+    print(f"killed in: {dict(hits)}")  # noqa: T201 - shown where the test fails
+    assert hits.total() == count
+    if count >= 40:
+        assert len(hits.keys() - {"COMMITTED"}) == len(STAGES), "a stage was never hit"
+
+
+def renumbered(points: list[Point]) -> list[Point]:
+    """Let the rounds of some points begin with the first."""
+    first = points[0].number - 1
+    return [
+        Point(number=p.number - first, stage=p.stage, delay_s=p.delay_s, victim=p.victim)
+        for p in points
+    ]
+
+
+async def go_through(folder: Path, points: list[Point], hits: Counter[str]) -> None:
+    """Take one fleet through its points."""
+    folder.mkdir()
+    logger = logging.getLogger("minga.federation.device.agent")
+    async with open_proxy(0, latency_s=LATENCY_S) as proxy, ChaosFleet(folder, proxy) as fleet:
+        logger.addHandler(fleet.ledger)
+        try:
+            await fleet.open()
+            campaign = await fleet.go_through(points)
+            await fleet.assert_sound(campaign)
+        finally:
+            logger.removeHandler(fleet.ledger)
+            hits.update(fleet.hits)
