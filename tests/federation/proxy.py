@@ -40,7 +40,7 @@ class Proxy:
     async def start(self) -> None:
         """Listen on a free port."""
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
-        self.address = "127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def close(self) -> None:
         """Reset every connection and end."""

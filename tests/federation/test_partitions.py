@@ -36,14 +36,16 @@ LARGE = toy_model(1_000_000)
 @asynccontextmanager
 async def far_fleet(folder: Path, **settings: object) -> AsyncIterator[tuple[Fleet, Proxy]]:
     """A coordinator with short heartbeats and four devices, one of them slow and behind a proxy."""
-    async with Fleet(folder, heartbeat_interval_s=0.4, **settings) as fleet:
-        async with open_proxy(fleet.ports["port"]) as proxy:
-            await fleet.add(FAR, exact_options(FAR, delay_s=0.5), address=proxy.address)
-            for name in NAMES[1:]:
-                await fleet.add(name, exact_options(name))
-            yield fleet, proxy
-            proxy.heal()
-            await fleet.stop_device(FAR)
+    async with (
+        Fleet(folder, heartbeat_interval_s=0.4, **settings) as fleet,
+        open_proxy(fleet.ports["port"]) as proxy,
+    ):
+        await fleet.add(FAR, exact_options(FAR, delay_s=0.5), address=proxy.address)
+        for name in NAMES[1:]:
+            await fleet.add(name, exact_options(name))
+        yield fleet, proxy
+        proxy.heal()
+        await fleet.stop_device(FAR)
 
 
 @pytest.fixture
