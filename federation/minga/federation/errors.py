@@ -11,6 +11,7 @@
     ├── AuditError          the audit log was altered, or is no audit log
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
+    ├── MissingDeviceError  no device of that name is enrolled
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
     ├── StrategyError       a Flower strategy fails, is not allowed, or wants what rounds cannot do
@@ -63,6 +64,10 @@ class TrainerError(FederationError):
 
 class MissingBlobError(FederationError):
     """The store holds no blob of that digest."""
+
+
+class MissingDeviceError(FederationError):
+    """No device of that name is enrolled."""
 
 
 class StepError(FederationError, ValueError):
