@@ -9,10 +9,10 @@ from minga.cluster.stack import local_ray
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the chaos test be made longer, or repeated."""
-    group = parser.getgroup("chaos", "tests/federation/test_chaos.py")
-    group.addoption("--chaos-points", type=int, default=40, help="how often it kills")
-    group.addoption("--chaos-seed", type=int, help="which points; drawn at random by default")
+    """Let tests that leave something to chance be made longer, or repeated."""
+    group = parser.getgroup("chaos", "tests/federation/test_chaos.py, test_fuzz.py")
+    group.addoption("--chaos-points", type=int, default=40, help="how often test_chaos.py kills")
+    group.addoption("--chaos-seed", type=int, help="what happens; drawn at random by default")
 
 
 @pytest.fixture(scope="session")

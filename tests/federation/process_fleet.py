@@ -4,6 +4,7 @@ import asyncio
 import sys
 from pathlib import Path
 
+from minga.federation.device.enrolment import CoordinatorAddress
 from minga.federation.errors import IdentityError, UnreachableError
 from minga.federation.operator import connect
 from tests.federation.fleet import PATIENCE_S, Fleet
@@ -27,6 +28,12 @@ class ProcessFleet(Fleet):
             while not await self._is_up(state):
                 await asyncio.sleep(_ASK_AGAIN_S)
         self.ports["port"] = int(self.operator.address.rpartition(":")[2])
+
+    async def enrol(self, name: str, group: str = "default") -> Path:
+        """Enrol a device; gives its folder."""
+        folder = await super().enrol(name, group)
+        self.enrol_address = CoordinatorAddress.load(folder).enrol_address
+        return folder
 
     async def _is_up(self, state: Path) -> bool:
         assert self.process.returncode is None, "the coordinator ended by itself"

@@ -1,13 +1,12 @@
 """A coordinator that is killed at many points of many rounds, and devices with it.
 
 `make chaos` does it at hundreds of points. A failure is repeated, as far as processes on a busy
-machine repeat anything, with the seed and the number of points in the test's name:
+machine repeat anything, with the seed in the test's name and the same number of points:
 `pytest tests/federation/test_chaos.py --chaos-points=40 --chaos-seed=1234`.
 """
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -22,23 +21,16 @@ FLEETS = 3
 """So many campaigns go on side by side: a coordinator that starts keeps one core busy."""
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Draw a seed unless one is given; both numbers go into the test's name."""
-    if "seed" in metafunc.fixturenames:
-        seed = metafunc.config.getoption("chaos_seed")
-        seed = random.SystemRandom().randrange(10_000) if seed is None else seed
-        count = metafunc.config.getoption("chaos_points")
-        metafunc.parametrize(
-            ("seed", "count"), [(seed, count)], ids=[f"seed={seed}-points={count}"]
-        )
-
-
 async def test_killed_at_many_points(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int, count: int
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    pytestconfig: pytest.Config,
+    chaos_seed: int,
 ) -> None:
     """All rounds end with exact sums, each device in them once and told so, by themselves."""
     caplog.set_level(logging.INFO, "minga.federation.device.agent")
-    points = points_of(seed, count)
+    count = pytestconfig.getoption("chaos_points")
+    points = points_of(chaos_seed, count)
     share = -(-len(points) // FLEETS)
     hits: Counter[str] = Counter()
     async with asyncio.TaskGroup() as group:
