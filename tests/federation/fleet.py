@@ -97,10 +97,12 @@ class Fleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for name in list(self._agents):
-            await self.stop_device(name)
-        await self._stack.aclose()
-        await self.stop_coordinator()
+        try:
+            for name in list(self._agents):
+                await self.stop_device(name)
+            await self._stack.aclose()
+        finally:  # also if a device hangs
+            await self.stop_coordinator()
 
     async def start_coordinator(self) -> None:
         """Start the coordinator, on the ports that it had before."""
