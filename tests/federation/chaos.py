@@ -110,7 +110,6 @@ class ChaosFleet(ProcessFleet):
         super().__init__(folder)
         self.proxy = proxy
         self.ledger = Ledger()
-        self.num_kills = 0
         self.lost_memory: set[tuple[str, str]] = set()
         """(device, round): the device was killed and may not know how that round ended."""
         self.hits: Counter[str] = Counter()
@@ -134,7 +133,6 @@ class ChaosFleet(ProcessFleet):
         await self.until_in(campaign_id, point.number, point.stage)
         await asyncio.sleep(point.delay_s)
         await self.stop_coordinator()
-        self.num_kills += 1
         campaign = self.stored(campaign_id)
         if point.victim:
             await self.stop_device(point.victim)
@@ -184,8 +182,9 @@ class ChaosFleet(ProcessFleet):
         folder = self.folder / "coordinator"
         records = list(read_log(folder / DATABASE_FILE))
         audit.verify(records, load_certificate(folder / "operator" / "ca.pem"))
-        starts = [r for r in records if getattr(r, "kind", "") == Kind.COORDINATOR_STARTED]
-        assert len(starts) == self.num_kills + 1
+        ends = [r.subject for r in records if getattr(r, "kind", "") == Kind.ROUND_COMMITTED]
+        committed = [r for r in campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED]
+        assert ends == [f"round/{round_.round_id}" for round_ in committed]
 
     def counted(self, campaign: pb.Campaign) -> set[tuple[str, str]]:
         """Give (device, round) of all that is in the model."""
