@@ -134,13 +134,13 @@ async def test_link_breaks_in_an_upload(far: tuple[Fleet, Proxy], kind: str) -> 
 @pytest.mark.parametrize("kind", PARTITIONS)
 async def test_link_stays_broken_too_long(tmp_path: Path, kind: str) -> None:
     """A round does not wait for ever; who was cut off hears of its end and is in the next one."""
-    async with far_fleet(tmp_path, reconnect_grace_s=1.0) as (fleet, proxy):
+    async with far_fleet(tmp_path, reconnect_grace_s=2.0) as (fleet, proxy):
         campaign_id = await fleet.start_campaign(plan())
         await fleet.reach(campaign_id, pb.ROUND_STAGE_UPDATES)
         part(proxy, kind)
         campaign = await fleet.finish(campaign_id)
         await assert_exact(fleet, campaign)
-        assert dict(campaign.rounds[0].lost) == {FAR: "away for more than 1 s"}
+        assert dict(campaign.rounds[0].lost) == {FAR: "away for more than 2 s"}
         proxy.heal()
         await fleet.until(is_here)
         following = await run_round(fleet)
