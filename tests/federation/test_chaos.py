@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.federation.chaos import LATENCY_S, STAGES, ChaosFleet, Point, points_of
+from tests.federation.chaos import LATENCY_S, ChaosFleet, Point, points_of
 from tests.federation.proxy import open_proxy
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ async def test_killed_at_many_points(
     print(f"killed in: {dict(hits)}")  # noqa: T201 - shown where the test fails
     assert hits.total() == count
     if count >= 40:
-        assert len(hits.keys() - {"COMMITTED"}) == len(STAGES), "a stage was never hit"
+        assert hits.keys() >= {"KEYS", "SHARES", "UPDATES", "CONFIRM", "UNMASK", "AGGREGATE"}, hits
 
 
 def renumbered(points: list[Point]) -> list[Point]:
