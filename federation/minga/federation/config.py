@@ -45,6 +45,10 @@ class FederationConfig(BaseModel):
     value_bits: Annotated[int, Field(ge=4, le=24)] = 20
     """Bits of a rounded coordinate; the step is about clip / 2**(value_bits - 1)."""
 
+    rotate: bool = False
+    """Rotate updates at random before they are clipped: their coordinates become about equally
+    large, so that a smaller `clip` and fewer `value_bits` hold them."""
+
     max_weight: Annotated[int, Field(ge=1)] = 16_384
     """A device counts for at most so many examples."""
 

@@ -124,6 +124,7 @@ def round_plan(
         clip=plan.clip,
         value_bits=plan.value_bits,
         max_weight=plan.max_weight,
+        rotate=plan.rotate,
         expected_dropout=1 - (1 - plan.expected_dropout) * (1 - not_needed),
         colluder_share=plan.colluder_share,
     )
@@ -140,6 +141,7 @@ def plan_to_wire(plan: RoundPlan) -> pb.SecureAggregationPlan:
         value_bits=plan.value_bits,
         clip=plan.clip,
         max_weight=plan.max_weight,
+        rotate=plan.rotate,
     )
 
 
@@ -173,4 +175,5 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
         value_bits=plan.value_bits,
         clip=plan.clip,
         max_weight=plan.max_weight,
+        rotate=plan.rotate,
     )
