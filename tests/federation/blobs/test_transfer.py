@@ -43,6 +43,7 @@ class Depot:
         self.received: dict[str, int] = {}
         self.sent: dict[str, int] = {}
         self.refused: set[bytes] = set()
+        self.complaints: list[tuple[str, bytes]] = []
 
     def may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:
         """Refuse what the test refuses."""
@@ -57,6 +58,10 @@ class Depot:
         self.received[principal.name] = self.received.get(principal.name, 0) + received
         self.sent[principal.name] = self.sent.get(principal.name, 0) + sent
 
+    def on_refused(self, principal: Principal, *, digest: bytes, error: PeerError) -> None:
+        """Take note."""
+        self.complaints.append((principal.name, digest))
+
     def add_services(self, server: grpc.aio.Server) -> None:
         """Serve blobs."""
         servicer = BlobServicer(
@@ -64,6 +69,7 @@ class Depot:
             may_upload=self.may_upload,
             may_download=self.may_download,
             on_transfer=self.on_transfer,
+            on_refused=self.on_refused,
         )
         pb_grpc.add_BlobServiceServicer_to_server(servicer, server)
 

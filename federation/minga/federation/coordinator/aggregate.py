@@ -33,6 +33,9 @@ _BLOCK_VALUES = 1 << 18
 Rejected = tuple[tuple[str, str], ...]
 """Devices whose updates are unusable, each with the reason."""
 
+Liars = tuple[str, ...]
+"""Devices that revealed false shares, sorted."""
+
 
 def aggregate(
     round_: Round, blobs: BlobStore, optimizer: ServerOptimizer, optimizer_digest: bytes
@@ -56,7 +59,7 @@ def aggregate(
         StorageError: the disk fails.
     """
     try:
-        values, total_weight, rejected = _mean(round_, blobs)
+        values, total_weight, rejected, liars = _mean(round_, blobs)
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
         start = 0
@@ -70,6 +73,7 @@ def aggregate(
             total_weight=total_weight,
             optimizer_digest=blobs.put_bytes(to_bytes(state)) if state else b"",
             rejected=rejected,
+            liars=liars,
         )
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
@@ -85,13 +89,14 @@ def _state(
     return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
 
 
-def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
-    """Give the weighted mean of the updates, the sum of their weights, and which are unusable."""
+def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected, Liars]:
+    """Give the weighted mean of the updates, the sum of their weights, and whose were no use."""
     match round_:
         case SecureRound():
-            return *_secure_mean(round_, blobs), ()
+            values, total_weight, liars = _secure_mean(round_, blobs)
+            return values, total_weight, (), liars
         case PlainRound():
-            return _plain_mean(round_, blobs)
+            return *_plain_mean(round_, blobs), ()
         case _:
             raise AssertionError(f"{type(round_).__name__} has no mean")
 
@@ -99,15 +104,16 @@ def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
 # --- secure rounds ----------------------------------------------------------------------------
 
 
-def _secure_mean(round_: SecureRound, blobs: BlobStore) -> tuple[Vector, int]:
+def _secure_mean(round_: SecureRound, blobs: BlobStore) -> tuple[Vector, int, Liars]:
     first, *others = round_.groups
     result = unmasked_sum(round_, first, blobs)
-    values, total_weight = result.mean_delta, result.total_weight
+    values, total_weight, liars = result.mean_delta, result.total_weight, set(result.liars)
     for group in others:
         result = unmasked_sum(round_, group, blobs)
         total_weight += result.total_weight
+        liars.update(result.liars)
         values += (result.mean_delta - values) * np.float32(result.total_weight / total_weight)
-    return values, total_weight
+    return values, total_weight, tuple(sorted(liars))
 
 
 def unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) -> Unmasked:

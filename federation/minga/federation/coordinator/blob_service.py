@@ -42,6 +42,14 @@ class OnTransfer(Protocol):
         ...
 
 
+class OnRefused(Protocol):
+    """Hears of a transfer that was refused for what was sent: cut off, too long, not as named."""
+
+    def __call__(self, principal: Principal, *, digest: bytes, error: PeerError) -> None:
+        """Take note."""
+        ...
+
+
 class BlobServicer(pb_grpc.BlobServiceServicer):
     """Takes and gives blobs; errors reach callers through `transport.ErrorInterceptor`."""
 
@@ -52,11 +60,13 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         may_upload: MayUpload,
         may_download: MayDownload,
         on_transfer: OnTransfer,
+        on_refused: OnRefused,
     ) -> None:
         self._blobs = blobs
         self._may_upload = may_upload
         self._may_download = may_download
         self._on_transfer = on_transfer
+        self._on_refused = on_refused
 
     async def Upload(
         self, request_iterator: AsyncIterator[pb.UploadRequest | None], context: Context
@@ -76,7 +86,11 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
             with upload:
                 # Tells a sender that waits for it that its chunks are welcome.
                 await context.send_initial_metadata(())
-                await self._receive(upload, header.offset, request_iterator, principal)
+                try:
+                    await self._receive(upload, header.offset, request_iterator, principal)
+                except PeerError as error:
+                    self._on_refused(principal, digest=header.digest, error=error)
+                    raise
         return pb.UploadResponse(size=header.size)
 
     async def GetUploadOffset(

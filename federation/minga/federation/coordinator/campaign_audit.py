@@ -1,7 +1,8 @@
-"""What the audit log says of campaigns and rounds: of their devices numbers, not names."""
+"""What the audit log says of campaigns and rounds: of honest devices numbers, not names."""
 
 from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.campaign import Campaign
+from minga.federation.coordinator.rounds import Round, SumComputed
 from minga.federation.v1 import federation_pb2 as pb
 
 
@@ -37,6 +38,12 @@ def campaign_ended(audit: AuditLog, campaign: Campaign, state: int, reason: str,
         reason=reason,
         model_digest=campaign.model_digest.hex(),
     )
+
+
+def false_shares(audit: AuditLog, round_: Round, event: SumComputed) -> None:
+    """Tell whose false shares were left out when a round was unmasked."""
+    for device_id in event.liars:
+        audit.append(Kind.FALSE_SHARES, f"device/{device_id}", round=round_.order.round_id)
 
 
 def round_ended(audit: AuditLog, campaign: Campaign, record: pb.Round) -> None:

@@ -21,6 +21,7 @@ from minga.federation.coordinator.campaign import RUNNING, Campaign, require_pos
 from minga.federation.coordinator.campaign_audit import (
     campaign_ended,
     campaign_started,
+    false_shares,
     round_ended,
 )
 from minga.federation.coordinator.herald import Herald
@@ -411,14 +412,16 @@ class Campaigns:
         now, stage = self._clock(), round_.stage
         row = journal.encode(round_.order.round_id, event, now)
         if isinstance(event, SumComputed):
-            self._store.commit_round(
-                campaign.campaign_id,
-                round_.order.round_id,
-                row,
-                model_digest=event.model_digest,
-                optimizer_digest=event.optimizer_digest,
-                counted=sorted(set(round_.survivors) - dict(event.rejected).keys()),
-            )
+            with self._store.transaction():
+                self._store.commit_round(
+                    campaign.campaign_id,
+                    round_.order.round_id,
+                    row,
+                    model_digest=event.model_digest,
+                    optimizer_digest=event.optimizer_digest,
+                    counted=sorted(set(round_.survivors) - dict(event.rejected).keys()),
+                )
+                false_shares(self._audit, round_, event)
             campaign.model_digest = event.model_digest
             campaign.optimizer_digest = event.optimizer_digest
         else:

@@ -41,7 +41,13 @@ from minga.federation.coordinator.store import DATABASE_FILE, Store
 from minga.federation.coordinator.token_table import TokenTable
 from minga.federation.coordinator.tokens import TokenIssuer, token_name
 from minga.federation.enrolment_token import EnrolmentToken
-from minga.federation.errors import EnrolmentError, FederationError, IdentityError, StorageError
+from minga.federation.errors import (
+    EnrolmentError,
+    FederationError,
+    IdentityError,
+    PeerError,
+    StorageError,
+)
 from minga.federation.identity import CertificateVerifier, Clock, Principal, Role, utc_now
 from minga.federation.limits import (
     BLOB_GRACE_S,
@@ -285,6 +291,7 @@ class Coordinator:
             may_upload=self._may_upload,
             may_download=self._may_download,
             on_transfer=self._count_transfer,
+            on_refused=self._note_refused_blob,
         )
         pb_grpc.add_BlobServiceServicer_to_server(blobs, device_server)
         operators = OperatorService(
@@ -378,6 +385,11 @@ class Coordinator:
     def _note_refused_call(self, caller: str, peer: str, method: str, error: IdentityError) -> None:
         self._audit.append_limited(
             Kind.ACCESS_REFUSED, caller, method=method, peer=peer, reason=printable(str(error))
+        )
+
+    def _note_refused_blob(self, principal: Principal, digest: bytes, error: PeerError) -> None:
+        self._audit.append_limited(
+            Kind.MESSAGE_REFUSED, principal.path, blob=digest.hex(), reason=printable(str(error))
         )
 
     def _note_refused_enrolment(

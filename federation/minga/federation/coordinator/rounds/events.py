@@ -81,6 +81,8 @@ class SumComputed:
     optimizer_digest: bytes = b""
     rejected: tuple[tuple[str, str], ...] = ()
     """Devices whose updates turned out to be unusable, each with the reason."""
+    liars: tuple[str, ...] = ()
+    """Devices whose false shares were left out when the sum was unmasked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
