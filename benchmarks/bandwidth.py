@@ -118,9 +118,7 @@ def packed(problem: Problem, **numbers: Any) -> Codec:
 
 def make_plan(num_values: int, cohort: int, number: int = 0, **numbers: Any) -> RoundPlan:
     """Make the plan of a round."""
-    neighbourhood = choose_neighbourhood(
-        cohort, DEFAULTS.expected_dropout, DEFAULTS.colluder_share
-    )
+    neighbourhood = choose_neighbourhood(cohort, DEFAULTS.expected_dropout, DEFAULTS.colluder_share)
     chosen = {
         "value_bits": DEFAULTS.value_bits,
         "clip": DEFAULTS.clip,

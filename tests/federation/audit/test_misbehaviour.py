@@ -38,7 +38,7 @@ class Mallory:
         self.plan = plan
         verifier = CertificateVerifier(authority=self.identity.authority)
         self.session = DeviceSession(plan, self.identity, verifier)
-        self.address = fleet.coordinator.addresses.device
+        self.address = fleet.operator.address
         self.round_id = invite.round_id
         self._stream = stream
 
@@ -144,9 +144,7 @@ async def lie_about_the_update(
         await mallory.upload(masked[::-1], masked[::-1])
     await mallory.upload(masked, masked[-1:], offset=len(masked) - 1)
     update = {"round_id": mallory.round_id, "digest": digest_of(masked)}
-    told.append(
-        await mallory.lie(masked_update=pb.MaskedUpdate(**update, size=len(masked) - 1))
-    )
+    told.append(await mallory.lie(masked_update=pb.MaskedUpdate(**update, size=len(masked) - 1)))
     return told, await mallory.say(masked_update=pb.MaskedUpdate(**update, size=len(masked)))
 
 

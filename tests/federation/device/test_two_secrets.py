@@ -1,8 +1,8 @@
 """A device gives nobody both secrets of a peer, however often, in whatever words it is asked.
 
-A real agent against a coordinator that plays its peers too, all of them in league with it: they sign
-any list of survivors. What a peer shared in a round are two secrets; one share of each would help to
-open the peer's upload.
+A real agent against a coordinator that plays its peers too, all of them in league with it: they
+sign any list of survivors. A peer shares two secrets in a round; a share of each would help to open
+the peer's upload.
 """
 
 import asyncio
