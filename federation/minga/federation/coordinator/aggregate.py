@@ -24,6 +24,7 @@ from minga.federation.parameters import read_layout, read_tensors, to_bytes
 from minga.federation.plain import VALUE
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
 from minga.federation.secagg.errors import QuorumError
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,11 @@ Liars = tuple[str, ...]
 
 
 def aggregate(
-    round_: Round, blobs: BlobStore, optimizer: ServerOptimizer, optimizer_digest: bytes
+    round_: Round,
+    blobs: BlobStore,
+    optimizer: ServerOptimizer,
+    optimizer_digest: bytes,
+    apply_masks: ApplyMasks = apply_masks_threaded,
 ) -> SumComputed:
     """Make the mean of a round's updates, and let the server optimiser take its step.
 
@@ -51,6 +56,7 @@ def aggregate(
         blobs: has the uploads, the model and what the optimiser kept; gets what comes of them.
         optimizer: which step is taken.
         optimizer_digest: what the optimiser kept in the round before; empty in the first one.
+        apply_masks: takes the masks off a sum.
 
     Raises:
         FederationError: a secret cannot be rebuilt, or an upload is gone.
@@ -59,7 +65,7 @@ def aggregate(
         StorageError: the disk fails.
     """
     try:
-        values, total_weight, rejected, liars = _mean(round_, blobs)
+        values, total_weight, rejected, liars = _mean(round_, blobs, apply_masks)
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
         start = 0
@@ -89,11 +95,13 @@ def _state(
     return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
 
 
-def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected, Liars]:
+def _mean(
+    round_: Round, blobs: BlobStore, apply_masks: ApplyMasks
+) -> tuple[Vector, int, Rejected, Liars]:
     """Give the weighted mean of the updates, the sum of their weights, and whose were no use."""
     match round_:
         case SecureRound():
-            values, total_weight, liars = _secure_mean(round_, blobs)
+            values, total_weight, liars = _secure_mean(round_, blobs, apply_masks)
             return values, total_weight, (), liars
         case PlainRound():
             return *_plain_mean(round_, blobs), ()
@@ -104,19 +112,26 @@ def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected, Liars
 # --- secure rounds ----------------------------------------------------------------------------
 
 
-def _secure_mean(round_: SecureRound, blobs: BlobStore) -> tuple[Vector, int, Liars]:
+def _secure_mean(
+    round_: SecureRound, blobs: BlobStore, apply_masks: ApplyMasks
+) -> tuple[Vector, int, Liars]:
     first, *others = round_.groups
-    result = unmasked_sum(round_, first, blobs)
+    result = unmasked_sum(round_, first, blobs, apply_masks)
     values, total_weight, liars = result.mean_delta, result.total_weight, set(result.liars)
     for group in others:
-        result = unmasked_sum(round_, group, blobs)
+        result = unmasked_sum(round_, group, blobs, apply_masks)
         total_weight += result.total_weight
         liars.update(result.liars)
         values += (result.mean_delta - values) * np.float32(result.total_weight / total_weight)
     return values, total_weight, tuple(sorted(liars))
 
 
-def unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) -> Unmasked:
+def unmasked_sum(
+    round_: SecureRound,
+    group: tuple[str, ...],
+    blobs: BlobStore,
+    apply_masks: ApplyMasks = apply_masks_threaded,
+) -> Unmasked:
     """Add one group's masked updates and unmask their sum.
 
     Raises:
@@ -134,6 +149,7 @@ def unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) 
         survivors=survivors,
         reveals=round_.reveals,
         masked_sum=masked,
+        apply=apply_masks,
     )
     if result.liars:
         _log.warning("round %s: false shares from %s", round_.order.round_id, result.liars)

@@ -54,6 +54,7 @@ from minga.federation.limits import (
 )
 from minga.federation.parameters import read_layout
 from minga.federation.secagg.coordinator import check_advert, check_confirmation
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
 
@@ -75,6 +76,7 @@ class Campaigns:
         audit: AuditLog,
         reconnect_grace_s: float,
         strategies: Sequence[str] = (),
+        apply_masks: ApplyMasks = apply_masks_threaded,
     ) -> None:
         self.changed = Signal()
         self._store = store
@@ -85,9 +87,10 @@ class Campaigns:
         self._metrics = metrics
         self._audit = audit
         self._grace_s = reconnect_grace_s
+        self._apply_masks = apply_masks
         self._started_at = clock()
         self._herald = Herald(hub)
-        self.strategies = Strategies(blobs, strategies)
+        self.strategies = Strategies(blobs, strategies, apply_masks)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
@@ -375,7 +378,9 @@ class Campaigns:
         if by_strategy is not None:
             return by_strategy
         optimizer = wire.optimizer_from_wire(campaign.plan)
-        return aggregate(round_, self._blobs, optimizer, campaign.optimizer_digest)
+        return aggregate(
+            round_, self._blobs, optimizer, campaign.optimizer_digest, self._apply_masks
+        )
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""

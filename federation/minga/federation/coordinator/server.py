@@ -56,6 +56,7 @@ from minga.federation.limits import (
     RENEWAL_CHECK_S,
 )
 from minga.federation.operator import OPERATOR_FOLDER, write_address
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.federation.wire import printable
@@ -81,6 +82,7 @@ class Coordinator:
         settings: How it is set up.
         clock: The time of rounds and blobs.
         certificate_clock: The time of certificates, tokens and the audit log.
+        apply_masks: Takes the masks off a round's sum.
 
     Raises (on entering):
         PortInUseError: one of the ports is taken.
@@ -94,8 +96,10 @@ class Coordinator:
         *,
         clock: Callable[[], float] = time.time,
         certificate_clock: Clock = utc_now,
+        apply_masks: ApplyMasks = apply_masks_threaded,
     ) -> None:
         self._settings = settings
+        self._apply_masks = apply_masks
         self._clock = clock
         self._certificate_clock = certificate_clock
         self._stack = AsyncExitStack()
@@ -146,6 +150,7 @@ class Coordinator:
             audit=self._audit,
             reconnect_grace_s=settings.reconnect_grace_s,
             strategies=settings.strategies,
+            apply_masks=self._apply_masks,
         )
         self._models = PublishedModels(
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
@@ -425,9 +430,11 @@ def _owned(state: Path) -> Iterator[None]:
         yield
 
 
-async def run(settings: CoordinatorSettings) -> None:
+async def run(
+    settings: CoordinatorSettings, apply_masks: ApplyMasks = apply_masks_threaded
+) -> None:
     """Run a coordinator until cancelled."""
-    async with Coordinator(settings) as coordinator:
+    async with Coordinator(settings, apply_masks=apply_masks) as coordinator:
         _log.info("devices: %s (mutual TLS)", coordinator.addresses.device)
         _log.info("enrolment: %s (TLS)", coordinator.addresses.enrol)
         _log.info("metrics: http://%s/metrics", coordinator.addresses.metrics)

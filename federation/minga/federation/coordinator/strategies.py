@@ -12,7 +12,7 @@ import numpy as np
 from minga.federation import wire
 from minga.federation.aggregation.optimizers import FedAvg
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.aggregate import Rejected, unmasked_sum
+from minga.federation.coordinator.aggregate import Liars, Rejected, unmasked_sum
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.rounds import PlainRound, Round, SecureRound, SumComputed
 from minga.federation.coordinator.rounds.machine import NOT_NEEDED
@@ -21,6 +21,7 @@ from minga.federation.flower.strategy import FlowerStrategy, Instructions, Resul
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.plain import VALUE
 from minga.federation.secagg.errors import QuorumError
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
 
 
@@ -30,11 +31,18 @@ class Strategies:
     Args:
         blobs: has models, updates and what strategies keep.
         allowed: the strategies that the coordinator's operator lets in beside Flower's own.
+        apply_masks: takes the masks off a sum.
     """
 
-    def __init__(self, blobs: BlobStore, allowed: Sequence[str]) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        allowed: Sequence[str],
+        apply_masks: ApplyMasks = apply_masks_threaded,
+    ) -> None:
         self._blobs = blobs
         self._allowed = allowed
+        self._apply_masks = apply_masks
         self._at_work: tuple[str, FlowerStrategy] | None = None
 
     def require_possible(self, plan: pb.CampaignPlan) -> None:
@@ -101,7 +109,7 @@ class Strategies:
             return None
         order = round_.order
         with _disk():
-            results, rejected = _results(round_, self._blobs)
+            results, rejected, liars = self._results(round_)
             model, state = self._read(order.model_digest), self._state(campaign)
         absent = {
             name: reason
@@ -123,7 +131,26 @@ class Strategies:
                 total_weight=sum(result.num_examples for result in results),
                 optimizer_digest=self._blobs.put_bytes(step.state),
                 rejected=rejected,
+                liars=liars,
             )
+
+    def _results(self, round_: Round) -> tuple[list[Result], Rejected, Liars]:
+        """Give each update of a plain round, or each group's mean of a secure one."""
+        match round_:
+            case SecureRound():
+                sums = [
+                    unmasked_sum(round_, group, self._blobs, self._apply_masks)
+                    for group in round_.groups
+                ]
+                results = [
+                    Result(name=f"group-{n}", update=s.mean_delta, num_examples=s.total_weight)
+                    for n, s in enumerate(sums, 1)
+                ]
+                return results, (), tuple(sorted({name for s in sums for name in s.liars}))
+            case PlainRound():
+                return *_plain_results(round_, self._blobs), ()
+            case _:
+                raise AssertionError(f"{type(round_).__name__} has no results")
 
     def _of(self, campaign: Campaign) -> FlowerStrategy | None:
         """Give a campaign's strategy: the same object as long as this process lives."""
@@ -148,21 +175,6 @@ def _disk() -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
-
-
-def _results(round_: Round, blobs: BlobStore) -> tuple[list[Result], Rejected]:
-    """Give each update of a plain round, or each group's mean of a secure one."""
-    match round_:
-        case SecureRound():
-            sums = [unmasked_sum(round_, group, blobs) for group in round_.groups]
-            return [
-                Result(name=f"group-{n}", update=s.mean_delta, num_examples=s.total_weight)
-                for n, s in enumerate(sums, 1)
-            ], ()
-        case PlainRound():
-            return _plain_results(round_, blobs)
-        case _:
-            raise AssertionError(f"{type(round_).__name__} has no results")
 
 
 def _plain_results(round_: PlainRound, blobs: BlobStore) -> tuple[list[Result], Rejected]:
