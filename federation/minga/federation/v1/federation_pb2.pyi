@@ -655,6 +655,7 @@ class SecureAggregationPlan(_message.Message):
     VALUE_BITS_FIELD_NUMBER: _builtins.int
     CLIP_FIELD_NUMBER: _builtins.int
     MAX_WEIGHT_FIELD_NUMBER: _builtins.int
+    ROTATE_FIELD_NUMBER: _builtins.int
     round_id: _builtins.bytes
     num_values: _builtins.int
     max_cohort: _builtins.int
@@ -663,6 +664,8 @@ class SecureAggregationPlan(_message.Message):
     value_bits: _builtins.int
     clip: _builtins.float
     max_weight: _builtins.int
+    rotate: _builtins.bool
+    """Updates are rotated at random before they are clipped."""
     def __init__(
         self,
         *,
@@ -674,10 +677,11 @@ class SecureAggregationPlan(_message.Message):
         value_bits: _builtins.int = ...,
         clip: _builtins.float = ...,
         max_weight: _builtins.int = ...,
+        rotate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "max_cohort", b"max_cohort", "max_weight", b"max_weight", "num_neighbours", b"num_neighbours", "num_values", b"num_values", "round_id", b"round_id", "threshold", b"threshold", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "max_cohort", b"max_cohort", "max_weight", b"max_weight", "num_neighbours", b"num_neighbours", "num_values", b"num_values", "rotate", b"rotate", "round_id", b"round_id", "threshold", b"threshold", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1667,6 +1671,7 @@ class CampaignPlan(_message.Message):
     PROTECTION_FIELD_NUMBER: _builtins.int
     NUM_GROUPS_FIELD_NUMBER: _builtins.int
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
+    ROTATE_FIELD_NUMBER: _builtins.int
     FLOWER_STRATEGY_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
@@ -1696,6 +1701,8 @@ class CampaignPlan(_message.Message):
     """A round invites so many devices more than the cohort, as a share of it, and waits for the
     cohort's fastest.
     """
+    rotate: _builtins.bool
+    """Updates are rotated at random before they are clipped."""
     @_builtins.property
     def training(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
     @_builtins.property
@@ -1730,11 +1737,12 @@ class CampaignPlan(_message.Message):
         protection: Global___Protection.ValueType = ...,
         num_groups: _builtins.int = ...,
         over_selection: _builtins.float = ...,
+        rotate: _builtins.bool = ...,
         flower_strategy: Global___FlowerStrategy | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["flower_strategy", b"flower_strategy", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "rotate", b"rotate", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
