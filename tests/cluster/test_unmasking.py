@@ -7,8 +7,10 @@ import pytest
 
 from minga.cluster.unmasking import RayMasks, ray_unmasking
 from minga.federation.secagg.masking import BLOCK_VALUES, Mask, apply_masks
+from tests.federation.exact import WEIGHTS, assert_exact, exact_options, exact_plan
+from tests.federation.fleet import toy_model
+from tests.federation.process_fleet import ProcessFleet
 from tests.federation.secagg.simulator import seeded_bytes
-from tests.federation.test_survival import LEVELS, STEPS, ProcessFleet
 
 pytestmark = pytest.mark.slow
 
@@ -59,8 +61,10 @@ async def test_a_coordinator_that_unmasks_on_ray(
     monkeypatch.setenv("MINGA_COORDINATOR_UNMASKING", "ray")
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     async with ProcessFleet(tmp_path) as fleet:
-        for name, levels in STEPS.items():
-            await fleet.add(name, {"step": levels / LEVELS, "num_examples": 100})
-        await fleet.assert_exact(await fleet.finish(await fleet.start_exact_campaign()))
+        for name in WEIGHTS:
+            await fleet.add(name, exact_options(name))
+        model = toy_model(100_000)
+        campaign_id = await fleet.start_campaign(exact_plan(), model)
+        await assert_exact(fleet, await fleet.finish(campaign_id), model)
     log = (tmp_path / "coordinator.log").read_text()
     assert "5 masks were taken off by 2 actors on Ray" in log

@@ -24,7 +24,7 @@ from minga.federation.v1 import federation_pb2 as pb
 from tests.federation.audit.test_misbehaviour import Mallory
 from tests.federation.device.drawn_trainer import drawn_levels
 from tests.federation.fleet import campaign_plan, toy_model
-from tests.federation.test_survival import ProcessFleet
+from tests.federation.process_fleet import ProcessFleet
 
 pytestmark = pytest.mark.slow
 
