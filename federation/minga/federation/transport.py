@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from minga.federation import limits
 from minga.federation.errors import (
     AccessError,
+    BudgetError,
     CampaignError,
     EnrolmentError,
     FederationError,
@@ -208,6 +209,7 @@ WIRE_ERRORS: Final = (
     WireError("identity", grpc.StatusCode.UNAUTHENTICATED, IdentityError),
     WireError("access", grpc.StatusCode.PERMISSION_DENIED, AccessError),
     WireError("campaign", grpc.StatusCode.FAILED_PRECONDITION, CampaignError),
+    WireError("budget", grpc.StatusCode.FAILED_PRECONDITION, BudgetError),
     WireError("missing-blob", grpc.StatusCode.NOT_FOUND, MissingBlobError),
     WireError("limit", grpc.StatusCode.RESOURCE_EXHAUSTED, LimitError),
     WireError("peer", grpc.StatusCode.INVALID_ARGUMENT, PeerError),

@@ -64,6 +64,10 @@ CREATE TABLE IF NOT EXISTS round_events (
     payload BLOB NOT NULL,
     PRIMARY KEY (round_id, sequence)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS privacy_spent (
+    round_id TEXT PRIMARY KEY,
+    spent TEXT NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS published_models (
     group_name TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -395,6 +399,19 @@ class Store:
                 "UPDATE devices SET rounds_counted = rounds_counted + 1 WHERE device_id = ?",
                 [(device_id,) for device_id in counted],
             )
+
+    # --- privacy ---
+
+    def spend_privacy(self, round_id: str, spent: str) -> None:
+        """Store what a round spent; a round spends once."""
+        self._execute(
+            "INSERT INTO privacy_spent (round_id, spent) VALUES (?, ?)", (round_id, spent)
+        )
+
+    def privacy_spent(self) -> dict[str, str]:
+        """Give what rounds spent, oldest first: round -> spending."""
+        rows = self._execute("SELECT round_id, spent FROM privacy_spent ORDER BY rowid")
+        return {row[0]: row[1] for row in rows}
 
     # --- published models ---
 
