@@ -5,6 +5,7 @@ import pytest
 from minga.cluster.errors import ProjectError
 from minga.cluster.fleet import campaign_plan, describe_campaign, privacy_note, report_campaign
 from minga.cluster.project import load
+from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.ledger import Budget
 from minga.federation.aggregation.privacy import Privacy
 from minga.federation.v1 import federation_pb2 as pb
@@ -75,6 +76,15 @@ def test_mistake_in_the_table_is_explained(plan_of, text, words):
     """A mistake is told by the path that it has in the file, with what to do."""
     with pytest.raises(ProjectError, match=words):
         plan_of(text)
+
+
+def test_quantile_becomes_a_bound_that_follows(plan_of):
+    """With a quantile the bound follows the updates, in plain rounds alone."""
+    plain = CENTRAL.replace("[fed", '[federation]\nprotection = "plain"\n[fed')
+    privacy = privacy_from_wire(plan_of(plain + "quantile = 0.4\n"))
+    assert privacy.clip == AdaptiveClip(quantile=0.4, learning_rate=0.2)
+    with pytest.raises(ProjectError, match="takes plain rounds"):
+        plan_of(CENTRAL + "quantile = 0.4\n")
 
 
 def test_spending_is_told(plan_of):

@@ -1,6 +1,7 @@
 """Differential privacy in campaigns, over real gRPC: bounds, noise, ledger, budget."""
 
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from scipy import stats
 
 from minga.federation import wire
+from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.ledger import Budget, Gaussian, Ledger
 from minga.federation.aggregation.privacy import Privacy
 from minga.federation.aggregation.rules import Median
@@ -41,6 +43,12 @@ def private_plan(
         is_distributed=distributed,
     )
     return campaign_plan(privacy=wire.privacy_to_wire(privacy), **changes)
+
+
+def with_quantile(plan: pb.CampaignPlan) -> pb.CampaignPlan:
+    """Let a plan's bound follow the updates."""
+    plan.privacy.quantile, plan.privacy.quantile_rate = 0.5, 0.2
+    return plan
 
 
 async def steps(fleet: Fleet, campaign: pb.Campaign) -> np.ndarray:
@@ -136,6 +144,26 @@ async def test_campaigns_share_one_budget(fleet: Fleet) -> None:
     assert not done.rounds[0].HasField("privacy")
 
 
+async def test_bound_follows_the_updates(fleet: Fleet) -> None:
+    """Round by round the bound comes down to the updates' lengths, and is used and recorded."""
+    for index in range(6):
+        await fleet.add(f"site-{index}", {"step": 0.001}, allow_plain=True)  # a length of 0.032
+    plan = private_plan(0.1, num_rounds=3, cohort=6, min_cohort=6, protection=2)
+    plan = with_quantile(plan)
+    plan.privacy.quantile_rate = 1.0
+    campaign = await fleet.finish(await fleet.start_campaign(plan))
+    assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, campaign.reason
+    bounds = [MAX_NORM, *(round_.privacy.max_norm for round_ in campaign.rounds)]
+    # All are within the bound, so it shrinks by exp(-0.5), give or take the noise on the share.
+    for before, after in pairwise(bounds):
+        assert 0.59 < after / before < 0.85
+    noise = await steps(fleet, campaign) - 0.003
+    multiplier = AdaptiveClip(quantile=0.5, learning_rate=1.0).update_noise(0.1, 6)
+    std = multiplier * np.linalg.norm(bounds[:3]) / 6
+    assert stats.kstest(noise / std, "norm").pvalue > 1e-4
+    assert campaign.rounds[-1].privacy.epsilon == pytest.approx(epsilon_after(0.1, 3))
+
+
 async def test_plain_update_that_is_too_long_is_cut(fleet: Fleet) -> None:
     """A device that does not shorten its update is no more in the mean than one that does."""
     for index in range(3):
@@ -164,10 +192,22 @@ async def test_plain_update_that_is_too_long_is_cut(fleet: Fleet) -> None:
             private_plan(1.0, protection=2, flower_strategy=STRATEGY),
             "takes the place of rule and privacy",
         ),
+        (with_quantile(private_plan(1.0)), "takes plain rounds"),
+        (with_quantile(private_plan(1.0, protection=2)), "takes more than 10 devices"),
         (campaign_plan(privacy=pb.Privacy(epsilon=1.0, delta=2.0)), "delta is 2"),
         (campaign_plan(privacy=pb.Privacy(epsilon=1.0, delta=0.1)), "noise_multiplier is 0"),
     ],
-    ids=["rule", "groups", "plain", "no noise", "strategy", "delta", "nothing"],
+    ids=[
+        "rule",
+        "groups",
+        "plain",
+        "no noise",
+        "strategy",
+        "secure quantile",
+        "few",
+        "delta",
+        "nothing",
+    ],
 )
 async def test_privacy_that_cannot_work(fleet: Fleet, plan: pb.CampaignPlan, reason: str) -> None:
     """A campaign that could not keep its promise is refused before it starts."""

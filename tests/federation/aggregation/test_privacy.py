@@ -357,7 +357,7 @@ def test_nobody_left_to_add_noise() -> None:
 def test_bound_finds_the_quantile() -> None:
     """From far off either way the bound comes to the median length of updates, and stays."""
     lengths = np.random.default_rng(8).lognormal(mean=1.0, sigma=0.5, size=200)
-    adaptive = AdaptiveClip(quantile=0.5, learning_rate=0.2, bit_noise=10.0)
+    adaptive = AdaptiveClip(quantile=0.5, learning_rate=0.2, bit_noise=0.05)
     for start in (0.01, 500.0):
         norm, path = start, []
         for number in range(120):
@@ -376,22 +376,23 @@ def test_one_step_of_the_bound() -> None:
 
 def test_bits_and_updates_together_spend_what_was_asked_for() -> None:
     """The bits' and the updates' spendings add up to that of the noise multiplier."""
-    adaptive = AdaptiveClip(quantile=0.5, learning_rate=0.2, bit_noise=5.0)
-    updates = Gaussian(noise_multiplier=adaptive.update_noise(1.0))
-    bits = Gaussian(noise_multiplier=2 * 5.0)
+    adaptive = AdaptiveClip(quantile=0.5, learning_rate=0.2)
+    updates = Gaussian(noise_multiplier=adaptive.update_noise(1.0, 100))
+    bits = Gaussian(noise_multiplier=2 * 0.05 * 100)
     plenty = Budget(epsilon=100.0, delta=1e-5)
     both = Ledger().spend(updates, plenty).spend(bits, plenty)
     alone = Ledger().spend(Gaussian(noise_multiplier=1.0), plenty)
     assert both.epsilon(1e-5) == pytest.approx(alone.epsilon(1e-5), rel=1e-6)
-    # Andrew et al., section 3: with 100 devices in a round and a twentieth of noise on the bits,
-    # the updates need 0.5 % more noise.
-    assert adaptive.update_noise(1.0) == pytest.approx(1.005, abs=1e-3)
+    # With 100 devices and a twentieth of noise on the bits the updates need 0.5 % more noise.
+    assert adaptive.update_noise(1.0, 100) == pytest.approx(1.005, abs=1e-3)
 
 
 def test_bits_that_spend_too_much_are_refused() -> None:
     """Less noise on the bits than all may have leaves nothing for the updates."""
-    with pytest.raises(PrivacyError, match=r"bit_noise is 0.5; .* must be above 0.5"):
-        AdaptiveClip(quantile=0.5, learning_rate=0.2, bit_noise=0.5).update_noise(1.0)
+    adaptive = AdaptiveClip(quantile=0.5, learning_rate=0.2)
+    with pytest.raises(PrivacyError, match=r"10 devices tells more .*; it takes more than 10 dev"):
+        adaptive.update_noise(1.0, 10)
+    assert adaptive.update_noise(1.0, 11) > 2
 
 
 @pytest.mark.parametrize(
@@ -405,6 +406,6 @@ def test_bits_that_spend_too_much_are_refused() -> None:
 )
 def test_impossible_numbers_of_the_bound(change: dict[str, float], words: str) -> None:
     """Numbers out of their range are told by name."""
-    sound = {"quantile": 0.5, "learning_rate": 0.2, "bit_noise": 5.0}
-    with pytest.raises(ValueError, match=words):
+    sound = {"quantile": 0.5, "learning_rate": 0.2, "bit_noise": 0.05}
+    with pytest.raises(PrivacyError, match=words):
         AdaptiveClip(**(sound | change))

@@ -32,6 +32,8 @@ class Combined:
     """Those that it did not, and why."""
     clipped: tuple[str, ...]
     """Those that were shortened before the rule."""
+    lengths: tuple[float, ...]
+    """Euclidean lengths of those counted, as they came."""
     total_weight: int
     """Sum of the weights of those counted."""
 
@@ -85,6 +87,7 @@ def combine(
         clipped=tuple(
             one.name for one, factor in zip(found.sound, factors, strict=True) if factor < 1.0
         ),
+        lengths=tuple(found.norms.tolist()),
         total_weight=sum(one.weight for one in found.sound),
     )
 

@@ -5,10 +5,12 @@ is made of many, `[federation.privacy]` what hides each device in it.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.ledger import Budget
 from minga.federation.aggregation.optimizers import (
     FedAdagrad,
@@ -312,9 +314,20 @@ class CentralPrivacyTable(NoisyTable):
     """The coordinator adds noise to the mean: it is trusted with what it sees, and its models are
     private."""
 
+    quantile: Probability | None = None
+    """With it max_norm is only where the bound begins, and follows this quantile of the updates'
+    lengths (Andrew et al. 2021); takes plain rounds. 0.5 is a good choice."""
+
+    quantile_rate: Positive = 0.2
+    """How fast the bound follows: by this as an exponent, at most, in each round."""
+
     def privacy(self) -> Privacy:
         """Give what the table describes."""
-        return _privacy(self, is_distributed=False)
+        privacy = _privacy(self, is_distributed=False)
+        if self.quantile is None:
+            return privacy
+        clip = AdaptiveClip(quantile=self.quantile, learning_rate=self.quantile_rate)
+        return replace(privacy, clip=clip)
 
 
 class DistributedPrivacyTable(NoisyTable):

@@ -29,6 +29,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.contributions import Vector
 from minga.federation.aggregation.ledger import Budget, Concentrated, Gaussian, Mechanism
 from minga.federation.aggregation.noise import MAX_VARIANCE, DiscreteNoise, RandomBytes
@@ -111,6 +112,7 @@ class Privacy:
         noise_multiplier: standard deviation of the noise on the sum over the longest update.
         max_norm: the longest update.
         is_distributed: whether devices add the noise.
+        clip: how `max_norm` follows the updates after the first round; None: not at all.
 
     Raises:
         PrivacyError: a number is out of its range.
@@ -120,6 +122,7 @@ class Privacy:
     noise_multiplier: float
     max_norm: float
     is_distributed: bool
+    clip: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
         for name in ("noise_multiplier", "max_norm"):

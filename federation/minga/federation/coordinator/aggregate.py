@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from minga.federation.secagg.plan import RoundPlan
 from minga.federation.v1 import federation_pb2 as pb
 
 _log = logging.getLogger(__name__)
+
+_WITHIN: Final = 1.0 - 2.0**-19
+"""An update that its device had to shorten is as long as the bound, to float32's rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +93,11 @@ def aggregate(
         StorageError: the disk fails.
     """
     try:
-        optimizer, privacy = recipe.optimizer, recipe.privacy
+        optimizer, privacy, max_norm = recipe.optimizer, recipe.privacy, 0.0
         if privacy is None:
             values, combined = _mean(round_, blobs, recipe.rule)
         else:
-            values, combined = _private_mean(round_, blobs, privacy)
+            values, combined, max_norm = _private_mean(round_, blobs, privacy)
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
         start = 0
@@ -108,6 +111,7 @@ def aggregate(
             total_weight=combined.total_weight,
             optimizer_digest=blobs.put_bytes(to_bytes(state)) if state else b"",
             rejected=tuple(combined.rejected.items()),
+            max_norm=max_norm,
         )
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
@@ -123,27 +127,36 @@ def _state(
     return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
 
 
-def _private_mean(round_: Round, blobs: BlobStore, privacy: Privacy) -> tuple[Vector, Combined]:
+def _private_mean(
+    round_: Round, blobs: BlobStore, privacy: Privacy
+) -> tuple[Vector, Combined, float]:
     """Make a mean that each device changes by a bounded length, and add noise unless devices did.
 
     In plain rounds a device that did not keep to the length is cut here; in secure ones that is the
     devices' own doing, each of which protects itself by it.
+
+    Returns:
+        The mean, who is in it, and the bound with which the campaign goes on.
     """
+    assert round_.order.encoding is not None
+    max_norm = round_.order.encoding.max_norm
     clip: Clip | None = None
     match round_.order.plan:
         case PlainPlan():
-            longest, clip = privacy.max_norm, Clip(max_norm=privacy.max_norm)
+            longest, clip = max_norm, Clip(max_norm=max_norm)
         case RoundPlan() as plan:
-            longest = longest_levels(plan, privacy.max_norm) * plan.clip / plan.max_level
+            longest = longest_levels(plan, max_norm) * plan.clip / plan.max_level
     values, combined = _mean(round_, blobs, Mean(is_weighted=False, clip=clip))
-    if not privacy.is_distributed:
-        std = central_std(
-            noise_multiplier=privacy.noise_multiplier,
-            max_norm=longest,
-            num_devices=combined.total_weight,
-        )
-        add_gaussian(values, std, os.urandom)
-    return values, combined
+    if privacy.is_distributed:
+        return values, combined, max_norm
+    num_devices, noise_multiplier = combined.total_weight, privacy.noise_multiplier
+    if privacy.clip is not None:
+        noise_multiplier = privacy.clip.update_noise(noise_multiplier, num_devices)
+        within = sum(length < max_norm * _WITHIN for length in combined.lengths)
+        max_norm = privacy.clip.next_norm(max_norm, within, num_devices, os.urandom)
+    std = central_std(noise_multiplier=noise_multiplier, max_norm=longest, num_devices=num_devices)
+    add_gaussian(values, std, os.urandom)
+    return values, combined, max_norm
 
 
 def _mean(round_: Round, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined]:

@@ -100,7 +100,7 @@ class Campaign:
             devices = devices[: _invitable(self.plan, len(devices))]
             try:
                 plan, encoding = wire.round_plan(
-                    self.plan,
+                    self._plan_now(),
                     round_id=round_id,
                     model_digest=self.model_digest,
                     training=training,
@@ -121,6 +121,14 @@ class Campaign:
             training=training,
             encoding=encoding,
         )
+
+    def _plan_now(self) -> pb.CampaignPlan:
+        """Give the plan with the bound on updates' lengths that the newest round left."""
+        plan = pb.CampaignPlan()
+        plan.CopyFrom(self.plan)
+        if self.records and self.records[-1].privacy.max_norm:
+            plan.privacy.max_norm = self.records[-1].privacy.max_norm
+        return plan
 
     def order_of(self, row: RoundRow) -> RoundOrder:
         """Read what a round of this campaign was to do."""
@@ -244,6 +252,14 @@ def _require_private(plan: pb.CampaignPlan, rule: Rule) -> None:
         raise CampaignError(
             "devices add noise in secure rounds; in plain ones the coordinator does"
         )
+    privacy = wire.privacy_from_wire(plan)
+    if privacy is None or privacy.clip is None:
+        return
+    if privacy.is_distributed or not wire.is_plain(plan):
+        raise CampaignError(
+            "a bound that follows the updates takes plain rounds with central noise"
+        )
+    privacy.clip.update_noise(privacy.noise_multiplier, plan.min_cohort)
 
 
 def _require_numbers(plan: pb.CampaignPlan) -> None:

@@ -448,7 +448,7 @@ class Campaigns:
             self._record(campaign, round_, RoundFailed(reason=reason))
         campaign.bytes_sent += self._herald.tell(round_)
         record = campaign.record()
-        self._account.note(campaign.plan, record)
+        self._account.note(campaign.plan, round_, record)
         with self._store.transaction():
             self._store.close_round(round_.order.round_id, record.SerializeToString())
             round_ended(self._audit, campaign, record)

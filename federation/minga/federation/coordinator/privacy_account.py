@@ -56,10 +56,12 @@ class PrivacyAccount:
         self.ledger().spend(mechanism, privacy.budget)
         self._store.spend_privacy(round_id, Ledger((Spent(mechanism=mechanism),)).to_json())
 
-    def note(self, plan: pb.CampaignPlan, record: pb.Round) -> None:
+    def note(self, plan: pb.CampaignPlan, round_: Round, record: pb.Round) -> None:
         """Write into a round's record what was spent so far, if its campaign is private."""
-        privacy = wire.privacy_from_wire(plan)
-        if privacy is not None:
+        privacy, encoding = wire.privacy_from_wire(plan), round_.order.encoding
+        if privacy is not None and encoding is not None:
+            result = round_.result
+            record.privacy.max_norm = encoding.max_norm if result is None else result.max_norm
             record.privacy.epsilon = self.ledger().epsilon(privacy.budget.delta)
             record.privacy.delta = privacy.budget.delta
 

@@ -1785,6 +1785,8 @@ class Privacy(_message.Message):
     NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     MAX_NORM_FIELD_NUMBER: _builtins.int
     DISTRIBUTED_FIELD_NUMBER: _builtins.int
+    QUANTILE_FIELD_NUMBER: _builtins.int
+    QUANTILE_RATE_FIELD_NUMBER: _builtins.int
     epsilon: _builtins.float
     """The most that all rounds with the fleet may have spent, this campaign's included."""
     delta: _builtins.float
@@ -1794,6 +1796,12 @@ class Privacy(_message.Message):
     """Euclidean length of the longest update."""
     distributed: _builtins.bool
     """Devices add the noise before they mask; otherwise the coordinator adds it to the mean."""
+    quantile: _builtins.float
+    """Above 0 in plain rounds: max_norm is only where the bound begins, and follows this quantile of
+    the updates' lengths; Andrew et al. 2021.
+    """
+    quantile_rate: _builtins.float
+    """How fast it follows."""
     def __init__(
         self,
         *,
@@ -1802,10 +1810,12 @@ class Privacy(_message.Message):
         noise_multiplier: _builtins.float = ...,
         max_norm: _builtins.float = ...,
         distributed: _builtins.bool = ...,
+        quantile: _builtins.float = ...,
+        quantile_rate: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "distributed", b"distributed", "epsilon", b"epsilon", "max_norm", b"max_norm", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "distributed", b"distributed", "epsilon", b"epsilon", "max_norm", b"max_norm", "noise_multiplier", b"noise_multiplier", "quantile", b"quantile", "quantile_rate", b"quantile_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2277,17 +2287,21 @@ class PrivacySpent(_message.Message):
 
     EPSILON_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    MAX_NORM_FIELD_NUMBER: _builtins.int
     epsilon: _builtins.float
     delta: _builtins.float
+    max_norm: _builtins.float
+    """The bound on the updates' length with which the campaign goes on."""
     def __init__(
         self,
         *,
         epsilon: _builtins.float = ...,
         delta: _builtins.float = ...,
+        max_norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epsilon", b"epsilon"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epsilon", b"epsilon", "max_norm", b"max_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

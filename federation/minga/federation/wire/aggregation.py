@@ -1,5 +1,6 @@
 """Rules and privacy on the wire."""
 
+from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.ledger import Budget
 from minga.federation.aggregation.privacy import Privacy, PrivateEncoding
 from minga.federation.aggregation.rules import (
@@ -94,6 +95,8 @@ def privacy_to_wire(privacy: Privacy | None) -> pb.Privacy | None:
         noise_multiplier=privacy.noise_multiplier,
         max_norm=privacy.max_norm,
         distributed=privacy.is_distributed,
+        quantile=0.0 if privacy.clip is None else privacy.clip.quantile,
+        quantile_rate=0.0 if privacy.clip is None else privacy.clip.learning_rate,
     )
 
 
@@ -106,11 +109,15 @@ def privacy_from_wire(plan: pb.CampaignPlan) -> Privacy | None:
     if not plan.HasField("privacy"):
         return None
     message = plan.privacy
+    clip = None
+    if message.quantile:
+        clip = AdaptiveClip(quantile=message.quantile, learning_rate=message.quantile_rate)
     return Privacy(
         budget=Budget(epsilon=message.epsilon, delta=message.delta),
         noise_multiplier=message.noise_multiplier,
         max_norm=message.max_norm,
         is_distributed=message.distributed,
+        clip=clip,
     )
 
 
