@@ -112,14 +112,12 @@ class Ledger:
         if not self.entries:
             return 0.0
         accounting = _accounting()
+        rho = sum(_rho(entry.mechanism) * entry.times for entry in self.entries)
         if all(isinstance(entry.mechanism, Gaussian) for entry in self.entries):
-            # n sums with noise z are one with noise z / sqrt(n).
-            precision = sum(2 * _rho(entry.mechanism) * entry.times for entry in self.entries)
-            return float(accounting.get_epsilon_gaussian(1.0 / sqrt(precision), delta))
+            # All of them together are one Gaussian sum, which has this rho.
+            return float(accounting.get_epsilon_gaussian(1.0 / sqrt(2.0 * rho), delta))
         accountant = accounting.rdp.RdpAccountant()
-        for entry in self.entries:
-            event = accounting.ZCDpEvent(_rho(entry.mechanism))
-            accountant.compose(event, entry.times)
+        accountant.compose(accounting.ZCDpEvent(rho))  # rho adds up
         return float(accountant.get_epsilon(delta))
 
     def spend(self, mechanism: Mechanism, budget: Budget, times: int = 1) -> Self:
