@@ -226,6 +226,19 @@ def test_sized_noise_fits(noise_multiplier: float, num_values: int, cohort: int)
     assert rho >= 0.9 / (2 * noise_multiplier**2) or size.variance < 100
 
 
+def test_noise_makes_uploads_smaller() -> None:
+    """Levels finer than the noise are not sent: 20 bits a value, where the defaults take 25."""
+    size = size_noise(
+        noise_multiplier=4.0,
+        max_norm=1.0,
+        num_values=1_000_000,
+        num_noisy=22,
+        min_cohort=20,
+        cohort=32,
+    )
+    assert sized_plan(size, 1_000_000, 32).ring_bits == 20
+
+
 def test_no_levels_for_next_to_no_noise() -> None:
     """Noise much finer than the finest level is refused, with what to do."""
     with pytest.raises(PrivacyError, match="no levels suit a noise_multiplier of 1e-08"):

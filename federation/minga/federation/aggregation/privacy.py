@@ -251,6 +251,8 @@ def size_noise(
 ) -> NoiseSize:
     """Choose the finest levels for which noise can be drawn, and how much each device draws.
 
+    The ring gets no more room for the noise than it takes: uploads are as small as they can be.
+
     Args:
         noise_multiplier: standard deviation of the whole noise over the longest update.
         max_norm: the longest update.
@@ -262,9 +264,10 @@ def size_noise(
     Raises:
         PrivacyError: the noise is too small against the levels, or too large for the ring.
     """
-    for value_bits in range(min(_MOST_BITS, 32 - (cohort - 1).bit_length()), _LEAST_BITS - 1, -1):
-        max_level = (1 << (value_bits - 1)) - 1
-        for room in range(value_bits - 1):
+    most_bits = min(_MOST_BITS, 32 - (cohort - 1).bit_length())
+    for room in range(most_bits - 1):
+        for value_bits in range(most_bits, _LEAST_BITS - 1, -1):
+            max_level = (1 << (value_bits - 1)) - 1
             norm = max_level / (1 << room)
             variance = ceil((noise_multiplier * level_bound(norm, num_values)) ** 2 / num_noisy)
             fits = norm + _TAIL * sqrt(variance / min_cohort) <= max_level
@@ -272,8 +275,6 @@ def size_noise(
                 return NoiseSize(
                     value_bits=value_bits, clip=max_norm * (1 << room), variance=variance
                 )
-            if variance < MIN_VARIANCE:
-                break
     raise PrivacyError(
         f"no levels suit a noise_multiplier of {noise_multiplier:g} with {num_values} values and "
         f"{num_noisy} devices that add noise; invite more devices, or change noise_multiplier"
