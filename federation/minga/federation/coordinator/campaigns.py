@@ -15,7 +15,7 @@ from contextlib import suppress
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
-from minga.federation.coordinator.aggregate import aggregate
+from minga.federation.coordinator.aggregate import Recipe, aggregate
 from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.campaign import RUNNING, Campaign, require_possible
 from minga.federation.coordinator.campaign_audit import (
@@ -26,6 +26,7 @@ from minga.federation.coordinator.campaign_audit import (
 from minga.federation.coordinator.herald import Herald
 from minga.federation.coordinator.hub import Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
+from minga.federation.coordinator.privacy_account import PrivacyAccount
 from minga.federation.coordinator.rounds import (
     DeadlinePassed,
     DeviceEvent,
@@ -87,6 +88,7 @@ class Campaigns:
         self._started_at = clock()
         self._herald = Herald(hub)
         self.strategies = Strategies(blobs, strategies)
+        self._account = PrivacyAccount(store)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
@@ -111,6 +113,7 @@ class Campaigns:
 
         Raises:
             CampaignError: another one is running, or the plan cannot work.
+            BudgetError: its rounds would spend more privacy than is left.
         """
         running = self._running()
         if running is not None:
@@ -118,6 +121,7 @@ class Campaigns:
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
         require_possible(plan, self._num_values(plan.model_digest))
+        self._account.require_left(plan, plan.num_rounds)
         campaign = Campaign(
             campaign_id=secrets.token_hex(6), plan=plan, model_digest=plan.model_digest
         )
@@ -300,6 +304,7 @@ class Campaigns:
             await self._begin_round(campaign)
 
     async def _begin_round(self, campaign: Campaign) -> None:
+        self._account.require_left(campaign.plan)
         devices = await self._gather(campaign)
         if not devices:
             return
@@ -358,6 +363,7 @@ class Campaigns:
         """Unmask the sum off the loop, then commit."""
         event: Event
         try:
+            self._account.charge(campaign.plan, round_)
             event = await asyncio.to_thread(self._next_model, campaign, round_)
         except StorageError:
             raise  # everything it is made from is kept, so it can be done again
@@ -373,8 +379,8 @@ class Campaigns:
         by_strategy = self.strategies.aggregate(campaign, round_)
         if by_strategy is not None:
             return by_strategy
-        optimizer = wire.optimizer_from_wire(campaign.plan)
-        return aggregate(round_, self._blobs, optimizer, campaign.optimizer_digest)
+        recipe = Recipe.of(campaign.plan)
+        return aggregate(round_, self._blobs, recipe, campaign.optimizer_digest)
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""
@@ -442,6 +448,7 @@ class Campaigns:
             self._record(campaign, round_, RoundFailed(reason=reason))
         campaign.bytes_sent += self._herald.tell(round_)
         record = campaign.record()
+        self._account.note(campaign.plan, round_, record)
         with self._store.transaction():
             self._store.close_round(round_.order.round_id, record.SerializeToString())
             round_ended(self._audit, campaign, record)

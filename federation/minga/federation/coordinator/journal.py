@@ -48,6 +48,7 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "total_weight": event.total_weight,
         "optimizer_digest": event.optimizer_digest.hex(),
         "rejected": event.rejected,
+        "max_norm": event.max_norm,
     }
 
 
@@ -71,6 +72,7 @@ def decode(row: EventRow) -> Event:
                 total_weight=values["total_weight"],
                 optimizer_digest=bytes.fromhex(values.get("optimizer_digest", "")),
                 rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
+                max_norm=values.get("max_norm", 0.0),
             )
         case "failed":
             return RoundFailed(reason=values["reason"])

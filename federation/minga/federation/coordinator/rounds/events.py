@@ -81,6 +81,8 @@ class SumComputed:
     optimizer_digest: bytes = b""
     rejected: tuple[tuple[str, str], ...] = ()
     """Devices whose updates turned out to be unusable, each with the reason."""
+    max_norm: float = 0.0
+    """The bound on updates' lengths with which a private campaign goes on; 0: it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
