@@ -85,7 +85,7 @@ def test_kinds_add_up() -> None:
     assert mixed.epsilon(1e-5) == pytest.approx(after(Concentrated(rho=0.5)).epsilon(1e-5))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     multipliers=st.lists(st.floats(0.5, 50), min_size=1, max_size=6),
     delta=st.floats(1e-9, 1e-3),
@@ -131,7 +131,6 @@ def test_nothing_spent_is_nothing() -> None:
 # --- as it is kept ---
 
 
-@settings(deadline=None)
 @given(
     numbers=st.lists(st.tuples(st.booleans(), st.floats(1e-6, 1e6)), max_size=8),
     repeat=st.integers(1, 3),

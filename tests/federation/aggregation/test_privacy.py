@@ -60,7 +60,6 @@ def signed(levels: np.ndarray) -> np.ndarray:
 # --- lengths ---
 
 
-@settings(deadline=None)
 @given(
     update=arrays(np.float32, 7, elements=st.floats(-(2.0**100), 2.0**100, width=32)),
     max_norm=st.floats(1e-3, 1e3),
@@ -88,7 +87,7 @@ def test_update_without_a_length() -> None:
             clip_length(np.array([1.0, poison], np.float32), 1.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_values=st.integers(1, 300),
     value_bits=st.integers(4, 20),
@@ -200,7 +199,7 @@ def test_private_mean_is_the_mean() -> None:
     assert error.std() == pytest.approx(1.0, abs=0.1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     noise_multiplier=st.floats(0.05, 15),
     num_values=st.integers(1, 10_000_000),

@@ -44,7 +44,7 @@ def honest_rows(seed: int, num: int, num_values: int = 6) -> np.ndarray:
 
 
 @ALL
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, num=sizes)
 def test_order_does_not_matter(rule: Rule, seed: int, num: int) -> None:
     """Who came first makes no difference."""
@@ -54,7 +54,7 @@ def test_order_does_not_matter(rule: Rule, seed: int, num: int) -> None:
 
 
 @ALL
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, num=sizes, by=st.floats(-8, 8, width=32))
 def test_moves_with_its_contributions(rule: Rule, seed: int, num: int, by: float) -> None:
     """If all contributions move by the same vector, so does the result."""
@@ -64,7 +64,7 @@ def test_moves_with_its_contributions(rule: Rule, seed: int, num: int, by: float
 
 
 @ALL
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, num=sizes)
 def test_agreement_is_kept(rule: Rule, seed: int, num: int) -> None:
     """What all say is the result: every rule is the mean then."""
@@ -73,7 +73,7 @@ def test_agreement_is_kept(rule: Rule, seed: int, num: int) -> None:
 
 
 @pytest.mark.parametrize("rule", [*RULES, *CLIPPED], ids=rule_name)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, num=sizes, block_values=st.integers(1, 40))
 def test_blocks_do_not_show(rule: Rule, seed: int, num: int, block_values: int) -> None:
     """Blocks of any size give the same result, to float32's rounding."""
@@ -107,7 +107,7 @@ def with_liars(rule: Rule, honest: np.ndarray, seed: int, kind: str, scale: floa
 
 
 @pytest.mark.parametrize("rule", [Median(), TrimmedMean(liar_share=LIAR_SHARE)], ids=rule_name)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=seeds, num=st.integers(4, 15), kind=lies, scale=st.floats(-1e6, 1e6))
 def test_coordinates_stay_within_the_honest(
     rule: Rule, seed: int, num: int, kind: str, scale: float
@@ -120,7 +120,7 @@ def test_coordinates_stay_within_the_honest(
     assert (moved <= honest.max(axis=0) + tolerance).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=seeds, num=st.integers(3, 15), kind=lies, scale=st.floats(-1e6, 1e6))
 def test_geometric_median_keeps_its_published_bound(
     seed: int, num: int, kind: str, scale: float
@@ -139,7 +139,7 @@ def test_geometric_median_keeps_its_published_bound(
 @pytest.mark.parametrize(
     "rule", [Krum(liar_share=LIAR_SHARE), MultiKrum(liar_share=LIAR_SHARE)], ids=rule_name
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=seeds, num=st.integers(5, 15), kind=lies, scale=st.floats(-1e6, 1e6))
 def test_krum_stays_near_the_honest(
     rule: MultiKrum, seed: int, num: int, kind: str, scale: float
