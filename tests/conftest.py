@@ -4,8 +4,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from minga.cluster.stack import local_ray
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("minga", deadline=None)
+settings.load_profile("minga")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """The fleet as operators see it: devices, campaigns, models, as plain values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,13 @@ from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.wire import config_to_wire, optimizer_to_wire, strategy_to_wire
+from minga.federation.wire import (
+    config_to_wire,
+    optimizer_to_wire,
+    privacy_to_wire,
+    rule_to_wire,
+    strategy_to_wire,
+)
 from minga.training.progress import OnProgress, Progress
 
 OnCampaign = Callable[[pb.Campaign], None]
@@ -43,6 +49,28 @@ def _device(device: pb.Device) -> dict[str, Any]:
     }
 
 
+def _privacy(campaign: pb.Campaign) -> dict[str, float] | None:
+    """Say what the fleet's privacy ledger had spent after the newest round; None without noise."""
+    if not campaign.plan.HasField("privacy"):
+        return None
+    spent = [round_.privacy.epsilon for round_ in campaign.rounds if round_.HasField("privacy")]
+    return {
+        "epsilon": spent[-1] if spent else 0.0,
+        "delta": campaign.plan.privacy.delta,
+        "budget": campaign.plan.privacy.epsilon,
+    }
+
+
+def privacy_note(privacy: Mapping[str, float] | None) -> str:
+    """Write what was spent of the budget; nothing without noise."""
+    if privacy is None:
+        return ""
+    return (
+        f"epsilon {privacy['epsilon']:.3g} of {privacy['budget']:.3g} spent "
+        f"at delta {privacy['delta']:.3g}"
+    )
+
+
 def _time(moment: Timestamp) -> str:
     return moment.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")
 
@@ -56,6 +84,7 @@ def describe_campaign(campaign: pb.Campaign) -> dict[str, Any]:
         "state": pb.CampaignState.Name(campaign.state).removeprefix("CAMPAIGN_STATE_").lower(),
         "reason": campaign.reason,
         "num_rounds": campaign.plan.num_rounds,
+        "privacy": _privacy(campaign),
         "rounds": [_round(round_) for round_ in campaign.rounds],
     }
 
@@ -110,6 +139,8 @@ def campaign_plan(
         protection=_PROTECTIONS[config.protection],
         num_groups=config.groups,
         over_selection=config.over_selection,
+        rule=rule_to_wire(config.rule.rule()),
+        privacy=privacy_to_wire(config.privacy.privacy()),
     )
 
 
@@ -122,7 +153,8 @@ def report_campaign(on_progress: OnProgress) -> OnCampaign:
         if campaign.rounds and not note:
             newest = campaign.rounds[-1]
             stage = pb.RoundStage.Name(newest.stage).removeprefix("ROUND_STAGE_").lower()
-            note = f"round {newest.number}: {stage}, {len(newest.survivors)} updates"
+            parts = [f"{len(newest.survivors)} updates", privacy_note(_privacy(campaign))]
+            note = f"round {newest.number}: {stage}, {', '.join(filter(None, parts))}"
         on_progress(Progress(step="federate", done=done, total=campaign.plan.num_rounds, note=note))
 
     return watch

@@ -15,6 +15,9 @@
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
     ├── StrategyError       a Flower strategy fails, is not allowed, or wants what rounds cannot do
+    ├── RuleError           too few contributions for the rule that combines them
+    ├── PrivacyError        noise and bounds of differential privacy that cannot work together
+    │   └── BudgetError     a round would spend more privacy than is left
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -80,6 +83,18 @@ class PlainRefusedError(FederationError):
 
 class StrategyError(FederationError):
     """A Flower strategy fails, is not allowed here, or wants what a round cannot do."""
+
+
+class RuleError(FederationError, ValueError):
+    """There are too few sound contributions for the rule that combines them."""
+
+
+class PrivacyError(FederationError, ValueError):
+    """Noise and bounds of differential privacy that cannot work together."""
+
+
+class BudgetError(PrivacyError):
+    """A round would spend more privacy than is left."""
 
 
 class PeerError(FederationError):

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from minga.federation import limits
 from minga.federation.errors import (
     AccessError,
+    BudgetError,
     CampaignError,
     EnrolmentError,
     FederationError,
@@ -209,6 +210,7 @@ WIRE_ERRORS: Final = (
     WireError("identity", grpc.StatusCode.UNAUTHENTICATED, IdentityError),
     WireError("access", grpc.StatusCode.PERMISSION_DENIED, AccessError),
     WireError("campaign", grpc.StatusCode.FAILED_PRECONDITION, CampaignError),
+    WireError("budget", grpc.StatusCode.FAILED_PRECONDITION, BudgetError),
     WireError("missing-blob", grpc.StatusCode.NOT_FOUND, MissingBlobError),
     WireError("missing-device", grpc.StatusCode.NOT_FOUND, MissingDeviceError),
     WireError("limit", grpc.StatusCode.RESOURCE_EXHAUSTED, LimitError),

@@ -192,8 +192,8 @@ async def test_sum_may_be_made_again(desk: Desk, monkeypatch: pytest.MonkeyPatch
     """Making a sum a second time gives the same model and the same state, byte by byte."""
     sums: list[tuple[SumComputed, SumComputed]] = []
 
-    def twice(*given: Any) -> SumComputed:
-        one, again = (aggregate(*given) for _ in range(2))
+    def twice(*args: Any) -> SumComputed:
+        one, again = (aggregate(*args) for _ in range(2))
         sums.append((one, again))
         return one
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minga.federation import wire
+from minga.federation.aggregation.rules import Mean, Rule
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
-from minga.federation.errors import CampaignError, PeerError
+from minga.federation.errors import CampaignError, PeerError, PrivacyError
 from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
 from minga.federation.secagg.errors import PlanError
 from minga.federation.trainer import TrainingConfig, proximal_mu
@@ -98,8 +99,8 @@ class Campaign:
         while True:
             devices = devices[: _invitable(self.plan, len(devices))]
             try:
-                plan = wire.round_plan(
-                    self.plan,
+                plan, encoding = wire.round_plan(
+                    self._plan_now(),
                     round_id=round_id,
                     model_digest=self.model_digest,
                     training=training,
@@ -118,7 +119,16 @@ class Campaign:
             invited=tuple(sorted(devices)),
             model_digest=self.model_digest,
             training=training,
+            encoding=encoding,
         )
+
+    def _plan_now(self) -> pb.CampaignPlan:
+        """Give the plan with the bound on updates' lengths that the newest round left."""
+        plan = pb.CampaignPlan()
+        plan.CopyFrom(self.plan)
+        if self.records and self.records[-1].privacy.max_norm:
+            plan.privacy.max_norm = self.records[-1].privacy.max_norm
+        return plan
 
     def order_of(self, row: RoundRow) -> RoundOrder:
         """Read what a round of this campaign was to do."""
@@ -130,6 +140,7 @@ class Campaign:
             invited=row.invited,
             model_digest=invite.model_digest,
             training=wire.config_from_wire(invite.training),
+            encoding=wire.encoding_of_invite(invite),
         )
 
     def _order(self, **values: Any) -> RoundOrder:
@@ -218,13 +229,37 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
                 num_values=num_values,
                 num_invited=count,
             )
-        except (PlanError, PeerError) as error:
+        except (PlanError, PeerError, PrivacyError) as error:
             raise CampaignError(f"no round can work with {count} devices: {error}") from error
     try:
         wire.optimizer_from_wire(plan)
+        rule = wire.rule_from_wire(plan)
+        rule.require_enough(plan.min_cohort if wire.is_plain(plan) else wire.num_groups(plan))
+        if plan.HasField("privacy"):
+            _require_private(plan, rule)
         proximal_mu(wire.config_from_wire(plan.training))
     except (ValueError, PeerError) as error:
         raise CampaignError(f"the campaign cannot work: {error}") from error
+
+
+def _require_private(plan: pb.CampaignPlan, rule: Rule) -> None:
+    """Insist on what bounds one device's influence, where that is promised."""
+    if rule != Mean():
+        raise CampaignError("privacy takes the mean: it bounds what one update changes in it")
+    if wire.num_groups(plan) > 1:
+        raise CampaignError("privacy takes one sum: several groups would need noise each")
+    if plan.privacy.distributed and wire.is_plain(plan):
+        raise CampaignError(
+            "devices add noise in secure rounds; in plain ones the coordinator does"
+        )
+    privacy = wire.privacy_from_wire(plan)
+    if privacy is None or privacy.clip is None:
+        return
+    if privacy.is_distributed or not wire.is_plain(plan):
+        raise CampaignError(
+            "a bound that follows the updates takes plain rounds with central noise"
+        )
+    privacy.clip.update_noise(privacy.noise_multiplier, plan.min_cohort)
 
 
 def _require_numbers(plan: pb.CampaignPlan) -> None:

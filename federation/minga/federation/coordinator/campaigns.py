@@ -14,19 +14,14 @@ from contextlib import suppress
 
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator import journal
-from minga.federation.coordinator.aggregate import aggregate
+from minga.federation.coordinator import campaign_audit, journal
+from minga.federation.coordinator.aggregate import Recipe, Uploads, aggregate
 from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.campaign import RUNNING, Campaign, require_possible
-from minga.federation.coordinator.campaign_audit import (
-    campaign_ended,
-    campaign_started,
-    false_shares,
-    round_ended,
-)
 from minga.federation.coordinator.herald import Herald
 from minga.federation.coordinator.hub import Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
+from minga.federation.coordinator.privacy_account import PrivacyAccount
 from minga.federation.coordinator.rounds import (
     DeadlinePassed,
     DeviceEvent,
@@ -91,6 +86,7 @@ class Campaigns:
         self._started_at = clock()
         self._herald = Herald(hub)
         self.strategies = Strategies(blobs, strategies, apply_masks)
+        self._account = PrivacyAccount(store)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
@@ -115,6 +111,7 @@ class Campaigns:
 
         Raises:
             CampaignError: another one is running, or the plan cannot work.
+            BudgetError: its rounds would spend more privacy than is left.
         """
         running = self._running()
         if running is not None:
@@ -122,6 +119,7 @@ class Campaigns:
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
         require_possible(plan, self._num_values(plan.model_digest))
+        self._account.require_left(plan, plan.num_rounds)
         campaign = Campaign(
             campaign_id=secrets.token_hex(6), plan=plan, model_digest=plan.model_digest
         )
@@ -135,7 +133,7 @@ class Campaigns:
         )
         with self._store.transaction():
             self._store.add_campaign(row)
-            campaign_started(self._audit, campaign, by)
+            campaign_audit.campaign_started(self._audit, campaign, by)
         self._campaigns[campaign.campaign_id] = campaign
         self.changed.fire()
         return campaign
@@ -304,6 +302,7 @@ class Campaigns:
             await self._begin_round(campaign)
 
     async def _begin_round(self, campaign: Campaign) -> None:
+        self._account.require_left(campaign.plan)
         devices = await self._gather(campaign)
         if not devices:
             return
@@ -362,6 +361,7 @@ class Campaigns:
         """Unmask the sum off the loop, then commit."""
         event: Event
         try:
+            self._account.charge(campaign.plan, round_)
             event = await asyncio.to_thread(self._next_model, campaign, round_)
         except StorageError:
             raise  # everything it is made from is kept, so it can be done again
@@ -377,10 +377,9 @@ class Campaigns:
         by_strategy = self.strategies.aggregate(campaign, round_)
         if by_strategy is not None:
             return by_strategy
-        optimizer = wire.optimizer_from_wire(campaign.plan)
-        return aggregate(
-            round_, self._blobs, optimizer, campaign.optimizer_digest, self._apply_masks
-        )
+        uploads = Uploads(self._blobs, self._apply_masks)
+        recipe = Recipe.of(campaign.plan)
+        return aggregate(round_, uploads, recipe, campaign.optimizer_digest)
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""
@@ -417,16 +416,14 @@ class Campaigns:
         now, stage = self._clock(), round_.stage
         row = journal.encode(round_.order.round_id, event, now)
         if isinstance(event, SumComputed):
-            with self._store.transaction():
-                self._store.commit_round(
-                    campaign.campaign_id,
-                    round_.order.round_id,
-                    row,
-                    model_digest=event.model_digest,
-                    optimizer_digest=event.optimizer_digest,
-                    counted=sorted(set(round_.survivors) - dict(event.rejected).keys()),
-                )
-                false_shares(self._audit, round_, event)
+            self._store.commit_round(
+                campaign.campaign_id,
+                round_.order.round_id,
+                row,
+                model_digest=event.model_digest,
+                optimizer_digest=event.optimizer_digest,
+                counted=sorted(set(round_.survivors) - dict(event.rejected).keys()),
+            )
             campaign.model_digest = event.model_digest
             campaign.optimizer_digest = event.optimizer_digest
         else:
@@ -450,9 +447,10 @@ class Campaigns:
             self._record(campaign, round_, RoundFailed(reason=reason))
         campaign.bytes_sent += self._herald.tell(round_)
         record = campaign.record()
+        self._account.note(campaign.plan, round_, record)
         with self._store.transaction():
             self._store.close_round(round_.order.round_id, record.SerializeToString())
-            round_ended(self._audit, campaign, record)
+            campaign_audit.round_ended(self._audit, campaign, record, round_.result)
         campaign.close_round(record)
         updates = {update.digest for update in round_.updates.values()}
         self._drop_unused({*updates, *self._uploads.values(), round_.order.model_digest})
@@ -464,7 +462,7 @@ class Campaigns:
     def _end(self, campaign: Campaign, state: int, reason: str, by: str = "") -> None:
         with self._store.transaction():
             self._store.end_campaign(campaign.campaign_id, state, reason)
-            campaign_ended(self._audit, campaign, state, reason, by)
+            campaign_audit.campaign_ended(self._audit, campaign, state, reason, by)
         campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
         self._drop_unused({campaign.optimizer_digest})

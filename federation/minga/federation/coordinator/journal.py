@@ -49,6 +49,7 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "optimizer_digest": event.optimizer_digest.hex(),
         "rejected": event.rejected,
         "liars": event.liars,
+        "max_norm": event.max_norm,
     }
 
 
@@ -73,6 +74,7 @@ def decode(row: EventRow) -> Event:
                 optimizer_digest=bytes.fromhex(values.get("optimizer_digest", "")),
                 rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
                 liars=tuple(values.get("liars", ())),
+                max_norm=values.get("max_norm", 0.0),
             )
         case "failed":
             return RoundFailed(reason=values["reason"])

@@ -80,7 +80,18 @@ def _optimizer_state(connection: sqlite3.Connection) -> None:
         )
 
 
-STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_tables, _optimizer_state)
+def _privacy(connection: sqlite3.Connection) -> None:
+    """Keep what rounds spent of the fleet's privacy."""
+    connection.execute(
+        "CREATE TABLE privacy_spent (round_id TEXT PRIMARY KEY, spent TEXT NOT NULL) STRICT"
+    )
+
+
+STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
+    _tables,
+    _optimizer_state,
+    _privacy,
+)
 """Step n makes a file of version n - 1 one of version n."""
 
 

@@ -378,6 +378,19 @@ class Store:
                 [(device_id,) for device_id in counted],
             )
 
+    # --- privacy ---
+
+    def spend_privacy(self, round_id: str, spent: str) -> None:
+        """Store what a round spent; a round spends once."""
+        self._execute(
+            "INSERT INTO privacy_spent (round_id, spent) VALUES (?, ?)", (round_id, spent)
+        )
+
+    def privacy_spent(self) -> dict[str, str]:
+        """Give what rounds spent, oldest first: round -> spending."""
+        rows = self._execute("SELECT round_id, spent FROM privacy_spent ORDER BY rowid")
+        return {row[0]: row[1] for row in rows}
+
     # --- published models ---
 
     def publish_model(self, group: str, name: str, offer: bytes, at: float) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 
 from minga.federation import wire
 from minga.federation.aggregation.optimizers import FedAvg
+from minga.federation.aggregation.rules import Mean
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.aggregate import Liars, Rejected, unmasked_sum
+from minga.federation.coordinator.aggregate import Uploads
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.rounds import PlainRound, Round, SecureRound, SumComputed
 from minga.federation.coordinator.rounds.machine import NOT_NEEDED
@@ -23,6 +24,9 @@ from minga.federation.plain import VALUE
 from minga.federation.secagg.errors import QuorumError
 from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
+
+Rejected = tuple[tuple[str, str], ...]
+"""Devices whose updates are unusable, each with the reason."""
 
 
 class Strategies:
@@ -58,6 +62,8 @@ class Strategies:
             optimizer = wire.optimizer_from_wire(plan)
             if optimizer != FedAvg(learning_rate=1.0):
                 raise StrategyError("it takes the server optimiser's place; choose one of both")
+            if wire.rule_from_wire(plan) != Mean() or plan.HasField("privacy"):
+                raise StrategyError("it takes the place of rule and privacy; choose one")
             is_plain = wire.is_plain(plan)
             FlowerStrategy(name, self._allowed).require_possible(
                 self._read(plan.model_digest),
@@ -109,7 +115,8 @@ class Strategies:
             return None
         order = round_.order
         with _disk():
-            results, rejected, liars = self._results(round_)
+            uploads = Uploads(self._blobs, self._apply_masks)
+            results, rejected = _results(round_, uploads)
             model, state = self._read(order.model_digest), self._state(campaign)
         absent = {
             name: reason
@@ -131,26 +138,8 @@ class Strategies:
                 total_weight=sum(result.num_examples for result in results),
                 optimizer_digest=self._blobs.put_bytes(step.state),
                 rejected=rejected,
-                liars=liars,
+                liars=tuple(sorted(uploads.liars)),
             )
-
-    def _results(self, round_: Round) -> tuple[list[Result], Rejected, Liars]:
-        """Give each update of a plain round, or each group's mean of a secure one."""
-        match round_:
-            case SecureRound():
-                sums = [
-                    unmasked_sum(round_, group, self._blobs, self._apply_masks)
-                    for group in round_.groups
-                ]
-                results = [
-                    Result(name=f"group-{n}", update=s.mean_delta, num_examples=s.total_weight)
-                    for n, s in enumerate(sums, 1)
-                ]
-                return results, (), tuple(sorted({name for s in sums for name in s.liars}))
-            case PlainRound():
-                return *_plain_results(round_, self._blobs), ()
-            case _:
-                raise AssertionError(f"{type(round_).__name__} has no results")
 
     def _of(self, campaign: Campaign) -> FlowerStrategy | None:
         """Give a campaign's strategy: the same object as long as this process lives."""
@@ -175,6 +164,21 @@ def _disk() -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
+
+
+def _results(round_: Round, uploads: Uploads) -> tuple[list[Result], Rejected]:
+    """Give each update of a plain round, or each group's mean of a secure one."""
+    match round_:
+        case SecureRound():
+            sums = [uploads.unmasked_sum(round_, group) for group in round_.groups]
+            return [
+                Result(name=f"group-{n}", update=s.mean_delta, num_examples=s.total_weight)
+                for n, s in enumerate(sums, 1)
+            ], ()
+        case PlainRound():
+            return _plain_results(round_, uploads.blobs)
+        case _:
+            raise AssertionError(f"{type(round_).__name__} has no results")
 
 
 def _plain_results(round_: PlainRound, blobs: BlobStore) -> tuple[list[Result], Rejected]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation import wire
+from minga.federation.aggregation.privacy import clip_length
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
@@ -29,6 +30,7 @@ from minga.federation.identity import CertificateVerifier, Identity
 from minga.federation.parameters import Layout, from_bytes
 from minga.federation.plain import update_to_bytes
 from minga.federation.secagg.device import DeviceSession
+from minga.federation.secagg.fixedpoint import encode_update
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Update
 from minga.federation.transfer import digest_of
@@ -68,6 +70,7 @@ class Participant:
         self._model_digest = invite.model_digest
         self._training = wire.config_from_wire(invite.training)
         self._plan = wire.plan_of_invite(invite)
+        self._encoding = wire.encoding_of_invite(invite)
         self._session: DeviceSession | None = None
         if isinstance(self._plan, RoundPlan):
             verifier = CertificateVerifier(authority=identity.authority)
@@ -144,7 +147,8 @@ class Participant:
     ) -> pb.SessionRequest:
         delta, weight = await self._contribution()
         inbox = [wire.share_from_wire(share) for share in message.shares]
-        masked = await asyncio.to_thread(session.mask, inbox, delta, weight)
+        encode = encode_update if self._encoding is None else self._encoding.encode
+        masked = await asyncio.to_thread(session.mask, inbox, delta, weight, encode)
         digest = digest_of(masked)
         await self._upload(digest, masked)
         return pb.SessionRequest(
@@ -155,6 +159,8 @@ class Participant:
         if message.WhichOneof("body") != "invite":
             raise PeerError(f"{message.WhichOneof('body')!r} is no step of a plain round")
         delta, weight = await self._contribution()
+        if self._encoding is not None:
+            delta, _ = clip_length(delta, self._encoding.max_norm)
         data = update_to_bytes(delta)
         digest = digest_of(data)
         await self._upload(digest, data)

@@ -8,12 +8,14 @@ from minga.federation.aggregation.optimizers import (
     FedYogi,
     ServerOptimizer,
 )
+from minga.federation.aggregation.privacy import PrivateEncoding, num_noisy, size_noise
 from minga.federation.errors import PeerError
 from minga.federation.flower.config import StrategyName
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
 from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.wire.aggregation import encoding_of_invite, privacy_from_wire
 from minga.federation.wire.values import check_digest, config_from_wire, config_to_wire
 
 
@@ -105,29 +107,60 @@ def round_plan(
     training: TrainingConfig,
     num_values: int,
     num_invited: int,
-) -> RoundPlan | PlainPlan:
-    """Derive the plan of one round of a campaign.
+) -> tuple[RoundPlan | PlainPlan, PrivateEncoding | None]:
+    """Derive the plan of one round of a campaign, and how its devices make their updates private.
 
-    Devices that are invited beyond the cohort are expected to be lost, like others.
+    Devices that are invited beyond the cohort are expected to be lost, like others. Where updates
+    are private all of them weigh 1.
 
     Raises:
         ValueError, PeerError: the campaign's numbers cannot work for so many devices.
     """
+    privacy = privacy_from_wire(plan)
+    max_weight = plan.max_weight if privacy is None else 1
+    encoding = None if privacy is None else PrivateEncoding(max_norm=privacy.max_norm)
     if is_plain(plan):
-        return PlainPlan(num_values=num_values, max_weight=plan.max_weight)
+        return PlainPlan(num_values=num_values, max_weight=max_weight), encoding
     not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
-    return derive_plan(
+    expected_dropout = 1 - (1 - plan.expected_dropout) * (1 - not_needed)
+    clip, value_bits = plan.clip, plan.value_bits
+    if privacy is not None:
+        clip = privacy.max_norm
+    if privacy is not None and privacy.is_distributed:
+        size = size_noise(
+            noise_multiplier=privacy.noise_multiplier,
+            max_norm=privacy.max_norm,
+            num_values=num_values,
+            num_noisy=num_noisy(num_invited, expected_dropout, plan.colluder_share),
+            min_cohort=plan.min_cohort,
+            cohort=num_invited,
+        )
+        clip, value_bits = size.clip, size.value_bits
+        encoding = PrivateEncoding(max_norm=privacy.max_norm, variance=size.variance)
+    derived = derive_plan(
         round_id=bytes.fromhex(round_id),
-        context_digest=context_digest(model_digest, training),
+        context_digest=_context(model_digest, training, encoding),
         num_values=num_values,
         cohort_size=num_invited // num_groups(plan),
-        clip=plan.clip,
-        value_bits=plan.value_bits,
-        max_weight=plan.max_weight,
-        rotate=plan.rotate,
-        expected_dropout=1 - (1 - plan.expected_dropout) * (1 - not_needed),
+        clip=clip,
+        value_bits=value_bits,
+        max_weight=max_weight,
+        rotate=plan.rotate and privacy is None,  # noise is sized for the model's own coordinates
+        expected_dropout=expected_dropout,
         colluder_share=plan.colluder_share,
     )
+    return derived, encoding
+
+
+def _context(
+    model_digest: bytes, training: TrainingConfig, encoding: PrivateEncoding | None
+) -> bytes:
+    """Name what a round's members do alike; less noise for some of them would be something else."""
+    config = dict(training)
+    if encoding is not None:
+        config["private_update.max_norm"] = encoding.max_norm
+        config["private_update.variance"] = encoding.variance
+    return context_digest(model_digest, config)
 
 
 def plan_to_wire(plan: RoundPlan) -> pb.SecureAggregationPlan:
@@ -167,7 +200,9 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
         raise PeerError("the invitation and its plan name different rounds")
     return RoundPlan(
         round_id=plan.round_id,
-        context_digest=context_digest(invite.model_digest, config_from_wire(invite.training)),
+        context_digest=_context(
+            invite.model_digest, config_from_wire(invite.training), encoding_of_invite(invite)
+        ),
         num_values=plan.num_values,
         max_cohort=plan.max_cohort,
         num_neighbours=plan.num_neighbours,

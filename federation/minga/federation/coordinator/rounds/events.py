@@ -83,6 +83,8 @@ class SumComputed:
     """Devices whose updates turned out to be unusable, each with the reason."""
     liars: tuple[str, ...] = ()
     """Devices whose false shares were left out when the sum was unmasked."""
+    max_norm: float = 0.0
+    """The bound on updates' lengths with which a private campaign goes on; 0: it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from minga.federation.aggregation.privacy import PrivateEncoding
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Scalar
@@ -64,3 +65,5 @@ class RoundOrder:
     model_digest: bytes
     training: Mapping[str, Scalar]
     timeouts: Timeouts
+    encoding: PrivateEncoding | None = None
+    """How devices make their updates private; None: not at all."""
