@@ -54,6 +54,7 @@ def run(
     trainer: Annotated[str, _set_by("TRAINER")] = "",
     option: dict[str, str] | None = None,
     allow_plain: Annotated[bool, _set_by("ALLOW_PLAIN")] = False,
+    compress: Annotated[bool, _set_by("COMPRESS")] = False,
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
     port: Annotated[int, _set_by("PORT")] = 8080,
 ) -> None:
@@ -77,6 +78,7 @@ def run(
             Context's node_config.
         allow_plain: Take part in rounds whose coordinator sees this device's update; without it
             only in those that mask updates.
+        compress: Move models and plain updates as Zstandard frames, for slow links.
         host: Address of the local inference server.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
     """
@@ -95,7 +97,13 @@ def run(
             options["source"] = source
     given = {"trainer_options": options} if options else {}  # else the environment's
     settings = DeviceSettings(
-        folder=folder, trainer=trainer, allow_plain=allow_plain, host=host, port=port, **given
+        folder=folder,
+        trainer=trainer,
+        allow_plain=allow_plain,
+        compress=compress,
+        host=host,
+        port=port,
+        **given,
     )
     run_service(serve(settings))
 

@@ -61,6 +61,7 @@ class Agent:
         models: what the local inference server answers from.
         metrics: what Prometheus reads.
         allow_plain: whether the coordinator may see this device's updates.
+        compress: whether models and plain updates travel as Zstandard frames.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class Agent:
         models: ModelRepository,
         metrics: Metrics,
         allow_plain: bool = False,
+        compress: bool = False,
     ) -> None:
         self._link = link
+        self._compress = compress
         self._allow_plain = allow_plain
         self._trainer = trainer
         self._slots = slots
@@ -350,12 +353,16 @@ class Agent:
     async def _download(self, digest: bytes, path: Path) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.download(stub, digest, path, address=self._link.address)
+            await transfer.download(
+                stub, digest, path, address=self._link.address, compress=self._compress
+            )
 
     async def _upload(self, digest: bytes, data: bytes) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.upload(stub, data, digest, address=self._link.address)
+            await transfer.upload(
+                stub, data, digest, address=self._link.address, compress=self._compress
+            )
 
     # --- models ---
 

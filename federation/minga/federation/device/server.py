@@ -47,6 +47,7 @@ async def run(settings: DeviceSettings) -> None:
         models=models,
         metrics=metrics,
         allow_plain=settings.allow_plain,
+        compress=settings.compress,
     )
     async with AsyncExitStack() as stack:
         app = InferenceApp(models, registry=metrics.registry)

@@ -31,6 +31,10 @@ class DeviceSettings(BaseSettings):
     """Take part in rounds whose coordinator sees this device's update. Without it the device takes
     part only where updates are masked (secure aggregation)."""
 
+    compress: bool = False
+    """Move models and plain updates as Zstandard frames: for links slower than some 100 MB/s.
+    Masked updates are random bits and go as they are."""
+
     host: str = "127.0.0.1"
     """Address of the local inference server."""
 

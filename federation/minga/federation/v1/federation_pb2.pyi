@@ -252,7 +252,10 @@ class UploadRequest(_message.Message):
 
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    ZSTD_CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
+    zstd_chunk: _builtins.bytes
+    """A chunk as one Zstandard frame (RFC 8878). Offsets and digests are those of the content."""
     @_builtins.property
     def header(self) -> Global___UploadHeader: ...
     def __init__(
@@ -260,12 +263,13 @@ class UploadRequest(_message.Message):
         *,
         header: Global___UploadHeader | None = ...,
         chunk: _builtins.bytes = ...,
+        zstd_chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "zstd_chunk", b"zstd_chunk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "zstd_chunk", b"zstd_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk", "zstd_chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -345,17 +349,21 @@ class DownloadRequest(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    TAKES_ZSTD_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     offset: _builtins.int
+    takes_zstd: _builtins.bool
+    """The caller also takes Zstandard frames."""
     def __init__(
         self,
         *,
         digest: _builtins.bytes = ...,
         offset: _builtins.int = ...,
+        takes_zstd: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset", "takes_zstd", b"takes_zstd"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,17 +377,21 @@ class DownloadResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    ZSTD_CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     size: _builtins.int
+    zstd_chunk: _builtins.bytes
+    """Instead of `chunk`: one Zstandard frame of it."""
     def __init__(
         self,
         *,
         chunk: _builtins.bytes = ...,
         size: _builtins.int = ...,
+        zstd_chunk: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "size", b"size", "zstd_chunk", b"zstd_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
