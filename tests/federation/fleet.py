@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -125,7 +125,7 @@ class Fleet:
         return self.folder / name
 
     def start_device(
-        self, name: str, options: Mapping[str, Scalar] | None = None, *, allow_plain: bool = False
+        self, name: str, options: Mapping[str, Scalar] | None = None, **settings: Any
     ) -> None:
         """Run an enrolled device; without options it only runs models."""
         folder = self.folder / name
@@ -147,16 +147,16 @@ class Fleet:
             slots=ModelSlots(folder / "models"),
             models=self.models[name],
             metrics=Metrics(),
-            allow_plain=allow_plain,
+            **settings,
         )
         self._agents[name] = asyncio.create_task(agent.run(), name=name)
 
     async def add(
-        self, name: str, options: Mapping[str, Scalar] | None = None, *, allow_plain: bool = False
+        self, name: str, options: Mapping[str, Scalar] | None = None, **settings: Any
     ) -> None:
         """Enrol a device and run it."""
         await self.enrol(name)
-        self.start_device(name, options, allow_plain=allow_plain)
+        self.start_device(name, options, **settings)
 
     @asynccontextmanager
     async def stream(self, name: str, hello: pb.Hello | None = None) -> AsyncIterator[Stream]:

@@ -11,7 +11,7 @@ from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.wire import config_to_wire, optimizer_to_wire
+from minga.federation.wire import config_to_wire, optimizer_to_wire, requirements_to_wire
 from minga.training.progress import OnProgress, Progress
 
 OnCampaign = Callable[[pb.Campaign], None]
@@ -38,8 +38,17 @@ def _device(device: pb.Device) -> dict[str, Any]:
         "model_detail": model.detail,
         "rounds_counted": device.rounds_counted,
         "agent_version": device.agent_version,
+        "condition": _condition(device) if device.HasField("condition") else None,
         "enrolled_at": _time(device.enrolled_at),
         "last_seen_at": _time(device.last_seen_at) if device.HasField("last_seen_at") else None,
+    }
+
+
+def _condition(device: pb.Device) -> dict[str, Any]:
+    return {
+        "on_mains": device.condition.on_mains,
+        "idle_cpu": round(device.condition.idle_cpu, 3),
+        "free_memory_bytes": device.condition.free_memory_bytes,
     }
 
 
@@ -108,6 +117,7 @@ def campaign_plan(
         protection=_PROTECTIONS[config.protection],
         num_groups=config.groups,
         over_selection=config.over_selection,
+        requirements=requirements_to_wire(config.requirements.requirements()),
     )
 
 

@@ -5,8 +5,36 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from minga.federation.aggregation.config import FedAvgTable, ServerOptimizerTable
-from minga.federation.limits import MAX_COHORT
+from minga.federation.condition import Requirements
+from minga.federation.limits import MAX_COHORT, MIB
 from minga.federation.trainer import Scalar, proximal_mu
+
+
+class RequirementsTable(BaseModel):
+    """What a device must be like to be invited: `[federation.requirements]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    charging: bool = False
+    """Only devices on mains power; a machine without a battery counts as such."""
+
+    idle: bool = False
+    """Only devices with at least 70 % of their processors' time unused."""
+
+    min_free_memory_mb: Annotated[int, Field(ge=0)] = 0
+    """Only devices with so much free memory, in MiB."""
+
+    min_examples: Annotated[int, Field(ge=0)] = 0
+    """Devices with fewer examples leave; each judges that by itself and tells no number."""
+
+    def requirements(self) -> Requirements:
+        """Give what the table describes."""
+        return Requirements(
+            charging=self.charging,
+            idle=self.idle,
+            min_free_memory_bytes=self.min_free_memory_mb * MIB,
+            min_examples=self.min_examples,
+        )
 
 
 class FederationConfig(BaseModel):
@@ -65,6 +93,9 @@ class FederationConfig(BaseModel):
     training: dict[str, Scalar] = Field(default_factory=dict)
     """Parameters that the devices' training gets beside the model's own; proximal_mu above 0 makes
     it FedProx: devices are pulled back to the global model that they started from."""
+
+    requirements: RequirementsTable = RequirementsTable()
+    """Which devices are invited."""
 
     server_optimizer: ServerOptimizerTable = FedAvgTable()
     """What the coordinator makes of a round's mean update; `name` says which."""

@@ -13,6 +13,7 @@
     ├── MissingBlobError    the store holds no blob of that digest
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
+    ├── IneligibleError     this device does not meet what a campaign asks of devices
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -70,6 +71,10 @@ class StepError(FederationError, ValueError):
 
 class PlainRefusedError(FederationError):
     """The coordinator would see a single update, and the device's owner does not allow that."""
+
+
+class IneligibleError(FederationError):
+    """This device does not meet what a campaign asks of devices."""
 
 
 class PeerError(FederationError):

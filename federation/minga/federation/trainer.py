@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from minga.federation.parameters import Parameters
 
@@ -53,6 +53,16 @@ class LocalTrainer(Protocol):
 
     def evaluate(self, parameters: Parameters, config: TrainingConfig) -> Mapping[str, float]:
         """Measure `parameters` on this device's data."""
+        ...
+
+
+@runtime_checkable
+class CountsExamples(Protocol):
+    """A trainer that says beforehand how many examples it trains on; the others need not."""
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples `fit` trains on."""
         ...
 
 

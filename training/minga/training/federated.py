@@ -31,6 +31,11 @@ class TaskTrainer:
         self._task = task
         self._splits = splits
 
+    @property
+    def num_examples(self) -> int:
+        """How many examples this site trains on."""
+        return len(self._splits.train)
+
     def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
         """Train from `parameters` and give the difference.
 

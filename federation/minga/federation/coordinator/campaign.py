@@ -131,6 +131,7 @@ class Campaign:
         return RoundOrder(
             min_cohort=plan.min_cohort,
             goal=plan.cohort,
+            min_examples=plan.requirements.min_examples,
             num_groups=wire.num_groups(plan),
             timeouts=Timeouts(
                 keys_s=plan.invite_timeout_s,

@@ -42,9 +42,11 @@ from minga.federation.coordinator.rounds import (
     UpdateUploaded,
     open_round,
 )
+from minga.federation.coordinator.selection import candidates
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
 from minga.federation.limits import (
+    CONDITION_CHECK_S,
     MAX_CONSECUTIVE_ABORTS,
     STATUS_DETAIL_BYTES,
     STORAGE_RETRY_S,
@@ -321,7 +323,7 @@ class Campaigns:
         waited_until = self._clock() + plan.invite_timeout_s
         while campaign.is_running:
             changes = self._changes()
-            present = [c.device_id for c in self._hub.connected(plan.group) if c.trains]
+            present, num_unfit = candidates(self._hub, plan)
             left_s = waited_until - self._clock()
             wanted = campaign.num_wanted
             if len(present) >= wanted or (left_s <= 0 and len(present) >= plan.min_cohort):
@@ -329,11 +331,14 @@ class Campaigns:
                 campaign.reason = ""
                 return present[:wanted]
             reason = f"waiting for devices: {len(present)} of {wanted} are connected"
+            if num_unfit:
+                reason += f", {num_unfit} more do not meet the campaign's requirements"
             if reason != campaign.reason:
                 campaign.reason = reason
                 self.changed.fire()
                 continue
-            await wait_for_any(changes, left_s if left_s > 0 else None)
+            limits_s = [left_s] * (left_s > 0) + [CONDITION_CHECK_S] * (num_unfit > 0)
+            await wait_for_any(changes, min(limits_s, default=None))
         return ()
 
     async def _run_round(self, campaign: Campaign, round_: Round) -> None:

@@ -38,6 +38,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         metrics: Metrics,
         clock: Callable[[], float],
         heartbeat_interval_s: float,
+        reconnect_window_ms: Callable[[], int],
         audit: AuditLog,
     ) -> None:
         self._store = store
@@ -47,6 +48,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._metrics = metrics
         self._clock = clock
         self._heartbeat_interval_s = heartbeat_interval_s
+        self._reconnect_window_ms = reconnect_window_ms
         self._audit = audit
 
     async def Session(
@@ -93,6 +95,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         welcome = pb.Welcome(
             coordinator_version=version("minga"),
             heartbeat_interval_ms=round(self._heartbeat_interval_s * 1000),
+            reconnect_window_ms=self._reconnect_window_ms(),
         )
         opening = [
             pb.SessionResponse(welcome=welcome),
@@ -102,7 +105,13 @@ class FederationService(pb_grpc.FederationServiceServicer):
         task = asyncio.current_task()
         assert task is not None
         connection = Connection(
-            device_id, device.group, hello.trains, now, cut=task.cancel, serial=principal.serial
+            device_id,
+            device.group,
+            hello.trains,
+            now,
+            cut=task.cancel,
+            serial=principal.serial,
+            condition=wire.condition_from_wire(hello),
         )
         self._hub.join(connection)
         return opening, connection
@@ -151,7 +160,9 @@ class FederationService(pb_grpc.FederationServiceServicer):
         try:
             match request.WhichOneof("body"):
                 case "heartbeat":
-                    connection.send(pb.SessionResponse(heartbeat=pb.Heartbeat()))
+                    connection.condition = wire.condition_from_wire(request.heartbeat)
+                    beat = pb.Heartbeat(reconnect_window_ms=self._reconnect_window_ms())
+                    connection.send(pb.SessionResponse(heartbeat=beat))
                 case "model_report":
                     self._models.note_report(device_id, request.model_report)
                 case _:

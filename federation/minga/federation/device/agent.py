@@ -6,9 +6,7 @@ local model goes on answering meanwhile.
 
 import asyncio
 import logging
-import random
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,12 @@ from typing import Any
 import grpc
 
 from minga.federation import transfer, transport, wire
+from minga.federation.condition import Condition
 from minga.federation.device.link import Link
+from minga.federation.device.machine import measure
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.participant import Participant
+from minga.federation.device.redial import Redial
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
@@ -29,10 +30,8 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.limits import (
-    FIRST_RECONNECT_BACKOFF_S,
     HEARTBEAT_INTERVAL_S,
     MAX_PENDING_BYTES,
-    MAX_RECONNECT_BACKOFF_S,
     MIN_HEARTBEAT_INTERVAL_S,
     SILENT_HEARTBEATS,
 )
@@ -61,6 +60,7 @@ class Agent:
         models: what the local inference server answers from.
         metrics: what Prometheus reads.
         allow_plain: whether the coordinator may see this device's updates.
+        look: says what this machine is doing.
     """
 
     def __init__(
@@ -72,8 +72,11 @@ class Agent:
         models: ModelRepository,
         metrics: Metrics,
         allow_plain: bool = False,
+        look: Callable[[], Condition] = measure,
     ) -> None:
         self._link = link
+        self._redial = Redial(link)
+        self._look = look
         self._allow_plain = allow_plain
         self._trainer = trainer
         self._slots = slots
@@ -95,7 +98,6 @@ class Agent:
             IdentityError: this device's or the coordinator's certificate does not hold.
         """
         clock = asyncio.get_running_loop().time
-        backoff_s = FIRST_RECONNECT_BACKOFF_S
         try:
             await self._restore_models()
             self._spawn(self._link.keep_valid())
@@ -112,27 +114,10 @@ class Agent:
                     _log.warning("%s", error)
                 except Exception:  # noqa: BLE001 - the local model must go on answering
                     _log.exception("the stream to the coordinator failed")
-                if clock() - opened_at > 2 * backoff_s:
-                    backoff_s = FIRST_RECONNECT_BACKOFF_S
-                backoff_s = await self._pause(backoff_s)
+                self._redial.note_stream(clock() - opened_at)
+                await self._redial.pause(in_round=self._participant is not None)
         finally:
             await self._close()
-
-    async def _pause(self, backoff_s: float) -> float:
-        """Wait before the next stream, and say how long to wait next time."""
-        jitter = random.uniform(0.5, 1.0)  # noqa: S311 - so that a fleet spreads out
-        await asyncio.sleep(FIRST_RECONNECT_BACKOFF_S * jitter)
-        async with self._link.channel() as channel:
-            if channel.get_state() is grpc.ChannelConnectivity.READY:
-                # The link is good, the coordinator ends streams. Maybe because of another agent
-                # with this identity: the two would push each other out for ever.
-                await asyncio.sleep(backoff_s * jitter)
-                return min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
-            with suppress(TimeoutError):  # the channel dials by itself, with a backoff of its own
-                # Not `wait_for`: Python 3.11's loses a cancellation that comes with the result.
-                async with asyncio.timeout(MAX_RECONNECT_BACKOFF_S):
-                    await channel.channel_ready()
-        return FIRST_RECONNECT_BACKOFF_S
 
     async def _close(self) -> None:
         self._drop_participant()
@@ -194,6 +179,7 @@ class Agent:
         if message.welcome.heartbeat_interval_ms:
             interval_s = message.welcome.heartbeat_interval_ms / 1000
             self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
+        self._redial.note_window(message.welcome.reconnect_window_ms)
         self._metrics.connected.set(1)
         _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
 
@@ -224,7 +210,11 @@ class Agent:
         self._outbox.put_nowait(request)
 
     def _hello(self) -> pb.Hello:
-        hello = pb.Hello(agent_version=version_of("minga"), trains=self._trainer is not None)
+        hello = pb.Hello(
+            agent_version=version_of("minga"),
+            trains=self._trainer is not None,
+            condition=wire.condition_to_wire(self._look()),
+        )
         if self._participant is not None:
             hello.round_id = self._participant.round_id
         if self._models.refs:
@@ -234,13 +224,14 @@ class Agent:
     async def _beat(self, outbox: Outbox) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_interval_s)
-            outbox.put_nowait(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+            beat = pb.Heartbeat(condition=wire.condition_to_wire(self._look()))
+            outbox.put_nowait(pb.SessionRequest(heartbeat=beat))
 
     def _take(self, message: pb.SessionResponse) -> None:
         """Start what a message asks for; the stream is read on meanwhile."""
         match message.WhichOneof("body"):
-            case "heartbeat" | "welcome":
-                pass
+            case "heartbeat" | "welcome" | "going_away" as kind:
+                self._redial.note_window(getattr(message, kind).reconnect_window_ms)
             case "model_offer":
                 self._spawn(self._take_model(message.model_offer), message.ByteSize())
             case "round_end":

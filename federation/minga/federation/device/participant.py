@@ -20,6 +20,7 @@ from minga.federation.device.metrics import Metrics
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
     FederationError,
+    IneligibleError,
     PeerError,
     PlainRefusedError,
     TrainerError,
@@ -67,6 +68,7 @@ class Participant:
         self.round_id = invite.round_id
         self._model_digest = invite.model_digest
         self._training = wire.config_from_wire(invite.training)
+        self._min_examples = invite.min_examples
         self._plan = wire.plan_of_invite(invite)
         self._session: DeviceSession | None = None
         if isinstance(self._plan, RoundPlan):
@@ -113,6 +115,8 @@ class Participant:
 
     async def _answer(self, message: pb.SessionResponse) -> pb.SessionRequest:
         session = self._session
+        if message.WhichOneof("body") == "invite":
+            await self._require_examples()
         if session is None:
             return await self._send_plain(message)
         match message.WhichOneof("body"):
@@ -194,7 +198,19 @@ class Participant:
             raise TrainerError("the update has other tensors than the model")
         if update.num_examples < 1:
             raise TrainerError("the device has no examples to learn from")
+        self._require_count(update.num_examples)
         return update
+
+    async def _require_examples(self) -> None:
+        """Leave before others count on this device, if its trainer knows its count beforehand."""
+        if self._min_examples > 1:
+            count = await self._trainer.num_examples()
+            if count is not None:
+                self._require_count(count)
+
+    def _require_count(self, num_examples: int) -> None:
+        if num_examples < self._min_examples:  # how many there are is nobody's business
+            raise IneligibleError("the campaign asks for more examples")
 
     def _withdraw(self, reason: str) -> pb.SessionRequest:
         return wire.withdrawal(self.round_id, reason)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from minga.federation.errors import TrainerError
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
-from minga.federation.trainer import LocalTrainer, Scalar
+from minga.federation.trainer import CountsExamples, LocalTrainer, Scalar
 
 _LENGTH = struct.Struct("<I")
 PREFIX_BYTES = _LENGTH.size
@@ -72,6 +72,9 @@ def _answer(
 ) -> tuple[dict[str, Any], bytes]:
     if call == "evaluate":
         return {"metrics": dict(trainer.evaluate(parameters, config))}, b""
+    if call == "count":
+        count = trainer.num_examples if isinstance(trainer, CountsExamples) else None
+        return {"num_examples": count}, b""
     update = trainer.fit(parameters, config)
     header = {"num_examples": int(update.num_examples), "metrics": dict(update.metrics)}
     return header, to_bytes(update.delta)

@@ -57,6 +57,16 @@ class TrainerProcess:
         metrics: dict[str, float] = header["metrics"]
         return metrics
 
+    async def num_examples(self) -> int | None:
+        """Ask the child how many examples it trains on; None if its trainer does not say.
+
+        Raises:
+            TrainerError: user code raised, or the child died.
+        """
+        header, _ = await self._call("count", {}, {})
+        count: int | None = header["num_examples"]
+        return count
+
     async def close(self) -> None:
         """End the child."""
         process, self._process = self._process, None

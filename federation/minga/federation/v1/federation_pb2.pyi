@@ -461,6 +461,7 @@ class SessionResponse(_message.Message):
     ROUND_END_FIELD_NUMBER: _builtins.int
     MODEL_OFFER_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    GOING_AWAY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -481,6 +482,8 @@ class SessionResponse(_message.Message):
     def model_offer(self) -> Global___ModelOffer: ...
     @_builtins.property
     def refusal(self) -> Global___Refusal: ...
+    @_builtins.property
+    def going_away(self) -> Global___GoingAway: ...
     def __init__(
         self,
         *,
@@ -494,12 +497,13 @@ class SessionResponse(_message.Message):
         round_end: Global___RoundEnd | None = ...,
         model_offer: Global___ModelOffer | None = ...,
         refusal: Global___Refusal | None = ...,
+        going_away: Global___GoingAway | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "going_away", b"going_away", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "going_away", b"going_away", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "heartbeat", "invite", "neighbour_keys", "neighbour_shares", "survivors", "confirmations", "round_end", "model_offer", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "heartbeat", "invite", "neighbour_keys", "neighbour_shares", "survivors", "confirmations", "round_end", "model_offer", "refusal", "going_away"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -515,6 +519,7 @@ class Hello(_message.Message):
     TRAINS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     ROUND_ID_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     trains: _builtins.bool
     """False: the device only runs models, it is invited to no round."""
@@ -524,6 +529,10 @@ class Hello(_message.Message):
     def model(self) -> Global___ModelReport:
         """The model version it runs now, if any."""
 
+    @_builtins.property
+    def condition(self) -> Global___Condition:
+        """Absent: the device does not say; it meets no campaign's requirements."""
+
     def __init__(
         self,
         *,
@@ -531,14 +540,44 @@ class Hello(_message.Message):
         trains: _builtins.bool = ...,
         model: Global___ModelReport | None = ...,
         round_id: _builtins.str = ...,
+        condition: Global___Condition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "model", b"model", "round_id", b"round_id", "trains", b"trains"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "condition", b"condition", "model", b"model", "round_id", b"round_id", "trains", b"trains"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Condition(_message.Message):
+    """What a device's machine is doing, measured by the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ON_MAINS_FIELD_NUMBER: _builtins.int
+    IDLE_CPU_FIELD_NUMBER: _builtins.int
+    FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    on_mains: _builtins.bool
+    """True also for a machine without a battery."""
+    idle_cpu: _builtins.float
+    """Share of the processors' time that nothing used since it was last measured, 0 to 1."""
+    free_memory_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        on_mains: _builtins.bool = ...,
+        idle_cpu: _builtins.float = ...,
+        free_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_memory_bytes", b"free_memory_bytes", "idle_cpu", b"idle_cpu", "on_mains", b"on_mains"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Condition: _TypeAlias = Condition  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -548,17 +587,21 @@ class Welcome(_message.Message):
 
     COORDINATOR_VERSION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    RECONNECT_WINDOW_MS_FIELD_NUMBER: _builtins.int
     coordinator_version: _builtins.str
     heartbeat_interval_ms: _builtins.int
+    reconnect_window_ms: _builtins.int
+    """As in Heartbeat."""
     def __init__(
         self,
         *,
         coordinator_version: _builtins.str = ...,
         heartbeat_interval_ms: _builtins.int = ...,
+        reconnect_window_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_version", b"coordinator_version", "heartbeat_interval_ms", b"heartbeat_interval_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_version", b"coordinator_version", "heartbeat_interval_ms", b"heartbeat_interval_ms", "reconnect_window_ms", b"reconnect_window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -570,16 +613,51 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    CONDITION_FIELD_NUMBER: _builtins.int
+    RECONNECT_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    reconnect_window_ms: _builtins.int
+    """Of the coordinator: a device that loses its link dials again at a random moment within this
+    time, so that a fleet does not come all at once.
+    """
+    @_builtins.property
+    def condition(self) -> Global___Condition:
+        """Of a device: as in Hello."""
+
     def __init__(
         self,
+        *,
+        condition: Global___Condition | None = ...,
+        reconnect_window_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "reconnect_window_ms", b"reconnect_window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class GoingAway(_message.Message):
+    """The coordinator is being stopped; it will be back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECONNECT_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    reconnect_window_ms: _builtins.int
+    """As in Heartbeat."""
+    def __init__(
+        self,
+        *,
+        reconnect_window_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reconnect_window_ms", b"reconnect_window_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GoingAway: _TypeAlias = GoingAway  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):
@@ -739,9 +817,12 @@ class RoundInvite(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
+    MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     model_digest: _builtins.bytes
     """Blob: the global model as safetensors."""
+    min_examples: _builtins.int
+    """A device with fewer examples withdraws; how many it has it does not say."""
     @_builtins.property
     def plan(self) -> Global___SecureAggregationPlan:
         """The round is secure: updates are masked."""
@@ -760,10 +841,11 @@ class RoundInvite(_message.Message):
         model_digest: _builtins.bytes = ...,
         training: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
         plain_plan: Global___PlainPlan | None = ...,
+        min_examples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plain_plan", b"plain_plan", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_digest", b"model_digest", "plain_plan", b"plain_plan", "plan", b"plan", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_examples", b"min_examples", "model_digest", b"model_digest", "plain_plan", b"plain_plan", "plan", b"plan", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1311,6 +1393,7 @@ class Device(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ROUNDS_COUNTED_FIELD_NUMBER: _builtins.int
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     group: _builtins.str
     connected: _builtins.bool
@@ -1324,6 +1407,10 @@ class Device(_message.Message):
     def last_seen_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def model(self) -> Global___ModelReport: ...
+    @_builtins.property
+    def condition(self) -> Global___Condition:
+        """As it last said; absent while it is away."""
+
     def __init__(
         self,
         *,
@@ -1337,10 +1424,11 @@ class Device(_message.Message):
         model: Global___ModelReport | None = ...,
         rounds_counted: _builtins.int = ...,
         agent_version: _builtins.str = ...,
+        condition: Global___Condition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["enrolled_at", b"enrolled_at", "last_seen_at", b"last_seen_at", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "enrolled_at", b"enrolled_at", "last_seen_at", b"last_seen_at", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "connected", b"connected", "device_id", b"device_id", "enrolled_at", b"enrolled_at", "group", b"group", "last_seen_at", b"last_seen_at", "model", b"model", "revoked", b"revoked", "rounds_counted", b"rounds_counted", "trains", b"trains"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "condition", b"condition", "connected", b"connected", "device_id", b"device_id", "enrolled_at", b"enrolled_at", "group", b"group", "last_seen_at", b"last_seen_at", "model", b"model", "revoked", b"revoked", "rounds_counted", b"rounds_counted", "trains", b"trains"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1567,6 +1655,39 @@ class ServerOptimizer(_message.Message):
 Global___ServerOptimizer: _TypeAlias = ServerOptimizer  # noqa: Y015
 
 @_typing.final
+class Requirements(_message.Message):
+    """What a device must be like to be invited."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHARGING_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    MIN_FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
+    charging: _builtins.bool
+    """On mains power."""
+    idle: _builtins.bool
+    """Most of the processors' time is unused."""
+    min_free_memory_bytes: _builtins.int
+    min_examples: _builtins.int
+    """Judged by the device itself."""
+    def __init__(
+        self,
+        *,
+        charging: _builtins.bool = ...,
+        idle: _builtins.bool = ...,
+        min_free_memory_bytes: _builtins.int = ...,
+        min_examples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charging", b"charging", "idle", b"idle", "min_examples", b"min_examples", "min_free_memory_bytes", b"min_free_memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Requirements: _TypeAlias = Requirements  # noqa: Y015
+
+@_typing.final
 class CampaignPlan(_message.Message):
     """What a campaign does."""
 
@@ -1614,6 +1735,7 @@ class CampaignPlan(_message.Message):
     PROTECTION_FIELD_NUMBER: _builtins.int
     NUM_GROUPS_FIELD_NUMBER: _builtins.int
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
+    REQUIREMENTS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -1648,6 +1770,8 @@ class CampaignPlan(_message.Message):
     def server_optimizer(self) -> Global___ServerOptimizer:
         """FedAvg if absent."""
 
+    @_builtins.property
+    def requirements(self) -> Global___Requirements: ...
     def __init__(
         self,
         *,
@@ -1672,10 +1796,11 @@ class CampaignPlan(_message.Message):
         protection: Global___Protection.ValueType = ...,
         num_groups: _builtins.int = ...,
         over_selection: _builtins.float = ...,
+        requirements: Global___Requirements | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["server_optimizer", b"server_optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "requirements", b"requirements", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

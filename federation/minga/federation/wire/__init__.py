@@ -11,6 +11,8 @@ from minga.federation.wire.plans import (
     optimizer_to_wire,
     plan_of_invite,
     plan_to_wire,
+    requirements_from_wire,
+    requirements_to_wire,
     round_plan,
 )
 from minga.federation.wire.rounds import (
@@ -38,6 +40,8 @@ from minga.federation.wire.secagg import (
 )
 from minga.federation.wire.values import (
     check_model,
+    condition_from_wire,
+    condition_to_wire,
     config_from_wire,
     config_to_wire,
     model_report,
@@ -49,6 +53,8 @@ __all__ = [
     "advert_from_wire",
     "advert_to_wire",
     "check_model",
+    "condition_from_wire",
+    "condition_to_wire",
     "config_from_wire",
     "config_to_wire",
     "confirmation_from_wire",
@@ -65,6 +71,8 @@ __all__ = [
     "plan_of_invite",
     "plan_to_wire",
     "printable",
+    "requirements_from_wire",
+    "requirements_to_wire",
     "reveal_from_wire",
     "reveal_to_wire",
     "round_end",

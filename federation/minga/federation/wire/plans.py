@@ -8,6 +8,7 @@ from minga.federation.aggregation.optimizers import (
     FedYogi,
     ServerOptimizer,
 )
+from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
@@ -66,6 +67,27 @@ def num_groups(plan: pb.CampaignPlan) -> int:
 def is_plain(plan: pb.CampaignPlan) -> bool:
     """Say whether the coordinator sees each update; secure unless it is said clearly."""
     return plan.protection == pb.PROTECTION_PLAIN
+
+
+def requirements_to_wire(requirements: Requirements) -> pb.Requirements:
+    """Write what a campaign asks of devices."""
+    return pb.Requirements(
+        charging=requirements.charging,
+        idle=requirements.idle,
+        min_free_memory_bytes=requirements.min_free_memory_bytes,
+        min_examples=requirements.min_examples,
+    )
+
+
+def requirements_from_wire(plan: pb.CampaignPlan) -> Requirements:
+    """Read what a campaign asks of devices."""
+    asked = plan.requirements
+    return Requirements(
+        charging=asked.charging,
+        idle=asked.idle,
+        min_free_memory_bytes=asked.min_free_memory_bytes,
+        min_examples=asked.min_examples,
+    )
 
 
 def round_plan(

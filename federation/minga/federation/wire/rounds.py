@@ -109,6 +109,7 @@ def invite_to_wire(order: rounds.RoundOrder) -> pb.RoundInvite:
         round_id=order.round_id,
         model_digest=order.model_digest,
         training=config_to_wire(order.training),
+        min_examples=order.min_examples,
     )
     _put_plan(invite, order.plan)
     return invite

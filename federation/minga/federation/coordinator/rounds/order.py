@@ -64,3 +64,5 @@ class RoundOrder:
     model_digest: bytes
     training: Mapping[str, Scalar]
     timeouts: Timeouts
+    min_examples: int = 0
+    """A device with fewer is to withdraw."""
