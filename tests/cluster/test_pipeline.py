@@ -123,7 +123,9 @@ def test_worse_model_is_registered_but_not_promoted(project):
 def test_product_of_a_campaign_takes_the_same_gates(project):
     """Federated parameters are compared with the champion and keep their lineage."""
     parameters, lineage = champion_of(project)
-    campaign = Campaign(name="c1", rounds=5, cohort=7, num_examples=36_000)
+    campaign = Campaign(
+        name="c1", rounds=5, cohort=7, num_examples=36_000, evaluations={5: {"loss": 0.25}}
+    )
     registered = pipeline.register_candidate(
         project,
         parameters=parameters,
@@ -136,6 +138,8 @@ def test_product_of_a_campaign_takes_the_same_gates(project):
     assert (stored.origin, stored.parent_version, stored.campaign) == ("federated", 1, campaign)
     version = project.registry().get("shuttle-anomaly", registered.version)
     assert version.aliases == ("challenger",)
+    (measured,) = project.tracker().client.get_metric_history(registered.run_id, "devices_loss")
+    assert (measured.step, measured.value) == (5, 0.25)
     gate = next(gate for gate in registered.report.gates if gate.name.endswith("champion"))
     assert gate.seen == "+0.0000 (+0.0000 .. +0.0000) to version 1"
 

@@ -65,6 +65,7 @@ def test_metric_without_a_value_is_left_out(blobs, parameters, monkeypatch):
     assert set(TaskTrainer(blobs, blobs.data("20")).evaluate(parameters, {})) == {
         "loss",
         "accuracy",
+        "num_examples",
     }
 
 

@@ -70,5 +70,10 @@ def federate(
     print_table(
         ("metric", "test split"), [(name, f"{value:.4f}") for name, value in metrics.items()]
     )
+    for round_ in result.evaluations:
+        print_table(
+            ("metric", f"on devices, after round {round_.number}"),
+            [(name, f"{value:.4f}") for name, value in sorted(round_.metrics.items())],
+        )
     verdict = "promoted to champion" if result.promoted else "refused by its gates"
     print_line(f"{result.registered.name} version {result.registered.version}: {verdict}")

@@ -39,6 +39,7 @@ _TYPES: Final = {
     "bool": "boolean",
     "Path": "path",
     "dict": "table",
+    "tuple": "list of strings",
 }
 """Python's name of a type -> what a reader of TOML calls it."""
 
@@ -179,7 +180,7 @@ def _default_of(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value in ("", {}):
+    if value in ("", {}, ()):
         return "empty"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minga.cluster import pipeline
-from minga.cluster.fleet import OnCampaign, campaign_plan, follow_campaign
+from minga.cluster.fleet import OnCampaign, campaign_plan, committed, follow_campaign
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project
 from minga.federation.errors import CampaignError
@@ -36,7 +36,12 @@ class Federated:
     @property
     def last_round(self) -> pb.Round:
         """The round whose sum the model is."""
-        return [r for r in self.campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED][-1]
+        return committed(self.campaign)[-1]
+
+    @property
+    def evaluations(self) -> list[pb.Round]:
+        """The rounds in which devices measured the model, oldest first."""
+        return committed(self.campaign, pb.ROUND_WORK_EVALUATION)
 
 
 def federate(
@@ -121,6 +126,7 @@ async def _start(operator: Operator, project: Project, registry: Registry) -> st
         model_name=champion.name,
         parent_version=str(champion.version),
         training={**_params_of(registry, champion), "seed": project.seed},
+        metrics=("loss", project.loaded_task.objective.metric),
     )
     start = read_parameters(registry.fetch(champion.name, champion.version))
     return await operator.start_campaign(plan, to_bytes(start))
@@ -133,10 +139,12 @@ def _params_of(registry: Registry, version: Version) -> dict[str, Scalar]:
 
 
 def _campaign(campaign: pb.Campaign) -> Campaign:
-    committed = [r for r in campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED]
+    rounds = committed(campaign)
+    evaluations = committed(campaign, pb.ROUND_WORK_EVALUATION)
     return Campaign(
         name=campaign.campaign_id,
-        rounds=len(committed),
-        cohort=len(committed[-1].survivors),
-        num_examples=committed[-1].total_weight,
+        rounds=len(rounds),
+        cohort=len(rounds[-1].survivors),
+        num_examples=rounds[-1].total_weight,
+        evaluations={r.number: dict(r.metrics) for r in evaluations},
     )

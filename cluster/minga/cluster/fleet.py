@@ -1,6 +1,6 @@
 """The fleet as operators see it: devices, campaigns, models, as plain values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,13 @@ from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.wire import config_to_wire, optimizer_to_wire, requirements_to_wire
+from minga.federation.wire import (
+    config_to_wire,
+    evaluation_to_wire,
+    optimizer_to_wire,
+    requirements_to_wire,
+)
+from minga.federation.work import evaluation_of
 from minga.training.progress import OnProgress, Progress
 
 OnCampaign = Callable[[pb.Campaign], None]
@@ -81,7 +87,23 @@ def _round(round_: pb.Round) -> dict[str, Any]:
         "bytes_received": round_.bytes_received,
         "bytes_sent": round_.bytes_sent,
         "reason": round_.reason,
+        "work": pb.RoundWork.Name(round_.work or pb.ROUND_WORK_TRAINING)
+        .removeprefix("ROUND_WORK_")
+        .lower(),
+        "metrics": dict(round_.metrics),
     }
+
+
+def committed(
+    campaign: pb.Campaign, work: "pb.RoundWork.ValueType" = pb.ROUND_WORK_TRAINING
+) -> list[pb.Round]:
+    """Give the rounds of one kind that came to something, oldest first."""
+    return [
+        round_
+        for round_ in campaign.rounds
+        if round_.stage == pb.ROUND_STAGE_COMMITTED
+        and (round_.work or pb.ROUND_WORK_TRAINING) == work
+    ]
 
 
 _PROTECTIONS = {"secure": pb.PROTECTION_SECURE, "plain": pb.PROTECTION_PLAIN}
@@ -93,10 +115,19 @@ def campaign_plan(
     model_name: str,
     parent_version: str,
     training: dict[str, Scalar],
+    metrics: Sequence[str] = (),
 ) -> pb.CampaignPlan:
-    """Write the `[federation]` table as the plan of a campaign."""
+    """Write the `[federation]` table as the plan of a campaign.
+
+    Args:
+        config: the table.
+        model_name: which model it trains.
+        parent_version: the version that it starts from.
+        training: the devices' training parameters; those of the table override them.
+        metrics: what devices measure, if the table asks for an evaluation and names nothing.
+    """
     optimizer = config.server_optimizer.optimizer()
-    return pb.CampaignPlan(
+    plan = pb.CampaignPlan(
         model_name=model_name,
         parent_version=parent_version,
         num_rounds=config.num_rounds,
@@ -119,13 +150,19 @@ def campaign_plan(
         over_selection=config.over_selection,
         requirements=requirements_to_wire(config.requirements.requirements()),
     )
+    if config.evaluation.enabled:
+        asked = config.evaluation
+        work = evaluation_of(asked.metrics or metrics, asked.clip)
+        plan.evaluation.CopyFrom(evaluation_to_wire(work))
+        plan.evaluate_every = asked.every
+    return plan
 
 
 def report_campaign(on_progress: OnProgress) -> OnCampaign:
     """Turn a campaign's states into progress: rounds done, and the stage of the open one."""
 
     def watch(campaign: pb.Campaign) -> None:
-        done = sum(round_.stage == pb.ROUND_STAGE_COMMITTED for round_ in campaign.rounds)
+        done = len(committed(campaign))
         note = campaign.reason
         if campaign.rounds and not note:
             newest = campaign.rounds[-1]

@@ -37,6 +37,24 @@ class RequirementsTable(BaseModel):
         )
 
 
+class EvaluationTable(BaseModel):
+    """How devices measure the global model: `[federation.evaluation]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    enabled: bool = False
+    """Devices measure the model after the last round; only the means leave secure aggregation."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """They measure it after so many rounds each, too; 0: only after the last."""
+
+    metrics: tuple[str, ...] = ()
+    """Which metrics; empty: the loss and the objective's."""
+
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """Metrics are clipped to [-clip, clip]."""
+
+
 class FederationConfig(BaseModel):
     """A campaign: some rounds that train one model further on devices."""
 
@@ -96,6 +114,9 @@ class FederationConfig(BaseModel):
 
     requirements: RequirementsTable = RequirementsTable()
     """Which devices are invited."""
+
+    evaluation: EvaluationTable = EvaluationTable()
+    """How devices measure the global model."""
 
     server_optimizer: ServerOptimizerTable = FedAvgTable()
     """What the coordinator makes of a round's mean update; `name` says which."""

@@ -155,6 +155,12 @@ STORAGE_RETRY_S: Final = 5.0
 PAGE_DEVICES: Final = 1000
 """Devices in one page of a listing; the largest take 2.5 KiB each."""
 
+MAX_METRICS: Final = 256
+"""Metrics of one evaluation."""
+
+MAX_METRIC_NAME_CHARS: Final = 200
+"""Length of a metric's name."""
+
 MAX_COHORT: Final = 4096
 """Devices in one round."""
 

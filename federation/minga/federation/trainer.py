@@ -13,6 +13,9 @@ Scalar = bool | int | float | str
 TrainingConfig = Mapping[str, Scalar]
 
 
+NUM_EXAMPLES: Final = "num_examples"
+"""Name among the metrics of an evaluation: on how many examples they were measured."""
+
 PROXIMAL_MU: Final = "proximal_mu"
 """Key of a training configuration: how strongly a device is pulled back to the global model."""
 
@@ -52,7 +55,11 @@ class LocalTrainer(Protocol):
         ...
 
     def evaluate(self, parameters: Parameters, config: TrainingConfig) -> Mapping[str, float]:
-        """Measure `parameters` on this device's data."""
+        """Measure `parameters` on this device's data.
+
+        `num_examples` among the metrics says on how many examples, which is their weight in a
+        mean over devices; without it that is the count of those trained on, or else 1.
+        """
         ...
 
 

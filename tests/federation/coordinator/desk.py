@@ -88,6 +88,11 @@ class StepTrainer:
         delta = {name: np.full_like(value, self.step) for name, value in parameters.items()}
         return Update(delta=delta, num_examples=self.num_examples)
 
+    async def evaluate(self, parameters: Parameters, config: TrainingConfig) -> dict[str, float]:
+        await self.gate.wait()
+        mean = float(np.mean([value.mean() for value in parameters.values()]))
+        return {"mean": mean, "step": self.step, "num_examples": self.num_examples}
+
 
 class DeskDevice:
     """One device; its part in a round outlives the coordinator."""

@@ -8,7 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from minga.federation.parameters import Parameters
-from minga.federation.trainer import Scalar, TrainingConfig, Update, proximal_mu
+from minga.federation.trainer import (
+    NUM_EXAMPLES,
+    Scalar,
+    TrainingConfig,
+    Update,
+    proximal_mu,
+)
 from minga.training.data import read_splits
 from minga.training.errors import TaskError
 from minga.training.evaluate import evaluate
@@ -70,7 +76,8 @@ class TaskTrainer:
         """
         network = self._network(parameters, self._params(config))
         metrics = evaluate(self._task, network, self._splits.validation)
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+        measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return {**measured, NUM_EXAMPLES: len(self._splits.validation)}
 
     def _params(self, config: TrainingConfig) -> Params:
         return {**self._task.defaults, **config}

@@ -24,6 +24,7 @@ from minga.federation.parameters import read_layout, read_tensors, to_bytes
 from minga.federation.plain import VALUE
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
 from minga.federation.secagg.errors import QuorumError
+from minga.federation.work import Evaluation
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def aggregate(
     round_: Round, blobs: BlobStore, optimizer: ServerOptimizer, optimizer_digest: bytes
 ) -> SumComputed:
     """Make the mean of a round's updates, and let the server optimiser take its step.
+
+    The mean of an evaluation is its result; the model stays as it is.
 
     Memory is three times the model and what the optimiser keeps, whatever the cohort: uploads are
     added in pieces as they are read, and the next model takes the mean's place tensor by tensor.
@@ -57,6 +60,14 @@ def aggregate(
     """
     try:
         values, total_weight, rejected = _mean(round_, blobs)
+        if isinstance(round_.order.work, Evaluation):
+            return SumComputed(
+                model_digest=round_.order.model_digest,
+                total_weight=total_weight,
+                optimizer_digest=optimizer_digest,
+                rejected=rejected,
+                metrics=tuple(sorted(round_.order.work.metrics_of(values).items())),
+            )
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
         start = 0

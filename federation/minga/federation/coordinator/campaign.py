@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,16 @@ from minga.federation.coordinator import journal
 from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, PeerError
-from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
-from minga.federation.plain import PlainPlan
+from minga.federation.limits import (
+    DETAILED_ROUNDS,
+    MAX_COHORT,
+    MAX_CONSECUTIVE_ABORTS,
+    STATUS_DETAIL_BYTES,
+)
 from minga.federation.secagg.errors import PlanError
-from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Training, Work
 
 RUNNING = pb.CAMPAIGN_STATE_RUNNING
 
@@ -71,24 +75,47 @@ class Campaign:
     @property
     def num_committed(self) -> int:
         """How many rounds are in the model."""
-        return sum(record.stage == pb.ROUND_STAGE_COMMITTED for record in self.records)
+        return sum(record.stage == pb.ROUND_STAGE_COMMITTED for record in self._trainings())
 
     @property
     def num_aborts_in_a_row(self) -> int:
         """How many rounds failed since the last one that was committed."""
         count = 0
-        for record in reversed(self.records):
+        for record in reversed(list(self._trainings())):
             if record.stage == pb.ROUND_STAGE_COMMITTED:
                 break
             count += 1
         return count
+
+    def _trainings(self) -> Iterator[pb.Round]:
+        return (r for r in self.records if r.work != pb.ROUND_WORK_EVALUATION)
+
+    def next_work(self) -> Work | None:
+        """Say what the next round asks; None if all is done."""
+        if self._evaluation_is_due():
+            return wire.evaluation_of(self.plan)
+        return None if self.num_committed >= self.plan.num_rounds else Training()
+
+    def _evaluation_is_due(self) -> bool:
+        """Tell whether the model is to be measured as it is; given up after some aborted rounds."""
+        number, every = self.num_committed, self.plan.evaluate_every
+        if not number or not self.plan.HasField("evaluation"):
+            return False
+        if number < self.plan.num_rounds and (not every or number % every):
+            return False
+        tried = [
+            record.stage
+            for record in self.records
+            if record.work == pb.ROUND_WORK_EVALUATION and record.number == number
+        ]
+        return pb.ROUND_STAGE_COMMITTED not in tried and len(tried) < MAX_CONSECUTIVE_ABORTS
 
     @property
     def num_wanted(self) -> int:
         """How many devices a round invites if they are there: the cohort, and some for losses."""
         return _num_wanted(self.plan)
 
-    def next_order(self, devices: Sequence[str], num_values: int) -> RoundOrder:
+    def next_order(self, devices: Sequence[str], num_values: int, work: Work) -> RoundOrder:
         """Fix what the next round is to do, with as many of some devices as a plan exists for.
 
         Raises:
@@ -98,7 +125,14 @@ class Campaign:
         while True:
             devices = devices[: _invitable(self.plan, len(devices))]
             try:
-                plan = _round_plan(self.plan, round_id, self.model_digest, num_values, len(devices))
+                plan = wire.round_plan(
+                    self.plan,
+                    round_id=round_id,
+                    model_digest=self.model_digest,
+                    num_values=num_values,
+                    num_invited=len(devices),
+                    work=work,
+                )
                 break
             except PlanError:  # shares of a cohort that are to be borne round badly for some sizes
                 if len(devices) <= self.plan.min_cohort:
@@ -106,11 +140,12 @@ class Campaign:
                 devices = devices[:-1]
         return self._order(
             round_id=round_id,
-            number=self.num_committed + 1,
+            number=self.num_committed + isinstance(work, Training),
             plan=plan,
             invited=tuple(sorted(devices)),
             model_digest=self.model_digest,
             training=wire.config_from_wire(self.plan.training),
+            work=work,
         )
 
     def order_of(self, row: RoundRow) -> RoundOrder:
@@ -123,6 +158,7 @@ class Campaign:
             invited=row.invited,
             model_digest=invite.model_digest,
             training=wire.config_from_wire(invite.training),
+            work=wire.work_of_invite(invite),
         )
 
     def _order(self, **values: Any) -> RoundOrder:
@@ -182,18 +218,6 @@ class Campaign:
         )
 
 
-def _round_plan(
-    plan: pb.CampaignPlan, round_id: str, model_digest: bytes, num_values: int, num_invited: int
-) -> RoundPlan | PlainPlan:
-    return wire.round_plan(
-        plan,
-        round_id=round_id,
-        model_digest=model_digest,
-        num_values=num_values,
-        num_invited=num_invited,
-    )
-
-
 def _num_wanted(plan: pb.CampaignPlan) -> int:
     return math.ceil(plan.cohort * (1 + plan.over_selection))
 
@@ -216,7 +240,15 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
     _require_numbers(plan)
     for count in (_num_wanted(plan), plan.cohort, plan.min_cohort):
         try:
-            _round_plan(plan, "00" * 16, plan.model_digest, num_values, count)
+            for work in _works(plan):
+                wire.round_plan(
+                    plan,
+                    round_id="00" * 16,
+                    model_digest=plan.model_digest,
+                    num_values=num_values,
+                    num_invited=count,
+                    work=work,
+                )
         except (PlanError, PeerError) as error:
             raise CampaignError(f"no round can work with {count} devices: {error}") from error
     try:
@@ -224,6 +256,14 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
         proximal_mu(wire.config_from_wire(plan.training))
     except (ValueError, PeerError) as error:
         raise CampaignError(f"the campaign cannot work: {error}") from error
+
+
+def _works(plan: pb.CampaignPlan) -> Iterator[Work]:
+    """Give all kinds of work that a campaign's rounds ask."""
+    yield Training()
+    evaluation = wire.evaluation_of(plan)
+    if evaluation is not None:
+        yield evaluation
 
 
 def _require_numbers(plan: pb.CampaignPlan) -> None:

@@ -56,6 +56,7 @@ from minga.federation.parameters import read_layout
 from minga.federation.secagg.coordinator import check_advert, check_confirmation
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Work
 
 _log = logging.getLogger(__name__)
 
@@ -289,20 +290,20 @@ class Campaigns:
     async def _step(self, campaign: Campaign) -> None:
         if campaign.open_round is not None:
             await self._run_round(campaign, campaign.open_round)
-        elif campaign.num_committed >= campaign.plan.num_rounds:
+        elif (work := campaign.next_work()) is None:
             self._end(campaign, pb.CAMPAIGN_STATE_COMPLETED, "")
         elif campaign.num_aborts_in_a_row >= MAX_CONSECUTIVE_ABORTS:
             reason = f"{MAX_CONSECUTIVE_ABORTS} rounds in a row failed: "
             reason += campaign.records[-1].reason
             self._end(campaign, pb.CAMPAIGN_STATE_FAILED, reason)
         else:
-            await self._begin_round(campaign)
+            await self._begin_round(campaign, work)
 
-    async def _begin_round(self, campaign: Campaign) -> None:
+    async def _begin_round(self, campaign: Campaign, work: Work) -> None:
         devices = await self._gather(campaign)
         if not devices:
             return
-        order = campaign.next_order(devices, self._num_values(campaign.model_digest))
+        order = campaign.next_order(devices, self._num_values(campaign.model_digest), work)
         now = self._clock()
         self._store.add_round(
             RoundRow(
@@ -411,7 +412,7 @@ class Campaigns:
                 row,
                 model_digest=event.model_digest,
                 optimizer_digest=event.optimizer_digest,
-                counted=sorted(set(round_.survivors) - dict(event.rejected).keys()),
+                counted=round_.counted_with(event),
             )
             campaign.model_digest = event.model_digest
             campaign.optimizer_digest = event.optimizer_digest

@@ -48,6 +48,7 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "total_weight": event.total_weight,
         "optimizer_digest": event.optimizer_digest.hex(),
         "rejected": event.rejected,
+        "metrics": event.metrics,
     }
 
 
@@ -71,6 +72,7 @@ def decode(row: EventRow) -> Event:
                 total_weight=values["total_weight"],
                 optimizer_digest=bytes.fromhex(values.get("optimizer_digest", "")),
                 rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
+                metrics=tuple((name, value) for name, value in values.get("metrics", ())),
             )
         case "failed":
             return RoundFailed(reason=values["reason"])

@@ -27,18 +27,22 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.identity import CertificateVerifier, Identity
-from minga.federation.parameters import Layout, from_bytes
+from minga.federation.parameters import Layout, Parameters, from_bytes
 from minga.federation.plain import update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.plan import RoundPlan
-from minga.federation.trainer import Update
+from minga.federation.trainer import NUM_EXAMPLES
 from minga.federation.transfer import digest_of
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Evaluation, Training
 
 _log = logging.getLogger(__name__)
 
 Upload = Callable[[bytes, bytes], Awaitable[None]]
 """Sends bytes under their digest, resuming by itself."""
+
+Contribution = tuple[NDArray[np.float32], int]
+"""A device's vector, shape `(num_values,)`, and how much it counts."""
 
 Download = Callable[[bytes, Path], Awaitable[None]]
 """Fetches the blob of a digest into a file, resuming by itself."""
@@ -58,7 +62,7 @@ class Participant:
         metrics: Metrics,
         allow_plain: bool = False,
     ) -> None:
-        """Begin to train.
+        """Begin with what the round asks.
 
         Raises:
             ValueError, PeerError: the invitation is not safe to follow, or malformed.
@@ -69,6 +73,7 @@ class Participant:
         self._model_digest = invite.model_digest
         self._training = wire.config_from_wire(invite.training)
         self._min_examples = invite.min_examples
+        self._asked = wire.work_of_invite(invite)
         self._plan = wire.plan_of_invite(invite)
         self._session: DeviceSession | None = None
         if isinstance(self._plan, RoundPlan):
@@ -84,16 +89,16 @@ class Participant:
         self._upload = upload
         self._metrics = metrics
         self._turn = asyncio.Lock()
-        self._update = asyncio.create_task(self._train())
+        self._result = asyncio.create_task(self._work())
 
-    def close(self) -> asyncio.Task[Update]:
-        """Forget the round; training that still runs is stopped.
+    def close(self) -> asyncio.Task[Contribution]:
+        """Forget the round; work that still runs is stopped.
 
         Returns:
-            The training, which may take a moment to end.
+            The work, which may take a moment to end.
         """
-        self._update.cancel()
-        return self._update
+        self._result.cancel()
+        return self._result
 
     async def answer(self, message: pb.SessionResponse) -> pb.SessionRequest:
         """Do what the coordinator asks, or withdraw and say why."""
@@ -168,29 +173,37 @@ class Participant:
             )
         )
 
-    async def _contribution(self) -> tuple[NDArray[np.float32], int]:
-        """Wait for the update: its vector, and how much it counts."""
-        update = await self._trained()
-        weight = min(update.num_examples, self._plan.max_weight)
-        return Layout.of(update.delta).flatten(update.delta), weight
+    async def _contribution(self) -> Contribution:
+        """Wait for the work's result; work that could not fetch its model begins anew."""
+        done = self._result.done() and not self._result.cancelled()
+        if done and isinstance(self._result.exception(), UnreachableError):
+            self._result = asyncio.create_task(self._work())
+        return await asyncio.shield(self._result)
 
-    async def _trained(self) -> Update:
-        """Wait for the update; training that could not fetch its model begins anew."""
-        done = self._update.done() and not self._update.cancelled()
-        if done and isinstance(self._update.exception(), UnreachableError):
-            self._update = asyncio.create_task(self._train())
-        return await asyncio.shield(self._update)
+    async def _work(self) -> Contribution:
+        """Do what the round asks, and give a vector and how much it counts."""
+        parameters = await self._fetch()
+        match self._asked:
+            case Evaluation():
+                vector, weight = await self._evaluate(self._asked, parameters)
+            case Training():
+                vector, weight = await self._train(parameters)
+        return vector, min(weight, self._plan.max_weight)
 
-    async def _train(self) -> Update:
+    async def _fetch(self) -> Parameters:
         with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
             path = Path(folder) / "model.safetensors"
             await self._download(self._model_digest, path)
             parameters = from_bytes(await asyncio.to_thread(path.read_bytes))
-        layout = Layout.of(parameters)
-        if layout.num_values != self._plan.num_values:
+        length = self._asked.num_values(Layout.of(parameters).num_values)
+        if length != self._plan.num_values:
             raise PeerError(
-                f"the model has {layout.num_values} values, the plan says {self._plan.num_values}"
+                f"the round takes {length} values, the plan says {self._plan.num_values}"
             )
+        return parameters
+
+    async def _train(self, parameters: Parameters) -> Contribution:
+        layout = Layout.of(parameters)
         start = time.perf_counter()
         update = await self._trainer.fit(parameters, self._training)
         self._metrics.training.observe(time.perf_counter() - start)
@@ -199,7 +212,14 @@ class Participant:
         if update.num_examples < 1:
             raise TrainerError("the device has no examples to learn from")
         self._require_count(update.num_examples)
-        return update
+        return layout.flatten(update.delta), update.num_examples
+
+    async def _evaluate(self, asked: Evaluation, parameters: Parameters) -> Contribution:
+        metrics = await self._trainer.evaluate(parameters, self._training)
+        weight = metrics.get(NUM_EXAMPLES)
+        if weight is None:
+            weight = await self._trainer.num_examples()
+        return asked.vector_of(metrics), max(1, int(weight or 1))
 
     async def _require_examples(self) -> None:
         """Leave before others count on this device, if its trainer knows its count beforehand."""

@@ -119,6 +119,28 @@ ROUND_STAGE_COMMITTED: RoundStage.ValueType  # 7
 ROUND_STAGE_ABORTED: RoundStage.ValueType  # 8
 Global___RoundStage: _TypeAlias = RoundStage  # noqa: Y015
 
+class _RoundWork:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoundWorkEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundWork.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROUND_WORK_UNSPECIFIED: _RoundWork.ValueType  # 0
+    """As TRAINING."""
+    ROUND_WORK_TRAINING: _RoundWork.ValueType  # 1
+    ROUND_WORK_EVALUATION: _RoundWork.ValueType  # 2
+    """Metrics of the model that so many rounds came to as `number` says."""
+
+class RoundWork(_RoundWork, metaclass=_RoundWorkEnumTypeWrapper):
+    """What a round asked of its devices."""
+
+ROUND_WORK_UNSPECIFIED: RoundWork.ValueType  # 0
+"""As TRAINING."""
+ROUND_WORK_TRAINING: RoundWork.ValueType  # 1
+ROUND_WORK_EVALUATION: RoundWork.ValueType  # 2
+"""Metrics of the model that so many rounds came to as `number` says."""
+Global___RoundWork: _TypeAlias = RoundWork  # noqa: Y015
+
 @_typing.final
 class EnrollRequest(_message.Message):
     """A token and the device's own public key."""
@@ -818,6 +840,7 @@ class RoundInvite(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
     MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     model_digest: _builtins.bytes
     """Blob: the global model as safetensors."""
@@ -833,6 +856,10 @@ class RoundInvite(_message.Message):
     def plain_plan(self) -> Global___PlainPlan:
         """The round is plain; never beside a secure plan. A device refuses it unless its owner allows it."""
 
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """The round measures the model: devices do not train."""
+
     def __init__(
         self,
         *,
@@ -842,14 +869,45 @@ class RoundInvite(_message.Message):
         training: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
         plain_plan: Global___PlainPlan | None = ...,
         min_examples: _builtins.int = ...,
+        evaluation: Global___Evaluation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plain_plan", b"plain_plan", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "plain_plan", b"plain_plan", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_examples", b"min_examples", "model_digest", b"model_digest", "plain_plan", b"plain_plan", "plan", b"plan", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "plain_plan", b"plain_plan", "plan", b"plan", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundInvite: _TypeAlias = RoundInvite  # noqa: Y015
+
+@_typing.final
+class Evaluation(_message.Message):
+    """Asks for metrics. A device's vector holds their values, clipped to [-clip, clip], 0 for one that
+    it lacks, then for each metric `clip` if it has it, else 0; it weighs as much as the device has
+    examples to measure on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRICS_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    clip: _builtins.float
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sorted, each once."""
+
+    def __init__(
+        self,
+        *,
+        metrics: _abc.Iterable[_builtins.str] | None = ...,
+        clip: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "metrics", b"metrics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
 
 @_typing.final
 class PlainUpdate(_message.Message):
@@ -1736,6 +1794,8 @@ class CampaignPlan(_message.Message):
     NUM_GROUPS_FIELD_NUMBER: _builtins.int
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
     REQUIREMENTS_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    EVALUATE_EVERY_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -1764,6 +1824,8 @@ class CampaignPlan(_message.Message):
     """A round invites so many devices more than the cohort, as a share of it, and waits for the
     cohort's fastest.
     """
+    evaluate_every: _builtins.int
+    """The model is measured after so many committed rounds each, and after the last; 0: only then."""
     @_builtins.property
     def training(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
     @_builtins.property
@@ -1772,6 +1834,10 @@ class CampaignPlan(_message.Message):
 
     @_builtins.property
     def requirements(self) -> Global___Requirements: ...
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """What devices measure; absent: they measure nothing."""
+
     def __init__(
         self,
         *,
@@ -1797,10 +1863,12 @@ class CampaignPlan(_message.Message):
         num_groups: _builtins.int = ...,
         over_selection: _builtins.float = ...,
         requirements: Global___Requirements | None = ...,
+        evaluation: Global___Evaluation | None = ...,
+        evaluate_every: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "requirements", b"requirements", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "requirements", b"requirements", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1995,6 +2063,26 @@ class Round(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUND_ID_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
@@ -2011,6 +2099,8 @@ class Round(_message.Message):
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     BYTES_SENT_FIELD_NUMBER: _builtins.int
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     number: _builtins.int
     stage: Global___RoundStage.ValueType
@@ -2020,6 +2110,7 @@ class Round(_message.Message):
     bytes_received: _builtins.int
     """All bytes of the round over devices counted in it, up and down."""
     bytes_sent: _builtins.int
+    work: Global___RoundWork.ValueType
     @_builtins.property
     def plan(self) -> Global___SecureAggregationPlan: ...
     @_builtins.property
@@ -2044,6 +2135,10 @@ class Round(_message.Message):
     def plain_plan(self) -> Global___PlainPlan:
         """Instead of `plan` if the round is plain."""
 
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What an evaluation came to: weighted means over the devices."""
+
     def __init__(
         self,
         *,
@@ -2063,10 +2158,12 @@ class Round(_message.Message):
         bytes_received: _builtins.int = ...,
         bytes_sent: _builtins.int = ...,
         plain_plan: Global___PlainPlan | None = ...,
+        work: Global___RoundWork.ValueType = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plain_plan", b"plain_plan", "plan", b"plan", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,6 +5,7 @@ Everything that comes from the other side is converted here once; what has a wro
 """
 
 from minga.federation.wire.plans import (
+    evaluation_of,
     is_plain,
     num_groups,
     optimizer_from_wire,
@@ -48,6 +49,7 @@ from minga.federation.wire.values import (
     printable,
     timestamp,
 )
+from minga.federation.wire.work import evaluation_to_wire, work_of_invite
 
 __all__ = [
     "advert_from_wire",
@@ -59,6 +61,8 @@ __all__ = [
     "config_to_wire",
     "confirmation_from_wire",
     "confirmation_to_wire",
+    "evaluation_of",
+    "evaluation_to_wire",
     "event_from_wire",
     "event_to_wire",
     "instruction_to_wire",
@@ -86,4 +90,5 @@ __all__ = [
     "unknown_round",
     "withdrawal",
     "without_names",
+    "work_of_invite",
 ]

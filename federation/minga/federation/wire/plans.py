@@ -14,6 +14,8 @@ from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire.values import check_digest, config_from_wire
+from minga.federation.wire.work import evaluation_from_wire, work_of_invite
+from minga.federation.work import TRAINING, Evaluation, Work, value_bits
 
 
 def optimizer_to_wire(optimizer: ServerOptimizer) -> pb.ServerOptimizer:
@@ -69,6 +71,15 @@ def is_plain(plan: pb.CampaignPlan) -> bool:
     return plan.protection == pb.PROTECTION_PLAIN
 
 
+def evaluation_of(plan: pb.CampaignPlan) -> Evaluation | None:
+    """Read what a campaign's devices measure; None if they measure nothing.
+
+    Raises:
+        PeerError: it cannot work.
+    """
+    return evaluation_from_wire(plan.evaluation) if plan.HasField("evaluation") else None
+
+
 def requirements_to_wire(requirements: Requirements) -> pb.Requirements:
     """Write what a campaign asks of devices."""
     return pb.Requirements(
@@ -91,25 +102,41 @@ def requirements_from_wire(plan: pb.CampaignPlan) -> Requirements:
 
 
 def round_plan(
-    plan: pb.CampaignPlan, *, round_id: str, model_digest: bytes, num_values: int, num_invited: int
+    plan: pb.CampaignPlan,
+    *,
+    round_id: str,
+    model_digest: bytes,
+    num_values: int,
+    num_invited: int,
+    work: Work = TRAINING,
 ) -> RoundPlan | PlainPlan:
     """Derive the plan of one round of a campaign.
+
+    Args:
+        plan: the campaign's numbers.
+        round_id: 32 hexadecimal digits.
+        model_digest: of the model that the round is about.
+        num_values: how many values the model has.
+        num_invited: how many devices are invited.
+        work: what they are asked.
 
     Devices that are invited beyond the cohort are expected to be lost, like others.
 
     Raises:
         ValueError, PeerError: the campaign's numbers cannot work for so many devices.
     """
+    num_values = work.num_values(num_values)
     if is_plain(plan):
         return PlainPlan(num_values=num_values, max_weight=plan.max_weight)
+    cohort = num_invited // num_groups(plan)
     not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
     return derive_plan(
         round_id=bytes.fromhex(round_id),
-        context_digest=context_digest(model_digest, config_from_wire(plan.training)),
+        context_digest=context_digest(work.subject(model_digest), config_from_wire(plan.training)),
         num_values=num_values,
-        cohort_size=num_invited // num_groups(plan),
-        clip=plan.clip,
-        value_bits=plan.value_bits,
+        cohort_size=cohort,
+        clip=work.clip if isinstance(work, Evaluation) else plan.clip,
+        value_bits=value_bits(work, plan.value_bits, cohort),
         max_weight=plan.max_weight,
         expected_dropout=1 - (1 - plan.expected_dropout) * (1 - not_needed),
         colluder_share=plan.colluder_share,
@@ -152,7 +179,9 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
         raise PeerError("the invitation and its plan name different rounds")
     return RoundPlan(
         round_id=plan.round_id,
-        context_digest=context_digest(invite.model_digest, config_from_wire(invite.training)),
+        context_digest=context_digest(
+            work_of_invite(invite).subject(invite.model_digest), config_from_wire(invite.training)
+        ),
         num_values=plan.num_values,
         max_cohort=plan.max_cohort,
         num_neighbours=plan.num_neighbours,

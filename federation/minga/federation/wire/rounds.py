@@ -21,6 +21,7 @@ from minga.federation.wire.secagg import (
     shares_to_wire,
 )
 from minga.federation.wire.values import config_to_wire, printable, timestamp
+from minga.federation.wire.work import kind_of_work, put_work
 
 _ROUND_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -111,6 +112,7 @@ def invite_to_wire(order: rounds.RoundOrder) -> pb.RoundInvite:
         training=config_to_wire(order.training),
         min_examples=order.min_examples,
     )
+    put_work(invite, order.work)
     _put_plan(invite, order.plan)
     return invite
 
@@ -201,6 +203,8 @@ def round_to_wire(round_: rounds.Round, received: int, sent: int) -> pb.Round:
         ended_at=timestamp(round_.ended_at),
         bytes_received=received,
         bytes_sent=sent,
+        work=kind_of_work(round_.order.work),
+        metrics=dict(round_.result.metrics) if round_.result else None,
     )
     _put_plan(record, round_.order.plan)
     return record

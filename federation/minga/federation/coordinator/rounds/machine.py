@@ -17,6 +17,7 @@ from minga.federation.coordinator.rounds.events import (
 from minga.federation.coordinator.rounds.instructions import Instruction, TakePart, finish
 from minga.federation.coordinator.rounds.order import RoundOrder, Stage
 from minga.federation.errors import PeerError
+from minga.federation.work import Training
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +56,12 @@ class Round(ABC):
     def survivors(self) -> tuple[str, ...]:
         """The devices whose updates are in the sum, sorted."""
         return tuple(sorted(self.updates))
+
+    def counted_with(self, event: SumComputed) -> list[str]:
+        """Give the devices, sorted, whose updates a result has; measuring counts for nothing."""
+        if not isinstance(self.order.work, Training):
+            return []
+        return sorted(set(self.survivors) - dict(event.rejected).keys())
 
     def deadline(self, not_before: float = 0.0) -> float | None:
         """When the stage ends by itself, on the clock of the events; None: not by itself.

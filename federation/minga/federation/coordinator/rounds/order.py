@@ -7,6 +7,7 @@ from enum import Enum
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Scalar
+from minga.federation.work import TRAINING, Work
 
 
 class Stage(Enum):
@@ -64,5 +65,6 @@ class RoundOrder:
     model_digest: bytes
     training: Mapping[str, Scalar]
     timeouts: Timeouts
+    work: Work = TRAINING
     min_examples: int = 0
     """A device with fewer is to withdraw."""

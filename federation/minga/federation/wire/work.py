@@ -1,0 +1,47 @@
+"""What a round asks of its devices, on the wire."""
+
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Evaluation, Training, Work
+
+
+def put_work(invite: pb.RoundInvite, work: Work) -> None:
+    """Write into an invitation what the round asks."""
+    match work:
+        case Evaluation():
+            invite.evaluation.CopyFrom(evaluation_to_wire(work))
+        case Training():
+            pass
+
+
+def work_of_invite(invite: pb.RoundInvite) -> Work:
+    """Read what a round asks.
+
+    Raises:
+        PeerError: it cannot work.
+    """
+    if invite.HasField("evaluation"):
+        return evaluation_from_wire(invite.evaluation)
+    return Training()
+
+
+def evaluation_to_wire(work: Evaluation) -> pb.Evaluation:
+    """Write what is measured."""
+    return pb.Evaluation(metrics=work.metrics, clip=work.clip)
+
+
+def evaluation_from_wire(message: pb.Evaluation) -> Evaluation:
+    """Read what is measured.
+
+    Raises:
+        PeerError: it cannot work.
+    """
+    return Evaluation(metrics=tuple(message.metrics), clip=message.clip)
+
+
+def kind_of_work(work: Work) -> "pb.RoundWork.ValueType":
+    """Give the kind of work as it is recorded."""
+    match work:
+        case Evaluation():
+            return pb.ROUND_WORK_EVALUATION
+        case Training():
+            return pb.ROUND_WORK_TRAINING
