@@ -17,6 +17,7 @@ from minga.federation.coordinator.server import Coordinator
 from minga.federation.coordinator.settings import CoordinatorSettings
 from minga.federation.device.agent import Agent
 from minga.federation.device.enrolment import CoordinatorAddress, enrol
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.slots import ModelSlots
@@ -131,7 +132,9 @@ class Fleet:
         folder = self.folder / name
         trainer = None
         if options is not None:
-            os.environ["PYTHONPATH"] = str(TRAINERS)
+            paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+            if str(TRAINERS) not in paths:
+                os.environ["PYTHONPATH"] = os.pathsep.join([str(TRAINERS), *filter(None, paths)])
             trainer = TrainerProcess("constant_trainer:make", options)
         self.models[name] = ModelRepository()
         link = Link(
@@ -147,6 +150,7 @@ class Fleet:
             slots=ModelSlots(folder / "models"),
             models=self.models[name],
             metrics=Metrics(),
+            keepsakes=Keepsakes(folder / "learning"),
             **settings,
         )
         self._agents[name] = asyncio.create_task(agent.run(), name=name)

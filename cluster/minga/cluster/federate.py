@@ -15,7 +15,8 @@ from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project
 from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
-from minga.federation.parameters import from_bytes, to_bytes
+from minga.federation.parameters import Parameters, to_bytes
+from minga.federation.parts import split_personal
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.bundle import LINEAGE, MODEL, read_parameters
@@ -68,7 +69,7 @@ def federate(
     name = project.loaded_task.name
     registry = project.registry(on_progress)
 
-    async def rounds() -> tuple[pb.Campaign, bytes]:
+    async def rounds() -> tuple[pb.Campaign, Parameters]:
         async with connect(state) as operator:
             followed = campaign_id or await _start(operator, project, registry)
             return await follow_campaign(operator, followed, on_campaign)
@@ -82,7 +83,7 @@ def federate(
     parent = registry.get(name, campaign.plan.parent_version)
     registered = pipeline.register_candidate(
         project,
-        parameters=from_bytes(model),
+        parameters={**personal_of(registry, parent, campaign), **model},
         params=_params_of(registry, parent),
         parent_version=parent.version,
         campaign=_campaign(campaign),
@@ -129,7 +130,16 @@ async def _start(operator: Operator, project: Project, registry: Registry) -> st
         metrics=("loss", project.loaded_task.objective.metric),
     )
     start = read_parameters(registry.fetch(champion.name, champion.version))
-    return await operator.start_campaign(plan, to_bytes(start))
+    shared, _ = split_personal(start, plan.personal)
+    return await operator.start_campaign(plan, to_bytes(shared))
+
+
+def personal_of(registry: Registry, parent: Version, campaign: pb.Campaign) -> Parameters:
+    """Give the tensors that did not travel: in the centre they stay the parent's."""
+    if not campaign.plan.personal:
+        return {}
+    before = read_parameters(registry.fetch(parent.name, parent.version))
+    return split_personal(before, campaign.plan.personal)[1]
 
 
 def _params_of(registry: Registry, version: Version) -> dict[str, Scalar]:
@@ -145,6 +155,7 @@ def _campaign(campaign: pb.Campaign) -> Campaign:
         name=campaign.campaign_id,
         rounds=len(rounds),
         cohort=len(rounds[-1].survivors),
-        num_examples=rounds[-1].total_weight,
+        # With control variates each device counts as one, whatever it has.
+        num_examples=0 if campaign.plan.scaffold else rounds[-1].total_weight,
         evaluations={r.number: dict(r.metrics) for r in evaluations},
     )

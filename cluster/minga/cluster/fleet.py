@@ -9,6 +9,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from minga.federation.config import FederationConfig
 from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
+from minga.federation.parameters import Parameters, from_bytes
+from minga.federation.parts import split_control
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire import (
@@ -149,6 +151,8 @@ def campaign_plan(
         num_groups=config.groups,
         over_selection=config.over_selection,
         requirements=requirements_to_wire(config.requirements.requirements()),
+        personal=config.personal,
+        scaffold=config.scaffold,
     )
     if config.evaluation.enabled:
         asked = config.evaluation
@@ -175,7 +179,7 @@ def report_campaign(on_progress: OnProgress) -> OnCampaign:
 
 async def follow_campaign(
     operator: Operator, campaign_id: str, on_campaign: OnCampaign
-) -> tuple[pb.Campaign, bytes]:
+) -> tuple[pb.Campaign, Parameters]:
     """Follow a campaign to its end, whoever started it.
 
     Args:
@@ -184,7 +188,7 @@ async def follow_campaign(
         on_campaign: told of its state now and at each change.
 
     Returns:
-        The campaign as it ended, and its last global model as safetensors.
+        The campaign as it ended, and its last global model.
 
     Raises:
         CampaignError: there is no such campaign, it failed, or it was cancelled.
@@ -197,4 +201,5 @@ async def follow_campaign(
             f"campaign {campaign_id} did not complete: {campaign.reason}. "
             "Rounds that were committed stay; see `minga status`"
         )
-    return campaign, await operator.read(campaign.model_digest)
+    model, _ = split_control(from_bytes(await operator.read(campaign.model_digest)))
+    return campaign, model

@@ -6,8 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from minga.federation.aggregation.config import FedAvgTable, ServerOptimizerTable
 from minga.federation.condition import Requirements
+from minga.federation.errors import PeerError
 from minga.federation.limits import MAX_COHORT, MIB
 from minga.federation.trainer import Scalar, proximal_mu
+from minga.federation.work import Method
 
 
 class RequirementsTable(BaseModel):
@@ -115,6 +117,14 @@ class FederationConfig(BaseModel):
     requirements: RequirementsTable = RequirementsTable()
     """Which devices are invited."""
 
+    personal: tuple[str, ...] = ()
+    """Tensors whose names match one of these patterns, such as "model.head.*", never leave a
+    device: each device trains and keeps its own."""
+
+    scaffold: bool = False
+    """Devices correct their gradients by control variates (SCAFFOLD), so that many local steps on
+    unlike data do not pull the model apart; updates are twice as long, devices count alike."""
+
     evaluation: EvaluationTable = EvaluationTable()
     """How devices measure the global model."""
 
@@ -126,6 +136,15 @@ class FederationConfig(BaseModel):
     def _pull_is_possible(cls, training: dict[str, Scalar]) -> dict[str, Scalar]:
         proximal_mu(training)
         return training
+
+    @field_validator("personal")
+    @classmethod
+    def _patterns_are_possible(cls, personal: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            Method(personal=personal)
+        except PeerError as error:
+            raise ValueError(str(error)) from error
+        return personal
 
     @model_validator(mode="after")
     def _cohort_holds_minimum(self) -> "FederationConfig":

@@ -161,6 +161,12 @@ MAX_METRICS: Final = 256
 MAX_METRIC_NAME_CHARS: Final = 200
 """Length of a metric's name."""
 
+MAX_PATTERNS: Final = 64
+"""Patterns that name a campaign's personal tensors."""
+
+MAX_PATTERN_CHARS: Final = 200
+"""Length of one of them."""
+
 MAX_COHORT: Final = 4096
 """Devices in one round."""
 

@@ -45,6 +45,9 @@ class Update:
     delta: Parameters
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    gradient: Parameters | None = None
+    """Of `fit_corrected` alone: the mean of the steps' gradients before they were corrected; a
+    tensor that is missing has none."""
 
 
 class LocalTrainer(Protocol):
@@ -70,6 +73,35 @@ class CountsExamples(Protocol):
     @property
     def num_examples(self) -> int:
         """How many examples `fit` trains on."""
+        ...
+
+
+@runtime_checkable
+class MakesParameters(Protocol):
+    """A trainer that can make a model anew; campaigns with personal tensors need that."""
+
+    def initial(self, config: TrainingConfig) -> Parameters:
+        """Give untrained parameters, all of them."""
+        ...
+
+
+@runtime_checkable
+class CorrectsGradients(Protocol):
+    """A trainer that can learn with control variates (SCAFFOLD)."""
+
+    def fit_corrected(
+        self, parameters: Parameters, config: TrainingConfig, correction: Parameters
+    ) -> Update:
+        """Train as `fit` does, with a correction added to the gradient of every step.
+
+        Args:
+            parameters: where it starts.
+            config: as for `fit`.
+            correction: for each tensor that has one, of its shape.
+
+        Returns:
+            The update, with its `gradient`.
+        """
         ...
 
 

@@ -18,7 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation.errors import PeerError
-from minga.federation.limits import MAX_METRIC_NAME_CHARS, MAX_METRICS
+from minga.federation.limits import (
+    MAX_METRIC_NAME_CHARS,
+    MAX_METRICS,
+    MAX_PATTERN_CHARS,
+    MAX_PATTERNS,
+)
 from minga.federation.secagg.encoding import encode
 
 MAX_VALUE_BITS: Final = 24
@@ -98,6 +103,44 @@ class Evaluation:
 
 
 Work = Training | Evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How the devices of a campaign learn, beyond training a model that is everybody's.
+
+    Raises:
+        PeerError: a pattern cannot be one.
+    """
+
+    personal: tuple[str, ...] = ()
+    """Tensors whose names match one of these patterns never leave a device."""
+    scaffold: bool = False
+    """Gradients are corrected by control variates, which travel with the model."""
+
+    def __post_init__(self) -> None:
+        if len(self.personal) > MAX_PATTERNS or not all(
+            0 < len(p) <= MAX_PATTERN_CHARS and p.isprintable() for p in self.personal
+        ):
+            raise PeerError(
+                f"personal tensors are named by up to {MAX_PATTERNS} patterns of 1 to "
+                f"{MAX_PATTERN_CHARS} printable characters"
+            )
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if devices keep something from round to round."""
+        return bool(self.personal) or self.scaffold
+
+    def subject(self, model_digest: bytes) -> bytes:
+        """Give what a secure round's plan binds for the model."""
+        if not self.keeps_state:
+            return model_digest
+        return sha256(encode("method", model_digest, self.scaffold, *self.personal)).digest()
+
+
+USUAL_METHOD: Final = Method()
+"""Everybody trains one model."""
 
 TRAINING: Final = Training()
 """The usual work."""

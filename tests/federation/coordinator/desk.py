@@ -23,6 +23,7 @@ from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub, Signal
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.store import Store
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
 from minga.federation.errors import StorageError, UnreachableError
@@ -97,8 +98,11 @@ class StepTrainer:
 class DeskDevice:
     """One device; its part in a round outlives the coordinator."""
 
-    def __init__(self, identity: Identity, trainer: StepTrainer) -> None:
+    def __init__(self, identity: Identity, trainer: Any, folder: Path) -> None:
         self.identity = identity
+        self.keepsakes = Keepsakes(folder)
+        self.dies_at = ""
+        """The step at which this device is killed, once: it forgets what is only in its memory."""
         self.trainer = trainer
         self.participant: Participant | None = None
         self.download_errors: list[Exception] = []
@@ -107,6 +111,10 @@ class DeskDevice:
 
     async def answer(self, desk: "Desk", message: pb.SessionResponse) -> pb.SessionRequest | None:
         """Do what a message asks for."""
+        if message.WhichOneof("body") == self.dies_at:
+            self.dies_at = ""
+            self.leave(None)
+            raise UnreachableError("killed")
         match message.WhichOneof("body"):
             case "round_end":
                 self.leave(message.round_end)
@@ -139,10 +147,13 @@ class DeskDevice:
             download=download,
             upload=upload,
             metrics=DeviceMetrics(),
+            keepsakes=self.keepsakes,
+            allow_plain=True,
         )
 
     def leave(self, end: pb.RoundEnd | None) -> None:
         if end is not None:
+            self.keepsakes.settle(end.round_id, counted=end.counted)
             self._ends[end.round_id] = end
             self._told.fire()
         if self.participant is not None and (end is None or self.is_in(end.round_id)):
@@ -165,13 +176,18 @@ class Desk:
         self.clock = clock
         self.authority = Authority.open(folder / "authority")
         self.auditor = self._identity(Role.SERVICE, AUDITOR)
+        self.grace_s = 5.0
         self.devices: dict[str, DeskDevice] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
     def enrol(self, name: str, step: float, num_examples: int = 100) -> None:
         """Make a device."""
+        self.hire(name, StepTrainer(step, num_examples))
+
+    def hire(self, name: str, trainer: Any) -> None:
+        """Make a device that learns in a way of its own."""
         identity = self._identity(Role.DEVICE, name)
-        self.devices[name] = DeskDevice(identity, StepTrainer(step, num_examples))
+        self.devices[name] = DeskDevice(identity, trainer, self.folder / "devices" / name)
 
     def _identity(self, role: Role, name: str) -> Identity:
         key = new_key()
@@ -197,7 +213,7 @@ class Desk:
             clock=self.clock,
             metrics=Metrics(),
             audit=audit,
-            reconnect_grace_s=5.0,
+            reconnect_grace_s=self.grace_s,
         )
         self._spawn(self.campaigns.run)
 
@@ -216,7 +232,10 @@ class Desk:
         for name in names or self.devices:
             connection = Connection(name, "default", trains=True)
             device = self.devices[name]
-            round_id = device.participant.round_id if device.participant else ""
+            round_id = (
+                device.participant.round_id if device.participant else device.keepsakes.pending
+            )
+            self.store.note_hello(name, trains=True, agent_version="", at=self.clock())
             opening = self.campaigns.greeting(name, round_id)
             self.hub.join(connection)
             self._spawn(self._serve, device, connection, opening)

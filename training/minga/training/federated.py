@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +21,7 @@ from minga.training.evaluate import evaluate
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.proximal import Pull
+from minga.training.scaffold import Correction
 from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 
@@ -50,15 +51,38 @@ class TaskTrainer:
             DivergedError: the loss is no longer a finite number.
             ValueError: `proximal_mu` is no number from 0 on.
         """
+        return self._fit(parameters, config, None)
+
+    def fit_corrected(
+        self, parameters: Parameters, config: TrainingConfig, correction: Parameters
+    ) -> Update:
+        """Train with a correction of each step's gradient (see `minga.training.scaffold`).
+
+        Raises:
+            Exception: as `fit` does.
+        """
+        return self._fit(parameters, config, correction)
+
+    def initial(self, config: TrainingConfig) -> Parameters:
+        """Give the untrained parameters of this Task's network, prepared for this site's data."""
+        params = self._params(config)
+        seed = int(config.get("seed", 0))
+        return parameters_of(build_network(self._task, params, self._splits.train, seed=seed))
+
+    def _fit(
+        self, parameters: Parameters, config: TrainingConfig, correction: Parameters | None
+    ) -> Update:
         params = self._params(config)
         network = self._network(parameters, params)
         mu = proximal_mu(config)
+        corrected = Correction(network, correction) if correction is not None else None
+        hooks = [corrected] if corrected else []
         history = fit(
             Learner(self._task, network, params),
             self._splits.train,
             epochs=int(config.get("epochs", 1)),
             seed=int(config.get("seed", 0)),
-            on_gradient=Pull(network, mu) if mu > 0 else None,
+            on_gradient=_all([*hooks, *([Pull(network, mu)] if mu > 0 else [])]),
         )
         return Update(
             delta={
@@ -66,6 +90,7 @@ class TaskTrainer:
             },
             num_examples=len(self._splits.train),
             metrics={"train_loss": history[-1]["train_loss"]},
+            gradient=corrected.mean_gradient() if corrected else None,
         )
 
     def evaluate(self, parameters: Parameters, config: TrainingConfig) -> Mapping[str, float]:
@@ -88,6 +113,16 @@ class TaskTrainer:
         )
         load_parameters(network, parameters)
         return network
+
+
+def _all(hooks: Sequence[Callable[[], None]]) -> Callable[[], None] | None:
+    """Make one hook of several, called in their order."""
+
+    def call() -> None:
+        for hook in hooks:
+            hook()
+
+    return call if hooks else None
 
 
 def trainer_from_options(options: Mapping[str, Scalar]) -> TaskTrainer:

@@ -20,10 +20,12 @@ from minga.federation.coordinator.rounds import (
     SumComputed,
 )
 from minga.federation.errors import StorageError
-from minga.federation.parameters import read_layout, read_tensors, to_bytes
+from minga.federation.parameters import from_bytes, read_layout, read_tensors, to_bytes
+from minga.federation.parts import CONTROL, with_control
 from minga.federation.plain import VALUE
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
 from minga.federation.secagg.errors import QuorumError
+from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.work import Evaluation
 
 _log = logging.getLogger(__name__)
@@ -70,11 +72,14 @@ def aggregate(
             )
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
-        start = 0
-        for tensor in read_tensors(model):  # the next model grows in the mean's place
-            part = slice(start, start + tensor.size)
-            kept = {name: vector[part] for name, vector in state.items()}
-            advance(optimizer, kept, tensor.ravel(), values[part])
+        start, names = 0, read_layout(model).names
+        for name, tensor in zip(names, read_tensors(model), strict=True):
+            part = slice(start, start + tensor.size)  # the next model grows in the mean's place
+            if name.startswith(CONTROL):
+                values[part] = tensor.ravel() + values[part] * _share(round_, rejected)
+            else:
+                kept = {key: vector[part] for key, vector in state.items()}
+                advance(optimizer, kept, tensor.ravel(), values[part])
             start += tensor.size
         return SumComputed(
             model_digest=blobs.put_bytes(to_bytes(read_layout(model).unflatten(values))),
@@ -84,6 +89,23 @@ def aggregate(
         )
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
+
+
+def first_model(plan: pb.CampaignPlan, blobs: BlobStore) -> bytes:
+    """Give the digest of what travels first: the campaign's model, with its control variate."""
+    if not plan.scaffold:
+        return plan.model_digest
+    model = from_bytes(blobs.read(plan.model_digest))
+    return blobs.put_bytes(to_bytes(with_control(model)))
+
+
+def _share(round_: Round, rejected: Rejected) -> np.float32:
+    """Say how far a mean change moves the global control variate: |S| / N in the algorithm.
+
+    Karimireddy et al., "SCAFFOLD", ICML 2020, algorithm 1, line 17.
+    """
+    counted = len(round_.survivors) - len(rejected)
+    return np.float32(counted / max(counted, round_.order.population))
 
 
 def _state(

@@ -11,12 +11,15 @@ from minga.federation.coordinator import journal
 from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, PeerError
+from minga.federation.identity import is_name
 from minga.federation.limits import (
     DETAILED_ROUNDS,
     MAX_COHORT,
     MAX_CONSECUTIVE_ABORTS,
     STATUS_DETAIL_BYTES,
 )
+from minga.federation.parameters import Layout
+from minga.federation.parts import CONTROL, is_personal
 from minga.federation.secagg.errors import PlanError
 from minga.federation.trainer import proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
@@ -115,8 +118,16 @@ class Campaign:
         """How many devices a round invites if they are there: the cohort, and some for losses."""
         return _num_wanted(self.plan)
 
-    def next_order(self, devices: Sequence[str], num_values: int, work: Work) -> RoundOrder:
+    def next_order(
+        self, devices: Sequence[str], num_values: int, work: Work, population: int
+    ) -> RoundOrder:
         """Fix what the next round is to do, with as many of some devices as a plan exists for.
+
+        Args:
+            devices: who can be invited, in any order.
+            num_values: of the model that travels.
+            work: what is asked.
+            population: how many devices there are, here or not.
 
         Raises:
             PlanError: there is no plan, not even for the smallest cohort.
@@ -146,6 +157,7 @@ class Campaign:
             model_digest=self.model_digest,
             training=wire.config_from_wire(self.plan.training),
             work=work,
+            population=population,
         )
 
     def order_of(self, row: RoundRow) -> RoundOrder:
@@ -159,6 +171,7 @@ class Campaign:
             model_digest=invite.model_digest,
             training=wire.config_from_wire(invite.training),
             work=wire.work_of_invite(invite),
+            population=invite.population,
         )
 
     def _order(self, **values: Any) -> RoundOrder:
@@ -168,6 +181,9 @@ class Campaign:
             min_cohort=plan.min_cohort,
             goal=plan.cohort,
             min_examples=plan.requirements.min_examples,
+            method=wire.method_of(plan),
+            model_name=plan.model_name,
+            campaign_id=self.campaign_id,
             num_groups=wire.num_groups(plan),
             timeouts=Timeouts(
                 keys_s=plan.invite_timeout_s,
@@ -227,17 +243,19 @@ def _invitable(plan: pb.CampaignPlan, num_devices: int) -> int:
     return num_devices - num_devices % wire.num_groups(plan)
 
 
-def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
+def require_possible(plan: pb.CampaignPlan, layout: Layout) -> None:
     """Refuse a campaign that no round could be made of.
 
     Args:
         plan: what is asked for.
-        num_values: how many values its model has.
+        layout: of its model.
 
     Raises:
         CampaignError: the numbers cannot work.
     """
     _require_numbers(plan)
+    _require_parts(plan, layout)
+    num_values = layout.num_values * (2 if plan.scaffold else 1)
     for count in (_num_wanted(plan), plan.cohort, plan.min_cohort):
         try:
             for work in _works(plan):
@@ -256,6 +274,21 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
         proximal_mu(wire.config_from_wire(plan.training))
     except (ValueError, PeerError) as error:
         raise CampaignError(f"the campaign cannot work: {error}") from error
+
+
+def _require_parts(plan: pb.CampaignPlan, layout: Layout) -> None:
+    """Refuse a model with tensors that must not travel, or that would be taken for others."""
+    try:
+        method = wire.method_of(plan)
+    except PeerError as error:
+        raise CampaignError(f"the campaign cannot work: {error}") from error
+    for name in layout.names:
+        if is_personal(name, method.personal):
+            raise CampaignError(f"tensor {name!r} is personal; take it out of the model first")
+        if name.startswith(CONTROL):
+            raise CampaignError(f"tensor {name!r} is named as a control variate; rename it")
+    if method.keeps_state and not is_name(plan.model_name):
+        raise CampaignError("devices keep tensors under the model's name: use a-z, 0-9 and '-'")
 
 
 def _works(plan: pb.CampaignPlan) -> Iterator[Work]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
-from minga.federation.coordinator.aggregate import aggregate
+from minga.federation.coordinator.aggregate import aggregate, first_model
 from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.campaign import RUNNING, Campaign, require_possible
 from minga.federation.coordinator.campaign_audit import (
@@ -42,7 +42,7 @@ from minga.federation.coordinator.rounds import (
     UpdateUploaded,
     open_round,
 )
-from minga.federation.coordinator.selection import candidates
+from minga.federation.coordinator.selection import candidates, trainable
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
 from minga.federation.limits import (
@@ -52,7 +52,7 @@ from minga.federation.limits import (
     STORAGE_RETRY_S,
     WATCH_DETAIL_BYTES,
 )
-from minga.federation.parameters import read_layout
+from minga.federation.parameters import Layout, read_layout
 from minga.federation.secagg.coordinator import check_advert, check_confirmation
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
@@ -117,9 +117,9 @@ class Campaigns:
             raise CampaignError(
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
-        require_possible(plan, self._num_values(plan.model_digest))
+        require_possible(plan, self._layout(plan.model_digest))
         campaign = Campaign(
-            campaign_id=secrets.token_hex(6), plan=plan, model_digest=plan.model_digest
+            campaign_id=secrets.token_hex(6), plan=plan, model_digest=first_model(plan, self._blobs)
         )
         row = CampaignRow(
             campaign_id=campaign.campaign_id,
@@ -127,7 +127,7 @@ class Campaigns:
             plan=plan.SerializeToString(),
             state=RUNNING,
             reason="",
-            model_digest=plan.model_digest,
+            model_digest=campaign.model_digest,
         )
         with self._store.transaction():
             self._store.add_campaign(row)
@@ -303,7 +303,9 @@ class Campaigns:
         devices = await self._gather(campaign)
         if not devices:
             return
-        order = campaign.next_order(devices, self._num_values(campaign.model_digest), work)
+        num_values = self._layout(campaign.model_digest).num_values
+        population = trainable(self._store, campaign.plan)
+        order = campaign.next_order(devices, num_values, work, population)
         now = self._clock()
         self._store.add_round(
             RoundRow(
@@ -474,13 +476,13 @@ class Campaigns:
     def _running(self) -> Campaign | None:
         return next((c for c in self._campaigns.values() if c.is_running), None)
 
-    def _num_values(self, model_digest: bytes) -> int:
-        """Read how many values a model has.
+    def _layout(self, model_digest: bytes) -> Layout:
+        """Read which tensors a model has.
 
         Raises:
             CampaignError: it is not uploaded, or no model.
         """
         try:
-            return read_layout(self._blobs.path(model_digest)).num_values
+            return read_layout(self._blobs.path(model_digest))
         except FederationError as error:
             raise CampaignError(f"the campaign's model cannot be used: {error}") from error

@@ -15,6 +15,7 @@ import grpc
 
 from minga.federation import transfer, transport, wire
 from minga.federation.condition import Condition
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.machine import measure
 from minga.federation.device.metrics import Metrics
@@ -59,6 +60,7 @@ class Agent:
         slots: where models are kept.
         models: what the local inference server answers from.
         metrics: what Prometheus reads.
+        keepsakes: what this device keeps for itself from round to round; None: nothing.
         allow_plain: whether the coordinator may see this device's updates.
         look: says what this machine is doing.
     """
@@ -71,12 +73,14 @@ class Agent:
         slots: ModelSlots,
         models: ModelRepository,
         metrics: Metrics,
+        keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
         look: Callable[[], Condition] = measure,
     ) -> None:
         self._link = link
         self._redial = Redial(link)
         self._look = look
+        self._keepsakes = keepsakes
         self._allow_plain = allow_plain
         self._trainer = trainer
         self._slots = slots
@@ -217,6 +221,8 @@ class Agent:
         )
         if self._participant is not None:
             hello.round_id = self._participant.round_id
+        elif self._keepsakes is not None:
+            hello.round_id = self._keepsakes.pending
         if self._models.refs:
             hello.model.CopyFrom(_report(self._models.refs[-1]))
         return hello
@@ -311,6 +317,7 @@ class Agent:
             download=self._download,
             upload=self._upload,
             metrics=self._metrics,
+            keepsakes=self._keepsakes,
             allow_plain=self._allow_plain,
         )
         return self._participant
@@ -321,6 +328,8 @@ class Agent:
             self._participant = None
 
     def _end_round(self, end: pb.RoundEnd) -> None:
+        if self._keepsakes is not None:
+            self._keepsakes.settle(end.round_id, counted=end.counted)
         if self._participant is None or self._participant.round_id != end.round_id:
             return
         result = "counted" if end.counted else "committed" if end.committed else "aborted"

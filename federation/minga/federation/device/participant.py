@@ -8,7 +8,6 @@ again after a broken link or a restart; the answer is then the same as before.
 import asyncio
 import logging
 import tempfile
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation import wire
+from minga.federation.device.keepsakes import Keepsakes
+from minga.federation.device.learning import LocalLearning
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
@@ -31,7 +32,6 @@ from minga.federation.parameters import Layout, Parameters, from_bytes
 from minga.federation.plain import update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.plan import RoundPlan
-from minga.federation.trainer import NUM_EXAMPLES
 from minga.federation.transfer import digest_of
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.work import Evaluation, Training
@@ -60,6 +60,7 @@ class Participant:
         download: Download,
         upload: Upload,
         metrics: Metrics,
+        keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
     ) -> None:
         """Begin with what the round asks.
@@ -71,7 +72,6 @@ class Participant:
         """
         self.round_id = invite.round_id
         self._model_digest = invite.model_digest
-        self._training = wire.config_from_wire(invite.training)
         self._min_examples = invite.min_examples
         self._asked = wire.work_of_invite(invite)
         self._plan = wire.plan_of_invite(invite)
@@ -85,9 +85,19 @@ class Participant:
                 "(allow_plain)"
             )
         self._trainer = trainer
+        self._learning = LocalLearning(
+            trainer=trainer,
+            keepsakes=keepsakes,
+            method=wire.method_of(invite),
+            config=wire.config_from_wire(invite.training),
+            round_id=self.round_id,
+            campaign_id=invite.campaign_id,
+            model_name=invite.model_name,
+            clip=self._plan.clip if isinstance(self._plan, RoundPlan) else None,
+            metrics=metrics,
+        )
         self._download = download
         self._upload = upload
-        self._metrics = metrics
         self._turn = asyncio.Lock()
         self._result = asyncio.create_task(self._work())
 
@@ -185,10 +195,11 @@ class Participant:
         parameters = await self._fetch()
         match self._asked:
             case Evaluation():
-                vector, weight = await self._evaluate(self._asked, parameters)
+                answer, weight = await self._learning.evaluate(self._asked, parameters)
             case Training():
-                vector, weight = await self._train(parameters)
-        return vector, min(weight, self._plan.max_weight)
+                answer, weight = await self._learning.train(parameters)
+                self._require_count(weight)
+        return Layout.of(answer).flatten(answer), min(weight, self._plan.max_weight)
 
     async def _fetch(self) -> Parameters:
         with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
@@ -201,25 +212,6 @@ class Participant:
                 f"the round takes {length} values, the plan says {self._plan.num_values}"
             )
         return parameters
-
-    async def _train(self, parameters: Parameters) -> Contribution:
-        layout = Layout.of(parameters)
-        start = time.perf_counter()
-        update = await self._trainer.fit(parameters, self._training)
-        self._metrics.training.observe(time.perf_counter() - start)
-        if Layout.of(update.delta) != layout:
-            raise TrainerError("the update has other tensors than the model")
-        if update.num_examples < 1:
-            raise TrainerError("the device has no examples to learn from")
-        self._require_count(update.num_examples)
-        return layout.flatten(update.delta), update.num_examples
-
-    async def _evaluate(self, asked: Evaluation, parameters: Parameters) -> Contribution:
-        metrics = await self._trainer.evaluate(parameters, self._training)
-        weight = metrics.get(NUM_EXAMPLES)
-        if weight is None:
-            weight = await self._trainer.num_examples()
-        return asked.vector_of(metrics), max(1, int(weight or 1))
 
     async def _require_examples(self) -> None:
         """Leave before others count on this device, if its trainer knows its count beforehand."""

@@ -7,6 +7,7 @@ from functools import partial
 
 from minga.federation.device.agent import Agent
 from minga.federation.device.enrolment import CoordinatorAddress
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.settings import DeviceSettings
@@ -46,6 +47,7 @@ async def run(settings: DeviceSettings) -> None:
         slots=ModelSlots(settings.folder / "models"),
         models=models,
         metrics=metrics,
+        keepsakes=Keepsakes(settings.folder / "learning") if trainer else None,
         allow_plain=settings.allow_plain,
     )
     async with AsyncExitStack() as stack:

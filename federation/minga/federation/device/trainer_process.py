@@ -10,6 +10,7 @@ from typing import Any
 from minga.federation.device.trainer_host import PREFIX_BYTES, head_size, pack_frame
 from minga.federation.errors import TrainerError
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.parts import split_control, with_control
 from minga.federation.trainer import Scalar, Update
 
 
@@ -42,12 +43,19 @@ class TrainerProcess:
         Raises:
             TrainerError: user code raised, or the child died.
         """
-        header, body = await self._call("fit", parameters, config)
-        return Update(
-            delta=from_bytes(body),
-            num_examples=int(header["num_examples"]),
-            metrics=header["metrics"],
-        )
+        return _update(*await self._call("fit", parameters, config))
+
+    async def fit_corrected(
+        self, parameters: Parameters, config: Mapping[str, Scalar], correction: Parameters
+    ) -> Update:
+        """Train in the child with a correction of each step's gradient; raises as `fit` does."""
+        both = with_control(parameters, correction)
+        return _update(*await self._call("fit_corrected", both, config))
+
+    async def initial(self, config: Mapping[str, Scalar]) -> Parameters:
+        """Let the child make untrained parameters; raises as `fit` does."""
+        _, body = await self._call("initial", {}, config)
+        return from_bytes(body)
 
     async def evaluate(
         self, parameters: Parameters, config: Mapping[str, Scalar]
@@ -106,6 +114,16 @@ class TrainerProcess:
             await self.close()
             raise
         return self._process
+
+
+def _update(header: Mapping[str, Any], body: bytes) -> Update:
+    delta, gradient = split_control(from_bytes(body))
+    return Update(
+        delta=delta,
+        num_examples=int(header["num_examples"]),
+        metrics=header["metrics"],
+        gradient=gradient,
+    )
 
 
 async def _exchange(

@@ -841,11 +841,24 @@ class RoundInvite(_message.Message):
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
     MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    PERSONAL_FIELD_NUMBER: _builtins.int
+    SCAFFOLD_FIELD_NUMBER: _builtins.int
+    MODEL_NAME_FIELD_NUMBER: _builtins.int
+    CAMPAIGN_ID_FIELD_NUMBER: _builtins.int
+    POPULATION_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     model_digest: _builtins.bytes
     """Blob: the global model as safetensors."""
     min_examples: _builtins.int
     """A device with fewer examples withdraws; how many it has it does not say."""
+    scaffold: _builtins.bool
+    """With the model travels a control variate, each tensor named as the model's behind `control/`;
+    the update has both. Devices keep their own under the campaign's name.
+    """
+    model_name: _builtins.str
+    campaign_id: _builtins.str
+    population: _builtins.int
+    """How many devices the control variate is a mean over; for the coordinator's own record."""
     @_builtins.property
     def plan(self) -> Global___SecureAggregationPlan:
         """The round is secure: updates are masked."""
@@ -860,6 +873,12 @@ class RoundInvite(_message.Message):
     def evaluation(self) -> Global___Evaluation:
         """The round measures the model: devices do not train."""
 
+    @_builtins.property
+    def personal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tensors whose names match one of these patterns (`*`, `?`) are each device's own: they are
+        neither in the model nor in the update. Devices keep them under the model's name.
+        """
+
     def __init__(
         self,
         *,
@@ -870,10 +889,15 @@ class RoundInvite(_message.Message):
         plain_plan: Global___PlainPlan | None = ...,
         min_examples: _builtins.int = ...,
         evaluation: Global___Evaluation | None = ...,
+        personal: _abc.Iterable[_builtins.str] | None = ...,
+        scaffold: _builtins.bool = ...,
+        model_name: _builtins.str = ...,
+        campaign_id: _builtins.str = ...,
+        population: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "plain_plan", b"plain_plan", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "plain_plan", b"plain_plan", "plan", b"plan", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "model_name", b"model_name", "personal", b"personal", "plain_plan", b"plain_plan", "plan", b"plan", "population", b"population", "round_id", b"round_id", "scaffold", b"scaffold", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1796,6 +1820,8 @@ class CampaignPlan(_message.Message):
     REQUIREMENTS_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     EVALUATE_EVERY_FIELD_NUMBER: _builtins.int
+    PERSONAL_FIELD_NUMBER: _builtins.int
+    SCAFFOLD_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -1826,6 +1852,7 @@ class CampaignPlan(_message.Message):
     """
     evaluate_every: _builtins.int
     """The model is measured after so many committed rounds each, and after the last; 0: only then."""
+    scaffold: _builtins.bool
     @_builtins.property
     def training(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
     @_builtins.property
@@ -1837,6 +1864,10 @@ class CampaignPlan(_message.Message):
     @_builtins.property
     def evaluation(self) -> Global___Evaluation:
         """What devices measure; absent: they measure nothing."""
+
+    @_builtins.property
+    def personal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in RoundInvite."""
 
     def __init__(
         self,
@@ -1865,10 +1896,12 @@ class CampaignPlan(_message.Message):
         requirements: Global___Requirements | None = ...,
         evaluation: Global___Evaluation | None = ...,
         evaluate_every: _builtins.int = ...,
+        personal: _abc.Iterable[_builtins.str] | None = ...,
+        scaffold: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "protection", b"protection", "requirements", b"requirements", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,7 +49,7 @@ from minga.federation.wire.values import (
     printable,
     timestamp,
 )
-from minga.federation.wire.work import evaluation_to_wire, work_of_invite
+from minga.federation.wire.work import evaluation_to_wire, method_of, work_of_invite
 
 __all__ = [
     "advert_from_wire",
@@ -68,6 +68,7 @@ __all__ = [
     "instruction_to_wire",
     "invite_to_wire",
     "is_plain",
+    "method_of",
     "model_report",
     "num_groups",
     "optimizer_from_wire",

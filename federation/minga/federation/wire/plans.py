@@ -14,8 +14,8 @@ from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire.values import check_digest, config_from_wire
-from minga.federation.wire.work import evaluation_from_wire, work_of_invite
-from minga.federation.work import TRAINING, Evaluation, Work, value_bits
+from minga.federation.wire.work import evaluation_from_wire, method_of, subject_of_invite
+from minga.federation.work import TRAINING, Evaluation, Training, Work, value_bits
 
 
 def optimizer_to_wire(optimizer: ServerOptimizer) -> pb.ServerOptimizer:
@@ -125,19 +125,24 @@ def round_plan(
     Raises:
         ValueError, PeerError: the campaign's numbers cannot work for so many devices.
     """
-    num_values = work.num_values(num_values)
+    num_values, method = work.num_values(num_values), method_of(plan)
+    # The control variate is the mean over devices, not over examples: each counts the same.
+    uniform = method.scaffold and isinstance(work, Training)
+    max_weight = 1 if uniform else plan.max_weight
     if is_plain(plan):
-        return PlainPlan(num_values=num_values, max_weight=plan.max_weight)
+        return PlainPlan(num_values=num_values, max_weight=max_weight)
     cohort = num_invited // num_groups(plan)
     not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
     return derive_plan(
         round_id=bytes.fromhex(round_id),
-        context_digest=context_digest(work.subject(model_digest), config_from_wire(plan.training)),
+        context_digest=context_digest(
+            work.subject(method.subject(model_digest)), config_from_wire(plan.training)
+        ),
         num_values=num_values,
         cohort_size=cohort,
         clip=work.clip if isinstance(work, Evaluation) else plan.clip,
         value_bits=value_bits(work, plan.value_bits, cohort),
-        max_weight=plan.max_weight,
+        max_weight=max_weight,
         expected_dropout=1 - (1 - plan.expected_dropout) * (1 - not_needed),
         colluder_share=plan.colluder_share,
     )
@@ -179,9 +184,7 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
         raise PeerError("the invitation and its plan name different rounds")
     return RoundPlan(
         round_id=plan.round_id,
-        context_digest=context_digest(
-            work_of_invite(invite).subject(invite.model_digest), config_from_wire(invite.training)
-        ),
+        context_digest=context_digest(subject_of_invite(invite), config_from_wire(invite.training)),
         num_values=plan.num_values,
         max_cohort=plan.max_cohort,
         num_neighbours=plan.num_neighbours,

@@ -112,6 +112,11 @@ def invite_to_wire(order: rounds.RoundOrder) -> pb.RoundInvite:
         training=config_to_wire(order.training),
         min_examples=order.min_examples,
     )
+    invite.personal.extend(order.method.personal)
+    invite.scaffold = order.method.scaffold
+    invite.model_name = order.model_name
+    invite.campaign_id = order.campaign_id
+    invite.population = order.population
     put_work(invite, order.work)
     _put_plan(invite, order.plan)
     return invite

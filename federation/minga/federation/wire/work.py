@@ -1,7 +1,7 @@
 """What a round asks of its devices, on the wire."""
 
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.work import Evaluation, Training, Work
+from minga.federation.work import Evaluation, Method, Training, Work
 
 
 def put_work(invite: pb.RoundInvite, work: Work) -> None:
@@ -22,6 +22,21 @@ def work_of_invite(invite: pb.RoundInvite) -> Work:
     if invite.HasField("evaluation"):
         return evaluation_from_wire(invite.evaluation)
     return Training()
+
+
+def method_of(message: pb.RoundInvite | pb.CampaignPlan) -> Method:
+    """Read how devices learn.
+
+    Raises:
+        PeerError: it cannot work.
+    """
+    return Method(personal=tuple(message.personal), scaffold=message.scaffold)
+
+
+def subject_of_invite(invite: pb.RoundInvite) -> bytes:
+    """Give what a secure round's plan binds: the model, how it is learnt, and what is asked."""
+    subject = method_of(invite).subject(invite.model_digest)
+    return work_of_invite(invite).subject(subject)
 
 
 def evaluation_to_wire(work: Evaluation) -> pb.Evaluation:

@@ -7,7 +7,7 @@ from enum import Enum
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Scalar
-from minga.federation.work import TRAINING, Work
+from minga.federation.work import TRAINING, USUAL_METHOD, Method, Work
 
 
 class Stage(Enum):
@@ -66,5 +66,10 @@ class RoundOrder:
     training: Mapping[str, Scalar]
     timeouts: Timeouts
     work: Work = TRAINING
+    method: Method = USUAL_METHOD
+    model_name: str = ""
+    campaign_id: str = ""
+    population: int = 0
+    """How many devices a control variate is a mean over, in this round or not."""
     min_examples: int = 0
     """A device with fewer is to withdraw."""
