@@ -8,7 +8,7 @@ from minga.cluster.project import load
 from minga.federation import wire
 from minga.federation.condition import Requirements
 from minga.federation.limits import MIB
-from minga.federation.work import Evaluation
+from minga.federation.work import Evaluation, Method
 
 SOUND = 'task = "task.py:T"\n[data]\nsource = "data/a.csv"\n'
 
@@ -50,12 +50,23 @@ def test_evaluation(plan_of):
     assert wire.evaluation_of(plan) == Evaluation(metrics=("mae",), clip=5.0)
 
 
+def test_ways_to_learn(plan_of):
+    """Personal patterns, control variates and a buffer go into the plan as they are written."""
+    method = wire.method_of(plan_of('[federation]\npersonal = ["head.*"]\nscaffold = true\n'))
+    assert method == Method(personal=("head.*",), scaffold=True)
+    plan = plan_of('[federation]\nprotection = "plain"\n[federation.buffer]\nsize = 4\n')
+    assert (plan.buffer.size, plan.buffer.max_staleness) == (4, 4)
+    assert not plan_of("").HasField("buffer")
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ("[federation.requirements]\nmin_examples = -1\n", "min_examples"),
         ("[federation.evaluation]\nevery = -1\n", "every"),
         ("[federation.evaluation]\nclip = 0\n", "clip"),
+        ('[federation]\npersonal = [""]\n', "patterns of 1 to"),
+        ("[federation.buffer]\nsize = 4\n", "masks cancel only"),
     ],
 )
 def test_mistakes_are_told(plan_of, table, message):

@@ -154,6 +154,9 @@ def campaign_plan(
         personal=config.personal,
         scaffold=config.scaffold,
     )
+    if config.buffer.size:
+        plan.buffer.size = config.buffer.size
+        plan.buffer.max_staleness = config.buffer.max_staleness
     if config.evaluation.enabled:
         asked = config.evaluation
         work = evaluation_of(asked.metrics or metrics, asked.clip)

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from minga.federation.aggregation.config import FedAvgTable, ServerOptimizerTable
 from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
-from minga.federation.limits import MAX_COHORT, MIB
+from minga.federation.limits import MAX_COHORT, MAX_STALENESS, MIB
 from minga.federation.trainer import Scalar, proximal_mu
 from minga.federation.work import Method
 
@@ -55,6 +55,19 @@ class EvaluationTable(BaseModel):
 
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     """Metrics are clipped to [-clip, clip]."""
+
+
+class BufferTable(BaseModel):
+    """Rounds that do not wait for slow devices: `[federation.buffer]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    size: Annotated[int, Field(ge=0, le=MAX_COHORT)] = 0
+    """A round ends with so many updates, while up to `cohort` devices train; the others go on into
+    the next rounds. 0: every round waits. For plain campaigns."""
+
+    max_staleness: Annotated[int, Field(ge=0, le=MAX_STALENESS)] = 4
+    """An update that is more rounds behind is dropped; one that is s behind counts 1/sqrt(1+s)."""
 
 
 class FederationConfig(BaseModel):
@@ -125,6 +138,9 @@ class FederationConfig(BaseModel):
     """Devices correct their gradients by control variates (SCAFFOLD), so that many local steps on
     unlike data do not pull the model apart; updates are twice as long, devices count alike."""
 
+    buffer: BufferTable = BufferTable()
+    """Whether rounds wait for slow devices."""
+
     evaluation: EvaluationTable = EvaluationTable()
     """How devices measure the global model."""
 
@@ -154,6 +170,10 @@ class FederationConfig(BaseModel):
             raise ValueError(
                 f"cohort {self.cohort} and min_cohort {self.min_cohort} do not make "
                 f"{self.groups} groups of equal size"
+            )
+        if self.buffer.size and self.protection != "plain":
+            raise ValueError(
+                "buffer is for plain campaigns: masks cancel only among devices in the same sum"
             )
         if self.protection == "plain" and self.groups > 1:
             raise ValueError("groups are for secure rounds; a plain one shows every update anyway")

@@ -170,6 +170,9 @@ MAX_PATTERN_CHARS: Final = 200
 MAX_COHORT: Final = 4096
 """Devices in one round."""
 
+MAX_STALENESS: Final = 50
+"""Rounds that an update of a buffered campaign may be behind; below `DETAILED_ROUNDS`."""
+
 DETAILED_ROUNDS: Final = 100
 """Newest rounds of a campaign whose devices' names the coordinator keeps in memory."""
 

@@ -26,7 +26,7 @@ from minga.federation.coordinator.store import Store
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
-from minga.federation.errors import StorageError, UnreachableError
+from minga.federation.errors import PeerError, StorageError, UnreachableError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.trainer import TrainingConfig, Update
@@ -123,8 +123,10 @@ class DeskDevice:
                 self.join(desk, message.invite)
         if not self.is_in(wire.round_of(message)):
             return wire.withdrawal(wire.round_of(message), "no secrets")
-        assert self.participant is not None
-        return await self.participant.answer(message)
+        participant = self.participant
+        assert participant is not None
+        answer = await participant.answer(message)
+        return answer if participant is self.participant else None
 
     def is_in(self, round_id: str) -> bool:
         return self.participant is not None and self.participant.round_id == round_id
@@ -243,17 +245,25 @@ class Desk:
     async def _serve(
         self, device: DeskDevice, connection: Connection, opening: list[pb.SessionResponse]
     ) -> None:
-        campaigns = self.campaigns
         for message in opening:
             assert await device.answer(self, message) is None
         while (message := await connection.outbox.get()) is not None:
-            try:
-                answer = await device.answer(self, message)
-                if answer is not None:
-                    round_id, event = wire.event_from_wire(connection.device_id, answer)
-                    campaigns.take(event, round_id, answer.ByteSize())
-            except (StorageError, UnreachableError):
-                self.hub.drop(connection.device_id)
+            self._spawn(self._reply, device, connection, message)
+
+    async def _reply(
+        self, device: DeskDevice, connection: Connection, message: pb.SessionResponse
+    ) -> None:
+        """Hand an answer over; others come meanwhile, as with an agent."""
+        try:
+            answer = await device.answer(self, message)
+            if answer is not None:
+                round_id, event = wire.event_from_wire(connection.device_id, answer)
+                self.campaigns.take(event, round_id, answer.ByteSize())
+        except (StorageError, UnreachableError):
+            self.hub.drop(connection.device_id)
+        except PeerError as error:
+            if "left this round" not in str(error):  # it is being told that it is out
+                raise
 
     async def until_connected(self, count: int) -> None:
         """Wait until so many devices have a stream."""

@@ -78,7 +78,7 @@ async def test_only_after_the_last_round(desk: Desk) -> None:
 @pytest.mark.slow
 async def test_killed_before_any_write_of_an_evaluation(tmp_path: Path) -> None:
     """Killed between any two writes, the coordinator trains and measures the same once more."""
-    for lives in range(0, 60, 3):
+    for lives in range(0, 60, 5):
         desk = Desk(tmp_path / str(lives))
         enrol(desk)
         desk.start()

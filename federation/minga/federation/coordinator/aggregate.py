@@ -168,7 +168,8 @@ def _unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore)
 def _plain_mean(round_: PlainRound, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
     """Average updates; those that hold NaN or infinity are left out, and their devices named."""
     updates = [round_.updates[name] for name in round_.survivors]
-    values, total_weight = _weighted_mean(updates, round_.order.plan.num_values, blobs)
+    factors = [round_.factor_of(name) for name in round_.survivors]
+    values, total_weight = _weighted_mean(updates, factors, round_.order.plan.num_values, blobs)
     if np.isfinite(values).all():
         return values, total_weight, ()
     good = [update for update in updates if _is_finite(update, blobs)]
@@ -177,7 +178,8 @@ def _plain_mean(round_: PlainRound, blobs: BlobStore) -> tuple[Vector, int, Reje
             f"{len(updates) - len(good)} of {len(updates)} updates hold NaN or infinity; "
             f"{round_.order.min_cohort} good ones are needed"
         )
-    values, total_weight = _weighted_mean(good, values.size, blobs)
+    factors = [round_.factor_of(update.device_id) for update in good]
+    values, total_weight = _weighted_mean(good, factors, values.size, blobs)
     rejected = [
         (update.device_id, "its update holds NaN or infinity")
         for update in updates
@@ -187,14 +189,14 @@ def _plain_mean(round_: PlainRound, blobs: BlobStore) -> tuple[Vector, int, Reje
 
 
 def _weighted_mean(
-    updates: list[PlainUpdateUploaded], num_values: int, blobs: BlobStore
+    updates: list[PlainUpdateUploaded], factors: list[float], num_values: int, blobs: BlobStore
 ) -> tuple[Vector, int]:
     total_weight = sum(update.num_examples for update in updates)
     values = np.empty(num_values, np.float32)
     for start, blocks in _blocks(updates, num_values, blobs):
         total = np.zeros(blocks[0].size)
-        for update, block in zip(updates, blocks, strict=True):
-            total += block * (update.num_examples / total_weight)
+        for update, factor, block in zip(updates, factors, blocks, strict=True):
+            total += block * (factor * update.num_examples / total_weight)
         values[start : start + total.size] = total
     return values, total_weight
 

@@ -2,13 +2,13 @@
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minga.federation import wire
 from minga.federation.coordinator import journal
-from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
+from minga.federation.coordinator.rounds import Base, Buffer, Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.errors import CampaignError, PeerError
 from minga.federation.identity import is_name
@@ -16,6 +16,7 @@ from minga.federation.limits import (
     DETAILED_ROUNDS,
     MAX_COHORT,
     MAX_CONSECUTIVE_ABORTS,
+    MAX_STALENESS,
     STATUS_DETAIL_BYTES,
 )
 from minga.federation.parameters import Layout
@@ -160,6 +161,45 @@ class Campaign:
             population=population,
         )
 
+    def carried(self) -> dict[str, Base]:
+        """Give the devices that go on from the last committed round into the next, with bases."""
+        trainings = list(self._trainings())
+        has_more = self.is_running and self.num_committed < self.plan.num_rounds
+        if not self.plan.HasField("buffer") or not trainings or not has_more:
+            return {}
+        last = trainings[-1]
+        if last.stage != pb.ROUND_STAGE_COMMITTED:
+            return {}
+        by_id = {record.round_id: record for record in trainings}
+        going = set(last.invited) - set(last.survivors) - last.lost.keys()
+        return {name: _base(by_id[last.bases.get(name, last.round_id)]) for name in going}
+
+    def bases(self) -> list[Base]:
+        """Give the bases of all devices that train now, so that they can start again."""
+        round_ = self.open_round
+        open_bases = round_.order.buffer.bases if round_ and round_.order.buffer else {}
+        return [*self.carried().values(), *open_bases.values()]
+
+    def verdict(self, device_id: str, round_id: str) -> pb.Round | None:
+        """Give the record that says how a device's part in a round ended; None if it is unknown.
+
+        A device that carried over ended in a later round than the one that it was invited to.
+        """
+        for record in reversed(self.records if self.plan.HasField("buffer") else []):
+            base = record.bases.get(device_id, record.round_id)
+            if base == round_id and device_id in record.invited:
+                return record
+        return None
+
+    def _buffer(self, number: int, invited: Collection[str]) -> Buffer | None:
+        if not self.plan.HasField("buffer"):
+            return None
+        return Buffer(
+            max_staleness=self.plan.buffer.max_staleness,
+            carries=number < self.plan.num_rounds,
+            bases={name: base for name, base in self.carried().items() if name in invited},
+        )
+
     def order_of(self, row: RoundRow) -> RoundOrder:
         """Read what a round of this campaign was to do."""
         invite = pb.RoundInvite.FromString(row.invite)
@@ -175,11 +215,12 @@ class Campaign:
         )
 
     def _order(self, **values: Any) -> RoundOrder:
-        """Add what follows from the campaign's plan alone."""
-        plan = self.plan
+        """Add what follows from the campaign's plan, and from its rounds so far."""
+        plan, is_training = self.plan, isinstance(values["work"], Training)
         return RoundOrder(
             min_cohort=plan.min_cohort,
-            goal=plan.cohort,
+            goal=plan.buffer.size if is_training and plan.HasField("buffer") else plan.cohort,
+            buffer=self._buffer(values["number"], values["invited"]) if is_training else None,
             min_examples=plan.requirements.min_examples,
             method=wire.method_of(plan),
             model_name=plan.model_name,
@@ -234,6 +275,10 @@ class Campaign:
         )
 
 
+def _base(record: pb.Round) -> Base:
+    return Base(round_id=record.round_id, number=record.number, model_digest=record.model_digest)
+
+
 def _num_wanted(plan: pb.CampaignPlan) -> int:
     return math.ceil(plan.cohort * (1 + plan.over_selection))
 
@@ -274,6 +319,30 @@ def require_possible(plan: pb.CampaignPlan, layout: Layout) -> None:
         proximal_mu(wire.config_from_wire(plan.training))
     except (ValueError, PeerError) as error:
         raise CampaignError(f"the campaign cannot work: {error}") from error
+
+
+def _require_buffer(plan: pb.CampaignPlan) -> None:
+    """Refuse rounds without waiting where something depends on who is in which round."""
+    if not wire.is_plain(plan):
+        raise CampaignError(
+            "buffered rounds are for plain campaigns: masks cancel only among devices that are in "
+            "the same sum, and devices that finish in different rounds are not"
+        )
+    if plan.scaffold:
+        raise CampaignError(
+            "buffered rounds and scaffold do not go together: a control variate belongs to the "
+            "model that its device started from"
+        )
+    if plan.over_selection:
+        raise CampaignError("buffered rounds wait for the fastest anyway; leave over_selection out")
+    size, stalest = plan.buffer.size, plan.buffer.max_staleness
+    if not plan.min_cohort <= size <= plan.cohort:
+        raise CampaignError(
+            f"the buffer holds {size} updates; that must be from min_cohort {plan.min_cohort} to "
+            f"cohort {plan.cohort}"
+        )
+    if stalest > MAX_STALENESS:
+        raise CampaignError(f"max_staleness is {stalest}; {MAX_STALENESS} is the most")
 
 
 def _require_parts(plan: pb.CampaignPlan, layout: Layout) -> None:
@@ -318,6 +387,8 @@ def _require_numbers(plan: pb.CampaignPlan) -> None:
         raise CampaignError(
             f"{_num_wanted(plan)} devices would be invited; a round holds {MAX_COHORT} at most"
         )
+    if plan.HasField("buffer"):
+        _require_buffer(plan)
     if wire.is_plain(plan) and wire.num_groups(plan) > 1:
         raise CampaignError("groups are for secure rounds; a plain one shows every update anyway")
     if _invitable(plan, plan.min_cohort) != plan.min_cohort:

@@ -1770,6 +1770,33 @@ class Requirements(_message.Message):
 Global___Requirements: _TypeAlias = Requirements  # noqa: Y015
 
 @_typing.final
+class Buffer(_message.Message):
+    """A round ends when so many updates have come; devices that still train, up to the cohort, go on
+    into the next rounds (Nguyen et al. 2022).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    max_staleness: _builtins.int
+    """An update that is more rounds behind is dropped."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        max_staleness: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_staleness", b"max_staleness", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Buffer: _TypeAlias = Buffer  # noqa: Y015
+
+@_typing.final
 class CampaignPlan(_message.Message):
     """What a campaign does."""
 
@@ -1822,6 +1849,7 @@ class CampaignPlan(_message.Message):
     EVALUATE_EVERY_FIELD_NUMBER: _builtins.int
     PERSONAL_FIELD_NUMBER: _builtins.int
     SCAFFOLD_FIELD_NUMBER: _builtins.int
+    BUFFER_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -1869,6 +1897,10 @@ class CampaignPlan(_message.Message):
     def personal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As in RoundInvite."""
 
+    @_builtins.property
+    def buffer(self) -> Global___Buffer:
+        """Rounds do not wait for slow devices; for plain campaigns."""
+
     def __init__(
         self,
         *,
@@ -1898,10 +1930,11 @@ class CampaignPlan(_message.Message):
         evaluate_every: _builtins.int = ...,
         personal: _abc.Iterable[_builtins.str] | None = ...,
         scaffold: _builtins.bool = ...,
+        buffer: Global___Buffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2116,6 +2149,26 @@ class Round(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class BasesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUND_ID_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
@@ -2134,6 +2187,8 @@ class Round(_message.Message):
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    BASES_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     number: _builtins.int
     stage: Global___RoundStage.ValueType
@@ -2144,6 +2199,8 @@ class Round(_message.Message):
     """All bytes of the round over devices counted in it, up and down."""
     bytes_sent: _builtins.int
     work: Global___RoundWork.ValueType
+    model_digest: _builtins.bytes
+    """Blob: the model that it started from."""
     @_builtins.property
     def plan(self) -> Global___SecureAggregationPlan: ...
     @_builtins.property
@@ -2172,6 +2229,12 @@ class Round(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """What an evaluation came to: weighted means over the devices."""
 
+    @_builtins.property
+    def bases(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of a buffered round: device -> the round that it was invited to, if that was an earlier one.
+        Devices that are neither survivors nor lost carry over into the next round.
+        """
+
     def __init__(
         self,
         *,
@@ -2193,10 +2256,12 @@ class Round(_message.Message):
         plain_plan: Global___PlainPlan | None = ...,
         work: Global___RoundWork.ValueType = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        model_digest: _builtins.bytes = ...,
+        bases: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plain_plan", b"plain_plan", "plan", b"plan", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bases", b"bases", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "model_digest", b"model_digest", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

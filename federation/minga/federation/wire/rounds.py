@@ -163,8 +163,8 @@ def instruction_to_wire(round_id: str, instruction: rounds.Instruction) -> pb.Se
             )
 
 
-def round_end(record: pb.Round, device_id: str) -> pb.SessionResponse:
-    """Tell a device how a round ended that is only a record by now."""
+def round_end(record: pb.Round, device_id: str, round_id: str) -> pb.SessionResponse:
+    """Tell a device how a round, as it calls it, ended that is only a record by now."""
     finish = rounds.finish(
         device_id,
         committed=record.stage == pb.ROUND_STAGE_COMMITTED,
@@ -172,7 +172,7 @@ def round_end(record: pb.Round, device_id: str) -> pb.SessionResponse:
         lost=record.lost,
         reason=record.reason,
     )
-    return instruction_to_wire(record.round_id, finish)
+    return instruction_to_wire(round_id, finish)
 
 
 def unknown_round(round_id: str) -> pb.SessionResponse:
@@ -210,15 +210,22 @@ def round_to_wire(round_: rounds.Round, received: int, sent: int) -> pb.Round:
         bytes_sent=sent,
         work=kind_of_work(round_.order.work),
         metrics=dict(round_.result.metrics) if round_.result else None,
+        model_digest=round_.order.model_digest,
+        bases=_bases(round_.order),
     )
     _put_plan(record, round_.order.plan)
     return record
+
+
+def _bases(order: rounds.RoundOrder) -> dict[str, str]:
+    bases = order.buffer.bases if order.buffer else {}
+    return {device_id: base.round_id for device_id, base in bases.items()}
 
 
 def without_names(record: pb.Round) -> pb.Round:
     """Copy a round's record without the lists of devices, which are most of it."""
     short = pb.Round()
     short.CopyFrom(record)
-    for name in ("invited", "cohort", "sharers", "survivors", "lost"):
+    for name in ("invited", "cohort", "sharers", "survivors", "lost", "bases"):
         short.ClearField(name)
     return short

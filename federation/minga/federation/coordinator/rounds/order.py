@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Scalar
 from minga.federation.work import TRAINING, USUAL_METHOD, Method, Work
+
+if TYPE_CHECKING:
+    from minga.federation.coordinator.rounds.buffered import Buffer
 
 
 class Stage(Enum):
@@ -71,5 +75,7 @@ class RoundOrder:
     campaign_id: str = ""
     population: int = 0
     """How many devices a control variate is a mean over, in this round or not."""
+    buffer: "Buffer | None" = None
+    """A plain round does not wait for slow devices, if this is set."""
     min_examples: int = 0
     """A device with fewer is to withdraw."""
