@@ -23,7 +23,7 @@ LIGHT = (
 )
 """What runs on a device."""
 
-HEAVY = {"torch", "ray", "mlflow", "pandas", "sklearn"}
+HEAVY = {"torch", "ray", "mlflow", "pandas", "sklearn", "flwr"}
 """What no device that only runs models should have to load."""
 
 MAX_FUNCTION_LINES = 80
@@ -110,8 +110,16 @@ def packages_loaded_by(*modules: str) -> set[str]:
 
 
 def test_a_device_loads_nothing_heavy() -> None:
-    """A device starts without torch, Ray, MLflow, pandas and scikit-learn."""
+    """A device starts without torch, Ray, MLflow, pandas, scikit-learn and Flower."""
     assert not HEAVY & packages_loaded_by(*LIGHT)
+
+
+def test_a_coordinator_loads_flower_only_for_a_strategy() -> None:
+    """A coordinator starts as light as a device, and can refuse a strategy by its name alone."""
+    loaded = packages_loaded_by(
+        "minga.federation.coordinator.server", "minga.federation.flower.strategy"
+    )
+    assert not HEAVY & loaded
 
 
 def test_ray_is_not_loaded_before_its_settings_are_made() -> None:

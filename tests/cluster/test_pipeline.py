@@ -1,25 +1,40 @@
 """The whole central path on a small sample, on a real Ray and a real registry."""
 
+import asyncio
 import contextlib
 import io
 import json
+import shutil
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minga.cluster import pipeline, template
-from minga.cluster.federate import personal_of
+from minga.cluster.federate import federate, personal_of
 from minga.cluster.project import load
+from minga.federation.flower.folder import TRAINER, client_app_of
 from minga.federation.parts import split_personal
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.bundle import LINEAGE, read_parameters
 from minga.training.errors import GateError
 from minga.training.lineage import Campaign, Lineage
 from minga.training.network import build_network, parameters_of
+from tests.federation.fleet import Fleet
 
 pytestmark = pytest.mark.slow
 
+FLOWER = """
+[federation.flower]
+client_app = "client_app:app"
+strategy = "flwr.server.strategy:FedMedian"
+
+[federation]
+num_rounds = 2
+protection = "plain"
+invite_timeout_s = 1
+"""
 SMALL = {"num_trials = 8": "num_trials = 3", "max_epochs = 8": "max_epochs = 3"}
 SMALL |= {"num_workers = 2": "num_workers = 1", "epochs = 10": "epochs = 6"}
 
@@ -178,3 +193,33 @@ def test_commands_show_the_registry(finished, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["lineage"]["task"] == "shuttle-anomaly"
     assert shown["blessed"]
+
+
+async def test_project_with_a_flower_app(project, tmp_path):
+    """`minga federate` trains the champion with a Flower app on devices, under a Flower strategy.
+
+    The app knows the network's arrays by their order alone; what standardises inputs stays.
+    """
+    file = project.directory / "minga.toml"
+    before = file.read_text()
+    shutil.copy(Path(__file__).with_name("flower_client.py"), project.directory / "client_app.py")
+    file.write_text(before.replace("[federation]\n", FLOWER).replace("num_rounds = 5\n", ""))
+    try:
+        async with Fleet(tmp_path) as fleet:
+            assert client_app_of(project.directory) == "client_app:app"
+            for site in range(3):
+                options = {"project": str(project.directory), "source": project.source}
+                await fleet.add(f"site-{site}", options, trainer=TRAINER, allow_plain=True)
+            told = []
+            result = await asyncio.to_thread(
+                federate, load(project.directory), tmp_path / "coordinator", on_campaign=told.append
+            )
+    finally:
+        file.write_text(before)
+    assert result.campaign.state == pb.CAMPAIGN_STATE_COMPLETED
+    assert len(result.last_round.survivors) == 3
+    champion, _ = champion_of(project)
+    product = read_parameters(result.registered.bundle_path)
+    moved = {name for name, value in product.items() if not np.array_equal(value, champion[name])}
+    assert moved == {name for name in champion if name.startswith("model.")}
+    assert all(np.abs(product[name] - champion[name]).max() < 0.1 for name in moved)

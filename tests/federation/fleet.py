@@ -64,6 +64,13 @@ def toy_model(size: int = 1000) -> Parameters:
     }
 
 
+def _put_on_path(folder: Path) -> None:
+    """Let child processes import from a folder, beside what they find already."""
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(folder) not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, known)])
+
+
 class Fleet:
     """One coordinator and some devices; everything ends with the context."""
 
@@ -126,16 +133,19 @@ class Fleet:
         return self.folder / name
 
     def start_device(
-        self, name: str, options: Mapping[str, Scalar] | None = None, **settings: Any
+        self,
+        name: str,
+        options: Mapping[str, Scalar] | None = None,
+        *,
+        trainer: str = "constant_trainer:make",
+        **settings: Any,
     ) -> None:
         """Run an enrolled device; without options it only runs models."""
         folder = self.folder / name
-        trainer = None
+        process = None
         if options is not None:
-            paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-            if str(TRAINERS) not in paths:
-                os.environ["PYTHONPATH"] = os.pathsep.join([str(TRAINERS), *filter(None, paths)])
-            trainer = TrainerProcess("constant_trainer:make", options)
+            _put_on_path(TRAINERS)
+            process = TrainerProcess(trainer, options)
         self.models[name] = ModelRepository()
         link = Link(
             CoordinatorAddress.load(folder).device_address,
@@ -146,7 +156,7 @@ class Fleet:
         )
         agent = Agent(
             link=link,
-            trainer=trainer,
+            trainer=process,
             slots=ModelSlots(folder / "models"),
             models=self.models[name],
             metrics=Metrics(),
@@ -155,12 +165,10 @@ class Fleet:
         )
         self._agents[name] = asyncio.create_task(agent.run(), name=name)
 
-    async def add(
-        self, name: str, options: Mapping[str, Scalar] | None = None, **settings: Any
-    ) -> None:
-        """Enrol a device and run it."""
+    async def add(self, name: str, options: Mapping[str, Scalar] | None = None, **how: Any) -> None:
+        """Enrol a device and run it, as `start_device` does."""
         await self.enrol(name)
-        self.start_device(name, options, **settings)
+        self.start_device(name, options, **how)
 
     @asynccontextmanager
     async def stream(self, name: str, hello: pb.Hello | None = None) -> AsyncIterator[Stream]:

@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -29,6 +29,7 @@ def run(
     enrol_port: Annotated[int, _set_by("ENROL_PORT")] = 7444,
     metrics_port: Annotated[int, _set_by("METRICS_PORT")] = 9464,
     reconnect_grace: Annotated[float, _set_by("RECONNECT_GRACE_S")] = 10.0,
+    strategy: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     device_certificate_hours: Annotated[float, _set_by("DEVICE_CERTIFICATE_HOURS")] = 720.0,
     operator_certificate_hours: Annotated[float, _set_by("OPERATOR_CERTIFICATE_HOURS")] = 720.0,
     server_certificate_hours: Annotated[float, _set_by("SERVER_CERTIFICATE_HOURS")] = 2160.0,
@@ -48,6 +49,8 @@ def run(
         enrol_port: Port where tokens are redeemed (server TLS); 0 takes a free one.
         metrics_port: Port of the Prometheus endpoint; 0 takes a free one.
         reconnect_grace: Seconds that a device may be away during a round before it counts as lost.
+        strategy: A strategy written for Flower, `package.module:attribute`, that campaigns may
+            name beside Flower's own; it is run here. Give it again for more.
         device_certificate_hours: How long a device's certificate holds; devices renew by
             themselves, after two thirds of that.
         operator_certificate_hours: How long the certificate in `operator/` holds.
@@ -58,6 +61,7 @@ def run(
     from minga.federation.coordinator.server import run as serve
     from minga.federation.coordinator.settings import CoordinatorSettings
 
+    given: dict[str, Any] = {"strategies": strategy} if strategy else {}  # else the environment's
     settings = CoordinatorSettings(
         state=state,
         host=host,
@@ -69,6 +73,7 @@ def run(
         device_certificate_hours=device_certificate_hours,
         operator_certificate_hours=operator_certificate_hours,
         server_certificate_hours=server_certificate_hours,
+        **given,
     )
     run_service(serve(settings))
 

@@ -60,17 +60,21 @@ def run(
     """Run this device until Ctrl-C: join rounds, fetch models, answer predictions on site.
 
     With --project and --source it trains that project's Task on this site's data; without them
-    it only runs models. A coordinator that is away is dialled again, and the local model answers
-    meanwhile.
+    it only runs models. A project that names a Flower app, in minga.toml or as Flower does in
+    pyproject.toml, trains with that instead. A coordinator that is away is dialled again, and the
+    local model answers meanwhile.
 
     Example: minga device run --project ./plant --source data/site.csv
 
+    Example: minga device run --project ./flower-app --option.partition-id 3
+
     Args:
         folder: Identity and models, made by `minga device enroll`.
-        project: A project folder with minga.toml; its Task trains here.
+        project: A project folder; its Task, or its Flower app, trains here.
         source: This site's data, as the Task's `data` method takes it.
         trainer: Instead of a project: `package.module:attribute` that makes a LocalTrainer.
-        option: What that trainer is made with: --option.name value.
+        option: What that trainer is made with: --option.name value; a Flower app finds it in its
+            Context's node_config.
         allow_plain: Take part in rounds whose coordinator sees this device's update; without it
             only in those that mask updates.
         host: Address of the local inference server.
@@ -82,8 +86,13 @@ def run(
 
     options: dict[str, bool | int | float | str] = dict(option or {})
     if project is not None:
-        trainer = "minga.training.federated:trainer_from_options"
-        options = {"project": str(project.resolve()), "source": source}
+        from minga.federation.flower.folder import TRAINER, client_app_of
+
+        is_flower = bool(client_app_of(project))
+        trainer = TRAINER if is_flower else "minga.training.federated:trainer_from_options"
+        options["project"] = str(project.resolve())
+        if source or not is_flower:
+            options["source"] = source
     given = {"trainer_options": options} if options else {}  # else the environment's
     settings = DeviceSettings(
         folder=folder, trainer=trainer, allow_plain=allow_plain, host=host, port=port, **given

@@ -39,7 +39,7 @@ _TYPES: Final = {
     "bool": "boolean",
     "Path": "path",
     "dict": "table",
-    "tuple": "list of strings",
+    "tuple": "list",
 }
 """Python's name of a type -> what a reader of TOML calls it."""
 

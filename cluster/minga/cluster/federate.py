@@ -14,6 +14,7 @@ from minga.cluster.fleet import OnCampaign, campaign_plan, committed, follow_cam
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project
 from minga.federation.errors import CampaignError
+from minga.federation.flower.arrays import FLOWER_ARRAYS, names_to_text
 from minga.federation.operator import Operator, connect
 from minga.federation.parameters import Parameters, to_bytes
 from minga.federation.parts import split_personal
@@ -21,6 +22,7 @@ from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.bundle import LINEAGE, MODEL, read_parameters
 from minga.training.lineage import Campaign, Lineage
+from minga.training.network import build_network, model_names, parameters_of
 from minga.training.progress import OnProgress, silent
 from minga.training.registry import CHAMPION, Registry, Version
 
@@ -122,11 +124,12 @@ def publish(project: Project, state: Path, which: int | str = CHAMPION) -> int:
 async def _start(operator: Operator, project: Project, registry: Registry) -> str:
     """Start a campaign from the champion; gives its name."""
     champion = registry.get(project.loaded_task.name, CHAMPION)
+    params = _params_of(registry, champion)
     plan = campaign_plan(
         project.federation,
         model_name=champion.name,
         parent_version=str(champion.version),
-        training={**_params_of(registry, champion), "seed": project.seed},
+        training={**params, "seed": project.seed, **_flower_arrays(project, params)},
         metrics=("loss", project.loaded_task.objective.metric),
     )
     start = read_parameters(registry.fetch(champion.name, champion.version))
@@ -140,6 +143,19 @@ def personal_of(registry: Registry, parent: Version, campaign: pb.Campaign) -> P
         return {}
     before = read_parameters(registry.fetch(parent.name, parent.version))
     return split_personal(before, campaign.plan.personal)[1]
+
+
+def _flower_arrays(project: Project, params: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Say which parameters Flower's apps and strategies see, in the order of the network.
+
+    An app knows the model alone; a strategy sees all that devices train.
+    """
+    flower = project.federation.flower
+    if not flower.client_app and not flower.strategy:
+        return {}
+    network = build_network(project.loaded_task, params, project.splits.train, seed=project.seed)
+    names = model_names(network) if flower.client_app else {n: n for n in parameters_of(network)}
+    return {FLOWER_ARRAYS: names_to_text(names)}
 
 
 def _params_of(registry: Registry, version: Version) -> dict[str, Scalar]:

@@ -18,6 +18,7 @@ from minga.federation.wire import (
     evaluation_to_wire,
     optimizer_to_wire,
     requirements_to_wire,
+    strategy_to_wire,
 )
 from minga.federation.work import evaluation_of
 from minga.training.progress import OnProgress, Progress
@@ -147,6 +148,7 @@ def campaign_plan(
         expected_dropout=config.expected_dropout,
         colluder_share=config.colluder_share,
         server_optimizer=optimizer_to_wire(optimizer),
+        flower_strategy=strategy_to_wire(config.flower.strategy_name),
         protection=_PROTECTIONS[config.protection],
         num_groups=config.groups,
         over_selection=config.over_selection,

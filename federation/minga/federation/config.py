@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from minga.federation.aggregation.config import FedAvgTable, ServerOptimizerTable
 from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
+from minga.federation.flower.config import FlowerTable
 from minga.federation.limits import MAX_COHORT, MAX_STALENESS, MIB
 from minga.federation.trainer import Scalar, proximal_mu
 from minga.federation.work import Method
@@ -147,6 +148,9 @@ class FederationConfig(BaseModel):
     server_optimizer: ServerOptimizerTable = FedAvgTable()
     """What the coordinator makes of a round's mean update; `name` says which."""
 
+    flower: FlowerTable = FlowerTable()
+    """Apps and strategies that were written for Flower."""
+
     @field_validator("training")
     @classmethod
     def _pull_is_possible(cls, training: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -177,4 +181,6 @@ class FederationConfig(BaseModel):
             )
         if self.protection == "plain" and self.groups > 1:
             raise ValueError("groups are for secure rounds; a plain one shows every update anyway")
+        if self.flower.strategy and self.server_optimizer != FedAvgTable():
+            raise ValueError("a Flower strategy takes the server optimiser's place; choose one")
         return self

@@ -14,6 +14,7 @@
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
     ├── IneligibleError     this device does not meet what a campaign asks of devices
+    ├── StrategyError       a Flower strategy fails, is not allowed, or wants what rounds cannot do
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -75,6 +76,10 @@ class PlainRefusedError(FederationError):
 
 class IneligibleError(FederationError):
     """This device does not meet what a campaign asks of devices."""
+
+
+class StrategyError(FederationError):
+    """A Flower strategy fails, is not allowed here, or wants what a round cannot do."""
 
 
 class PeerError(FederationError):

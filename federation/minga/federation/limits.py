@@ -182,6 +182,9 @@ WATCH_DETAIL_BYTES: Final = 64 * KIB
 STATUS_DETAIL_BYTES: Final = 2 * MIB
 """The same, in an answer that is asked for once."""
 
+MAX_STRATEGY_BYTES: Final = 2 * GIB
+"""Updates of one round that a Flower strategy gets at once; its step takes 3 to 6 times that."""
+
 MAX_VERSION_CHARS: Final = 64
 """Length of a model version's name."""
 

@@ -310,5 +310,10 @@ async def test_cohort_that_no_plan_exists_for(tmp_path: Path) -> None:
 
 def derive_plan_for(plan: pb.CampaignPlan, cohort: int) -> None:
     wire.round_plan(
-        plan, round_id="00" * 16, model_digest=bytes(32), num_values=10, num_invited=cohort
+        plan,
+        round_id="00" * 16,
+        model_digest=bytes(32),
+        training={},
+        num_values=10,
+        num_invited=cohort,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from minga.federation.flower.arrays import without_names
 from minga.federation.parameters import Parameters
 from minga.federation.trainer import (
     NUM_EXAMPLES,
@@ -105,7 +106,7 @@ class TaskTrainer:
         return {**measured, NUM_EXAMPLES: len(self._splits.validation)}
 
     def _params(self, config: TrainingConfig) -> Params:
-        return {**self._task.defaults, **config}
+        return {**self._task.defaults, **without_names(config)}
 
     def _network(self, parameters: Parameters, params: Params) -> nn.Module:
         network = build_network(

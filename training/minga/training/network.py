@@ -17,6 +17,8 @@ from minga.training.errors import ShapeError, TaskError
 from minga.training.space import Params
 from minga.training.task import Batch, Split, Task
 
+_MODEL = "model."
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -66,6 +68,12 @@ def parameters_of(network: nn.Module) -> Parameters:
         for name, tensor in network.state_dict().items()
         if tensor.dtype == torch.float32
     }
+
+
+def model_names(network: nn.Module) -> dict[str, str]:
+    """Give the names of the model's own parameters, in its order -> as the model calls them."""
+    names = (name for name, tensor in network.state_dict().items() if tensor.dtype == torch.float32)
+    return {name: name.removeprefix(_MODEL) for name in names if name.startswith(_MODEL)}
 
 
 def load_parameters(network: nn.Module, parameters: Parameters) -> None:

@@ -134,16 +134,21 @@ def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
 
 def _secure_mean(round_: SecureRound, blobs: BlobStore) -> tuple[Vector, int]:
     first, *others = round_.groups
-    result = _unmasked_sum(round_, first, blobs)
+    result = unmasked_sum(round_, first, blobs)
     values, total_weight = result.mean_delta, result.total_weight
     for group in others:
-        result = _unmasked_sum(round_, group, blobs)
+        result = unmasked_sum(round_, group, blobs)
         total_weight += result.total_weight
         values += (result.mean_delta - values) * np.float32(result.total_weight / total_weight)
     return values, total_weight
 
 
-def _unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) -> Unmasked:
+def unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) -> Unmasked:
+    """Add one group's masked updates and unmask their sum.
+
+    Raises:
+        FederationError: a secret cannot be rebuilt, or an upload is gone.
+    """
     survivors = [name for name in group if name in round_.updates]
     masked = MaskedSum(round_.plan)
     for device_id in survivors:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minga.federation import wire
+from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.rounds import Base, Buffer, Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
-from minga.federation.errors import CampaignError, PeerError
+from minga.federation.errors import CampaignError, FederationError, PeerError
 from minga.federation.identity import is_name
 from minga.federation.limits import (
     DETAILED_ROUNDS,
@@ -19,12 +20,12 @@ from minga.federation.limits import (
     MAX_STALENESS,
     STATUS_DETAIL_BYTES,
 )
-from minga.federation.parameters import Layout
+from minga.federation.parameters import Layout, read_layout
 from minga.federation.parts import CONTROL, is_personal
 from minga.federation.secagg.errors import PlanError
-from minga.federation.trainer import proximal_mu
+from minga.federation.trainer import TrainingConfig, proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.work import Training, Work
+from minga.federation.work import TRAINING, Training, Work
 
 RUNNING = pb.CAMPAIGN_STATE_RUNNING
 
@@ -120,13 +121,20 @@ class Campaign:
         return _num_wanted(self.plan)
 
     def next_order(
-        self, devices: Sequence[str], num_values: int, work: Work, population: int
+        self,
+        devices: Sequence[str],
+        num_values: int,
+        training: TrainingConfig,
+        *,
+        work: Work = TRAINING,
+        population: int = 0,
     ) -> RoundOrder:
         """Fix what the next round is to do, with as many of some devices as a plan exists for.
 
         Args:
             devices: who can be invited, in any order.
             num_values: of the model that travels.
+            training: what the devices' training is told.
             work: what is asked.
             population: how many devices there are, here or not.
 
@@ -141,6 +149,7 @@ class Campaign:
                     self.plan,
                     round_id=round_id,
                     model_digest=self.model_digest,
+                    training=training,
                     num_values=num_values,
                     num_invited=len(devices),
                     work=work,
@@ -156,7 +165,7 @@ class Campaign:
             plan=plan,
             invited=tuple(sorted(devices)),
             model_digest=self.model_digest,
-            training=wire.config_from_wire(self.plan.training),
+            training=training,
             work=work,
             population=population,
         )
@@ -275,6 +284,18 @@ class Campaign:
         )
 
 
+def model_layout(blobs: BlobStore, model_digest: bytes) -> Layout:
+    """Read which tensors a campaign's model has.
+
+    Raises:
+        CampaignError: it is not uploaded, or no model.
+    """
+    try:
+        return read_layout(blobs.path(model_digest))
+    except FederationError as error:
+        raise CampaignError(f"the campaign's model cannot be used: {error}") from error
+
+
 def _base(record: pb.Round) -> Base:
     return Base(round_id=record.round_id, number=record.number, model_digest=record.model_digest)
 
@@ -308,6 +329,7 @@ def require_possible(plan: pb.CampaignPlan, layout: Layout) -> None:
                     plan,
                     round_id="00" * 16,
                     model_digest=plan.model_digest,
+                    training=wire.config_from_wire(plan.training),
                     num_values=num_values,
                     num_invited=count,
                     work=work,

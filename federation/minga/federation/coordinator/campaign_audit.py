@@ -6,8 +6,9 @@ from minga.federation.v1 import federation_pb2 as pb
 
 
 def campaign_started(audit: AuditLog, campaign: Campaign, by: str) -> None:
-    """Tell of a campaign that begins."""
+    """Tell of a campaign that begins, and of the strategy whose code it runs here, if any."""
     plan = campaign.plan
+    strategy = plan.flower_strategy.reference
     audit.append(
         Kind.CAMPAIGN_STARTED,
         f"campaign/{campaign.campaign_id}",
@@ -18,6 +19,7 @@ def campaign_started(audit: AuditLog, campaign: Campaign, by: str) -> None:
         group=plan.group,
         cohort=plan.cohort,
         min_cohort=plan.min_cohort,
+        **({"strategy": strategy} if strategy else {}),
     )
 
 

@@ -17,7 +17,7 @@ from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.aggregate import aggregate, first_model
 from minga.federation.coordinator.audit_log import AuditLog
-from minga.federation.coordinator.campaign import RUNNING, Campaign, require_possible
+from minga.federation.coordinator.campaign import RUNNING, Campaign, model_layout, require_possible
 from minga.federation.coordinator.campaign_audit import (
     campaign_ended,
     campaign_started,
@@ -41,7 +41,8 @@ from minga.federation.coordinator.rounds import (
 )
 from minga.federation.coordinator.selection import muster, trainable
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
-from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
+from minga.federation.coordinator.strategies import Strategies
+from minga.federation.errors import CampaignError, PeerError, StorageError
 from minga.federation.limits import (
     CONDITION_CHECK_S,
     MAX_CONSECUTIVE_ABORTS,
@@ -49,7 +50,6 @@ from minga.federation.limits import (
     STORAGE_RETRY_S,
     WATCH_DETAIL_BYTES,
 )
-from minga.federation.parameters import Layout, read_layout
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
@@ -72,6 +72,7 @@ class Campaigns:
         metrics: Metrics,
         audit: AuditLog,
         reconnect_grace_s: float,
+        strategies: Sequence[str] = (),
     ) -> None:
         self.changed = Signal()
         self._store = store
@@ -84,6 +85,7 @@ class Campaigns:
         self._grace_s = reconnect_grace_s
         self._started_at = clock()
         self._herald = Herald(hub)
+        self.strategies = Strategies(blobs, strategies)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
@@ -114,7 +116,7 @@ class Campaigns:
             raise CampaignError(
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
-        require_possible(plan, self._layout(plan.model_digest))
+        require_possible(plan, model_layout(self._blobs, plan.model_digest))
         campaign = Campaign(
             campaign_id=secrets.token_hex(6), plan=plan, model_digest=first_model(plan, self._blobs)
         )
@@ -235,7 +237,9 @@ class Campaigns:
         campaign = self._running()
         round_ = campaign.open_round if campaign else None
         if campaign is not None and device_id in campaign.carried():
-            expected = PlainPlan.upload_size_of(self._layout(campaign.model_digest).num_values)
+            expected = PlainPlan.upload_size_of(
+                model_layout(self._blobs, campaign.model_digest).num_values
+            )
         elif round_ is not None and round_.awaits_update(device_id):
             expected = round_.order.plan.upload_size
         else:
@@ -306,9 +310,16 @@ class Campaigns:
         devices = await self._gather(campaign, work)
         if not devices:
             return
-        num_values = self._layout(campaign.model_digest).num_values
-        population = trainable(self._store, campaign.plan)
-        order = campaign.next_order(devices, num_values, work, population)
+        told = await asyncio.to_thread(self.strategies.configure, campaign, devices, work)
+        if not campaign.is_running:  # it may have been cancelled meanwhile
+            return
+        order = campaign.next_order(
+            told.devices,
+            model_layout(self._blobs, campaign.model_digest).num_values,
+            told.training,
+            work=work,
+            population=trainable(self._store, campaign.plan),
+        )
         now = self._clock()
         self._store.add_round(
             RoundRow(
@@ -356,10 +367,7 @@ class Campaigns:
         """Unmask the sum off the loop, then commit."""
         event: Event
         try:
-            optimizer = wire.optimizer_from_wire(campaign.plan)
-            event = await asyncio.to_thread(
-                aggregate, round_, self._blobs, optimizer, campaign.optimizer_digest
-            )
+            event = await asyncio.to_thread(self._next_model, campaign, round_)
         except StorageError:
             raise  # everything it is made from is kept, so it can be done again
         except Exception as error:  # noqa: BLE001 - the round failed, the coordinator lives on
@@ -369,6 +377,13 @@ class Campaigns:
             former = campaign.optimizer_digest
             self._record(campaign, round_, event)
             self._drop_unused({former})
+
+    def _next_model(self, campaign: Campaign, round_: Round) -> SumComputed:
+        by_strategy = self.strategies.aggregate(campaign, round_)
+        if by_strategy is not None:
+            return by_strategy
+        optimizer = wire.optimizer_from_wire(campaign.plan)
+        return aggregate(round_, self._blobs, optimizer, campaign.optimizer_digest)
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""
@@ -474,14 +489,3 @@ class Campaigns:
 
     def _running(self) -> Campaign | None:
         return next((c for c in self._campaigns.values() if c.is_running), None)
-
-    def _layout(self, model_digest: bytes) -> Layout:
-        """Read which tensors a model has.
-
-        Raises:
-            CampaignError: it is not uploaded, or no model.
-        """
-        try:
-            return read_layout(self._blobs.path(model_digest))
-        except FederationError as error:
-            raise CampaignError(f"the campaign's model cannot be used: {error}") from error

@@ -1,5 +1,6 @@
 """What operators may ask of the coordinator."""
 
+import asyncio
 import resource
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
@@ -105,6 +106,8 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self, request: pb.StartCampaignRequest, context: Context
     ) -> pb.StartCampaignResponse:
         """Start a campaign."""
+        # Off the loop: it may load code and make a strategy.
+        await asyncio.to_thread(self._campaigns.strategies.require_possible, request.plan)
         campaign = self._campaigns.start(request.plan, principal_of_call(context).path)
         return pb.StartCampaignResponse(campaign_id=campaign.campaign_id)
 

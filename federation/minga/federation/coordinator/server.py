@@ -140,6 +140,7 @@ class Coordinator:
             metrics=self._metrics,
             audit=self._audit,
             reconnect_grace_s=settings.reconnect_grace_s,
+            strategies=settings.strategies,
         )
         self._models = PublishedModels(
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock

@@ -57,6 +57,10 @@ class CoordinatorSettings(BaseSettings):
     reconnects_per_s: Annotated[float, Field(gt=0)] = RECONNECTS_PER_S
     """How many devices may dial again in a second: after a restart a fleet spreads out so far."""
 
+    strategies: tuple[str, ...] = ()
+    """Strategies written for Flower that campaigns may name beside Flower's own, each as
+    `package.module:attribute`: this coordinator imports and runs them."""
+
     device_certificate_hours: Hours = 720
     """How long a device's certificate holds; it is renewed after two thirds of that."""
 

@@ -1797,6 +1797,59 @@ class Buffer(_message.Message):
 Global___Buffer: _TypeAlias = Buffer  # noqa: Y015
 
 @_typing.final
+class FlowerStrategy(_message.Message):
+    """A strategy written for Flower that makes the next model; the coordinator imports none that its own
+    settings do not name.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ArgumentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Value: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Value | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    ON_SUMS_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    """`package.module:attribute`."""
+    on_sums: _builtins.bool
+    """It only averages: one secure sum does for it."""
+    @_builtins.property
+    def arguments(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+        arguments: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
+        on_sums: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "on_sums", b"on_sums", "reference", b"reference"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlowerStrategy: _TypeAlias = FlowerStrategy  # noqa: Y015
+
+@_typing.final
 class CampaignPlan(_message.Message):
     """What a campaign does."""
 
@@ -1844,6 +1897,7 @@ class CampaignPlan(_message.Message):
     PROTECTION_FIELD_NUMBER: _builtins.int
     NUM_GROUPS_FIELD_NUMBER: _builtins.int
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
+    FLOWER_STRATEGY_FIELD_NUMBER: _builtins.int
     REQUIREMENTS_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     EVALUATE_EVERY_FIELD_NUMBER: _builtins.int
@@ -1888,6 +1942,10 @@ class CampaignPlan(_message.Message):
         """FedAvg if absent."""
 
     @_builtins.property
+    def flower_strategy(self) -> Global___FlowerStrategy:
+        """In the server optimiser's place, if present."""
+
+    @_builtins.property
     def requirements(self) -> Global___Requirements: ...
     @_builtins.property
     def evaluation(self) -> Global___Evaluation:
@@ -1925,6 +1983,7 @@ class CampaignPlan(_message.Message):
         protection: Global___Protection.ValueType = ...,
         num_groups: _builtins.int = ...,
         over_selection: _builtins.float = ...,
+        flower_strategy: Global___FlowerStrategy | None = ...,
         requirements: Global___Requirements | None = ...,
         evaluation: Global___Evaluation | None = ...,
         evaluate_every: _builtins.int = ...,
@@ -1932,9 +1991,9 @@ class CampaignPlan(_message.Message):
         scaffold: _builtins.bool = ...,
         buffer: Global___Buffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "flower_strategy", b"flower_strategy", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

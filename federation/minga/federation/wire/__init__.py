@@ -15,6 +15,8 @@ from minga.federation.wire.plans import (
     requirements_from_wire,
     requirements_to_wire,
     round_plan,
+    strategy_from_wire,
+    strategy_to_wire,
 )
 from minga.federation.wire.rounds import (
     event_from_wire,
@@ -87,6 +89,8 @@ __all__ = [
     "share_from_wire",
     "share_to_wire",
     "shares_to_wire",
+    "strategy_from_wire",
+    "strategy_to_wire",
     "timestamp",
     "unknown_round",
     "withdrawal",

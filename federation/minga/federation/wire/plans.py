@@ -10,10 +10,12 @@ from minga.federation.aggregation.optimizers import (
 )
 from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
+from minga.federation.flower.config import StrategyName
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
+from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.wire.values import check_digest, config_from_wire
+from minga.federation.wire.values import check_digest, config_from_wire, config_to_wire
 from minga.federation.wire.work import evaluation_from_wire, method_of, subject_of_invite
 from minga.federation.work import TRAINING, Evaluation, Training, Work, value_bits
 
@@ -61,6 +63,33 @@ def optimizer_from_wire(plan: pb.CampaignPlan) -> ServerOptimizer:
             )
 
 
+def strategy_to_wire(name: StrategyName | None) -> pb.FlowerStrategy | None:
+    """Write a Flower strategy."""
+    if name is None:
+        return None
+    return pb.FlowerStrategy(
+        reference=name.reference,
+        arguments=config_to_wire(name.arguments),
+        on_sums=name.on_sums,
+    )
+
+
+def strategy_from_wire(plan: pb.CampaignPlan) -> StrategyName | None:
+    """Read the Flower strategy of a campaign, if it has one.
+
+    Raises:
+        PeerError: an argument has no value.
+    """
+    if not plan.HasField("flower_strategy"):
+        return None
+    strategy = plan.flower_strategy
+    return StrategyName(
+        reference=strategy.reference,
+        arguments=config_from_wire(strategy.arguments),
+        on_sums=strategy.on_sums,
+    )
+
+
 def num_groups(plan: pb.CampaignPlan) -> int:
     """Say within how many groups a secure round of a campaign sums."""
     return max(1, plan.num_groups)
@@ -106,6 +135,7 @@ def round_plan(
     *,
     round_id: str,
     model_digest: bytes,
+    training: TrainingConfig,
     num_values: int,
     num_invited: int,
     work: Work = TRAINING,
@@ -116,6 +146,7 @@ def round_plan(
         plan: the campaign's numbers.
         round_id: 32 hexadecimal digits.
         model_digest: of the model that the round is about.
+        training: what the devices' training is told.
         num_values: how many values the model has.
         num_invited: how many devices are invited.
         work: what they are asked.
@@ -135,9 +166,7 @@ def round_plan(
     not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
     return derive_plan(
         round_id=bytes.fromhex(round_id),
-        context_digest=context_digest(
-            work.subject(method.subject(model_digest)), config_from_wire(plan.training)
-        ),
+        context_digest=context_digest(work.subject(method.subject(model_digest)), training),
         num_values=num_values,
         cohort_size=cohort,
         clip=work.clip if isinstance(work, Evaluation) else plan.clip,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from minga.federation.coordinator.rounds.events import (
     Answer,
@@ -18,6 +18,9 @@ from minga.federation.coordinator.rounds.instructions import Instruction, TakePa
 from minga.federation.coordinator.rounds.order import RoundOrder, Stage
 from minga.federation.errors import PeerError
 from minga.federation.work import Training
+
+NOT_NEEDED: Final = "not needed: enough others were faster"
+"""Why a device is out of a round that invited more than it needs."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -189,7 +192,7 @@ class Round(ABC):
 
     def _give_up_slow(self, devices: tuple[str, ...]) -> None:
         """Go on without those that have not answered, since there is enough."""
-        self._give_up(devices, "not needed: enough others were faster")
+        self._give_up(devices, NOT_NEEDED)
 
     def _give_up(self, devices: Collection[str], reason: str) -> None:
         self.lost.update(dict.fromkeys(devices, reason))
