@@ -167,17 +167,17 @@ def campaign_plan(
     return plan
 
 
-def report_campaign(on_progress: OnProgress) -> OnCampaign:
+def report_campaign(on_progress: OnProgress, step: str = "federate") -> OnCampaign:
     """Turn a campaign's states into progress: rounds done, and the stage of the open one."""
 
     def watch(campaign: pb.Campaign) -> None:
-        done = len(committed(campaign))
+        done = len(committed(campaign)) + len(committed(campaign, pb.ROUND_WORK_QUERY))
         note = campaign.reason
         if campaign.rounds and not note:
             newest = campaign.rounds[-1]
             stage = pb.RoundStage.Name(newest.stage).removeprefix("ROUND_STAGE_").lower()
             note = f"round {newest.number}: {stage}, {len(newest.survivors)} updates"
-        on_progress(Progress(step="federate", done=done, total=campaign.plan.num_rounds, note=note))
+        on_progress(Progress(step=step, done=done, total=campaign.plan.num_rounds, note=note))
 
     return watch
 

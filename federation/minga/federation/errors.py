@@ -13,6 +13,7 @@
     ├── MissingBlobError    the store holds no blob of that digest
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
+    ├── QueryRefusedError   the coordinator asks for what the device's owner does not let it tell
     ├── IneligibleError     this device does not meet what a campaign asks of devices
     ├── StrategyError       a Flower strategy fails, is not allowed, or wants what rounds cannot do
     └── PeerError           the other side misbehaves: what it sent is refused
@@ -72,6 +73,10 @@ class StepError(FederationError, ValueError):
 
 class PlainRefusedError(FederationError):
     """The coordinator would see a single update, and the device's owner does not allow that."""
+
+
+class QueryRefusedError(FederationError):
+    """The coordinator asks about data of which the device's owner lets nothing be told."""
 
 
 class IneligibleError(FederationError):

@@ -161,6 +161,18 @@ MAX_METRICS: Final = 256
 MAX_METRIC_NAME_CHARS: Final = 200
 """Length of a metric's name."""
 
+MAX_QUERY_COLUMNS: Final = 256
+"""Columns, or quantiles, that one round asks about."""
+
+MAX_QUERY_EDGES: Final = 1024
+"""Edges of one histogram."""
+
+MAX_QUERY_VALUES: Final = 16_384
+"""Values of one round's answer."""
+
+QUERY_MIN_COHORT: Final = 5
+"""A device answers queries only in sums over so many devices, by default."""
+
 MAX_PATTERNS: Final = 64
 """Patterns that name a campaign's personal tensors."""
 

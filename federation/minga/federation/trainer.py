@@ -1,9 +1,12 @@
 """What a device runs to learn: the only thing the federation knows of a model's code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Final, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from minga.federation.parameters import Parameters
 
@@ -73,6 +76,18 @@ class CountsExamples(Protocol):
     @property
     def num_examples(self) -> int:
         """How many examples `fit` trains on."""
+        ...
+
+
+@runtime_checkable
+class HasColumns(Protocol):
+    """A trainer whose data has columns that queries may be about."""
+
+    def columns(self, names: Sequence[str]) -> Mapping[str, NDArray[np.float64]]:
+        """Give some columns, equally long, NaN where a row has no value; unknown ones are left out.
+
+        They are read in the process that trains, and only statistics of them leave it.
+        """
         ...
 
 

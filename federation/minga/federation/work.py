@@ -1,4 +1,4 @@
-"""What a round asks of its devices: to train a model, or to measure it.
+"""What a round asks of its devices: to train a model, to measure it, or about their data.
 
 Whatever it is, a device answers with one vector and one weight, and all that the coordinator makes
 of them is the weighted mean; so every kind of work goes through secure aggregation alike.
@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.federation.analytics import Question
 from minga.federation.errors import PeerError
 from minga.federation.limits import (
     MAX_METRIC_NAME_CHARS,
@@ -102,7 +103,7 @@ class Evaluation:
         }
 
 
-Work = Training | Evaluation
+Work = Training | Evaluation | Question
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

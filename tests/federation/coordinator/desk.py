@@ -26,7 +26,8 @@ from minga.federation.coordinator.store import Store
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
-from minga.federation.errors import PeerError, StorageError, UnreachableError
+from minga.federation.device.queries import NO_QUERIES
+from minga.federation.errors import FederationError, PeerError, StorageError, UnreachableError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.trainer import TrainingConfig, Update
@@ -101,6 +102,7 @@ class DeskDevice:
     def __init__(self, identity: Identity, trainer: Any, folder: Path) -> None:
         self.identity = identity
         self.keepsakes = Keepsakes(folder)
+        self.queries = NO_QUERIES
         self.dies_at = ""
         """The step at which this device is killed, once: it forgets what is only in its memory."""
         self.trainer = trainer
@@ -120,7 +122,10 @@ class DeskDevice:
                 self.leave(message.round_end)
                 return None
             case "invite" if not self.is_in(message.invite.round_id):
-                self.join(desk, message.invite)
+                try:
+                    self.join(desk, message.invite)
+                except FederationError as error:
+                    return wire.withdrawal(message.invite.round_id, str(error))
         if not self.is_in(wire.round_of(message)):
             return wire.withdrawal(wire.round_of(message), "no secrets")
         participant = self.participant
@@ -151,6 +156,7 @@ class DeskDevice:
             metrics=DeviceMetrics(),
             keepsakes=self.keepsakes,
             allow_plain=True,
+            queries=self.queries,
         )
 
     def leave(self, end: pb.RoundEnd | None) -> None:
@@ -307,7 +313,8 @@ class Desk:
 
     def start_campaign(self, plan: pb.CampaignPlan, model: Parameters) -> str:
         """Start a campaign from a model."""
-        plan.model_digest = self.blobs.put_bytes(to_bytes(model))
+        if not plan.HasField("query"):
+            plan.model_digest = self.blobs.put_bytes(to_bytes(model))
         return self.campaigns.start(plan, "operator/operator").campaign_id
 
     async def finish(self, campaign_id: str) -> pb.Campaign:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minga.federation.analytics import Part, Question
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import TrainerError
 
@@ -57,6 +58,18 @@ async def test_second_set_of_tensors_travels() -> None:
     assert (await trainer.initial({"size": 3}))["head"].shape == (3,)
     assert await trainer.num_examples() is None
     await trainer.close()
+
+
+async def test_question_is_answered_in_the_child(trainer: TrainerProcess) -> None:
+    """Means of columns come back, the rows do not; a trainer without columns says so."""
+    question = Question(parts=(Part(column="heat", low=0.0, high=10.0, edges=(2.0,)),))
+    columns = TrainerProcess("columns_trainer:make", {"heat": "1,nan,4,10"})
+    vector, num_rows = await columns.answer(question)
+    assert num_rows == 4
+    np.testing.assert_allclose(vector, [3 / 4, 1.5 / 4, 1.17 / 4, 1 / 4, 2 / 4])
+    await columns.close()
+    with pytest.raises(TrainerError, match="`columns`"):
+        await trainer.answer(question)
 
 
 async def test_trainer_without_the_ability(trainer: TrainerProcess) -> None:

@@ -5,6 +5,8 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from minga.federation.flower.arrays import without_names
@@ -23,6 +25,7 @@ from minga.training.loop import Learner, fit
 from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.proximal import Pull
 from minga.training.scaffold import Correction
+from minga.training.schema import iterate_columns
 from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 
@@ -63,6 +66,14 @@ class TaskTrainer:
             Exception: as `fit` does.
         """
         return self._fit(parameters, config, correction)
+
+    def columns(self, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """Give columns of the inputs that this site trains on, as queries ask for them."""
+        return {
+            name: np.asarray(values, np.float64)
+            for name, values in iterate_columns(self._splits.train.inputs, self._task.columns)
+            if name in names and np.issubdtype(values.dtype, np.number)
+        }
 
     def initial(self, config: TrainingConfig) -> Parameters:
         """Give the untrained parameters of this Task's network, prepared for this site's data."""

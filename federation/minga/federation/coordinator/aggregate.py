@@ -11,6 +11,7 @@ from minga.federation.aggregation.optimizers import (
     advance,
     initial_state,
 )
+from minga.federation.analytics import Question
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.rounds import (
     PlainRound,
@@ -42,7 +43,7 @@ def aggregate(
 ) -> SumComputed:
     """Make the mean of a round's updates, and let the server optimiser take its step.
 
-    The mean of an evaluation is its result; the model stays as it is.
+    The mean of an evaluation, or of answers to a question, is the result; no model changes.
 
     Memory is three times the model and what the optimiser keeps, whatever the cohort: uploads are
     added in pieces as they are read, and the next model takes the mean's place tensor by tensor.
@@ -62,6 +63,11 @@ def aggregate(
     """
     try:
         values, total_weight, rejected = _mean(round_, blobs)
+        if isinstance(round_.order.work, Question):
+            answer = tuple(float(value) for value in values)
+            return SumComputed(
+                model_digest=b"", total_weight=total_weight, rejected=rejected, answer=answer
+            )
         if isinstance(round_.order.work, Evaluation):
             return SumComputed(
                 model_digest=round_.order.model_digest,

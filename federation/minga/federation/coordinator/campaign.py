@@ -25,7 +25,7 @@ from minga.federation.parts import CONTROL, is_personal
 from minga.federation.secagg.errors import PlanError
 from minga.federation.trainer import TrainingConfig, proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.work import TRAINING, Training, Work
+from minga.federation.work import TRAINING, Evaluation, Training, Work
 
 RUNNING = pb.CAMPAIGN_STATE_RUNNING
 
@@ -97,6 +97,11 @@ class Campaign:
 
     def next_work(self) -> Work | None:
         """Say what the next round asks; None if all is done."""
+        query = wire.query_of(self.plan)
+        if query is not None:
+            return query.next_question(
+                [r.answer for r in self.records if r.stage == pb.ROUND_STAGE_COMMITTED]
+            )
         if self._evaluation_is_due():
             return wire.evaluation_of(self.plan)
         return None if self.num_committed >= self.plan.num_rounds else Training()
@@ -161,7 +166,7 @@ class Campaign:
                 devices = devices[:-1]
         return self._order(
             round_id=round_id,
-            number=self.num_committed + isinstance(work, Training),
+            number=self.num_committed + (not isinstance(work, Evaluation)),
             plan=plan,
             invited=tuple(sorted(devices)),
             model_digest=self.model_digest,
@@ -343,6 +348,15 @@ def require_possible(plan: pb.CampaignPlan, layout: Layout) -> None:
         raise CampaignError(f"the campaign cannot work: {error}") from error
 
 
+def _require_query(plan: pb.CampaignPlan) -> None:
+    """Refuse queries beside training, and those that would show one device's answer."""
+    if wire.is_plain(plan):
+        raise CampaignError("queries are answered by sums alone; the campaign has to be secure")
+    others = plan.HasField("evaluation") or plan.HasField("flower_strategy")
+    if others or plan.model_digest or plan.scaffold or plan.personal:
+        raise CampaignError("a campaign trains or queries, one of both; a query has no model")
+
+
 def _require_buffer(plan: pb.CampaignPlan) -> None:
     """Refuse rounds without waiting where something depends on who is in which round."""
     if not wire.is_plain(plan):
@@ -384,6 +398,10 @@ def _require_parts(plan: pb.CampaignPlan, layout: Layout) -> None:
 
 def _works(plan: pb.CampaignPlan) -> Iterator[Work]:
     """Give all kinds of work that a campaign's rounds ask."""
+    query = wire.query_of(plan)
+    if query is not None:
+        yield from filter(None, [query.next_question([])])
+        return
     yield Training()
     evaluation = wire.evaluation_of(plan)
     if evaluation is not None:
@@ -409,6 +427,8 @@ def _require_numbers(plan: pb.CampaignPlan) -> None:
         raise CampaignError(
             f"{_num_wanted(plan)} devices would be invited; a round holds {MAX_COHORT} at most"
         )
+    if plan.HasField("query"):
+        _require_query(plan)
     if plan.HasField("buffer"):
         _require_buffer(plan)
     if wire.is_plain(plan) and wire.num_groups(plan) > 1:

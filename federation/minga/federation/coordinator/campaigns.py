@@ -50,6 +50,7 @@ from minga.federation.limits import (
     STORAGE_RETRY_S,
     WATCH_DETAIL_BYTES,
 )
+from minga.federation.parameters import Layout
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
@@ -116,7 +117,7 @@ class Campaigns:
             raise CampaignError(
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
-        require_possible(plan, model_layout(self._blobs, plan.model_digest))
+        require_possible(plan, self._layout(plan))
         campaign = Campaign(
             campaign_id=secrets.token_hex(6), plan=plan, model_digest=first_model(plan, self._blobs)
         )
@@ -315,7 +316,7 @@ class Campaigns:
             return
         order = campaign.next_order(
             told.devices,
-            model_layout(self._blobs, campaign.model_digest).num_values,
+            self._layout(campaign.plan, campaign.model_digest).num_values,
             told.training,
             work=work,
             population=trainable(self._store, campaign.plan),
@@ -482,6 +483,12 @@ class Campaigns:
                 _log.exception("blob %s could not be deleted", digest.hex())
 
     # --- reading state ---
+
+    def _layout(self, plan: pb.CampaignPlan, digest: bytes = b"") -> Layout:
+        """Give the tensors of a campaign's first model, or of a later one; a query has none."""
+        if plan.HasField("query"):
+            return Layout(names=(), shapes=())
+        return model_layout(self._blobs, digest or plan.model_digest)
 
     def _changes(self) -> list[asyncio.Event]:
         """Give what happens next: to a campaign, or to the list of connected devices."""

@@ -49,6 +49,7 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "optimizer_digest": event.optimizer_digest.hex(),
         "rejected": event.rejected,
         "metrics": event.metrics,
+        "answer": event.answer,
     }
 
 
@@ -73,6 +74,7 @@ def decode(row: EventRow) -> Event:
                 optimizer_digest=bytes.fromhex(values.get("optimizer_digest", "")),
                 rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
                 metrics=tuple((name, value) for name, value in values.get("metrics", ())),
+                answer=tuple(values.get("answer", ())),
             )
         case "failed":
             return RoundFailed(reason=values["reason"])

@@ -52,9 +52,7 @@ class Strategies:
             if optimizer != FedAvg(learning_rate=1.0):
                 raise StrategyError("it takes the server optimiser's place; choose one of both")
             if plan.scaffold or plan.HasField("buffer"):
-                raise StrategyError(
-                    "it makes models of whole rounds; leave scaffold and buffer out"
-                )
+                raise StrategyError("it takes whole rounds; leave scaffold and buffer out")
             is_plain = wire.is_plain(plan)
             FlowerStrategy(name, self._allowed).require_possible(
                 self._read(plan.model_digest),

@@ -20,6 +20,7 @@ from minga.federation.device.link import Link
 from minga.federation.device.machine import measure
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.participant import Participant
+from minga.federation.device.queries import NO_QUERIES, Queries
 from minga.federation.device.redial import Redial
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
@@ -62,6 +63,7 @@ class Agent:
         metrics: what Prometheus reads.
         keepsakes: what this device keeps for itself from round to round; None: nothing.
         allow_plain: whether the coordinator may see this device's updates.
+        queries: what queries may find out here.
         look: says what this machine is doing.
     """
 
@@ -75,11 +77,13 @@ class Agent:
         metrics: Metrics,
         keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
+        queries: Queries = NO_QUERIES,
         look: Callable[[], Condition] = measure,
     ) -> None:
         self._link = link
         self._redial = Redial(link)
         self._look = look
+        self._queries = queries
         self._keepsakes = keepsakes
         self._allow_plain = allow_plain
         self._trainer = trainer
@@ -319,6 +323,7 @@ class Agent:
             metrics=self._metrics,
             keepsakes=self._keepsakes,
             allow_plain=self._allow_plain,
+            queries=self._queries,
         )
         return self._participant
 

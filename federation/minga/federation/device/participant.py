@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation import wire
+from minga.federation.analytics import Question
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.learning import LocalLearning
 from minga.federation.device.metrics import Metrics
+from minga.federation.device.queries import NO_QUERIES, Queries
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
     FederationError,
@@ -62,6 +64,7 @@ class Participant:
         metrics: Metrics,
         keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
+        queries: Queries = NO_QUERIES,
     ) -> None:
         """Begin with what the round asks.
 
@@ -69,12 +72,16 @@ class Participant:
             ValueError, PeerError: the invitation is not safe to follow, or malformed.
             PlainRefusedError: the coordinator would see the update, and this site does not allow
                 that.
+            QueryRefusedError: this site does not let be told what is asked.
         """
         self.round_id = invite.round_id
         self._model_digest = invite.model_digest
         self._min_examples = invite.min_examples
         self._asked = wire.work_of_invite(invite)
         self._plan = wire.plan_of_invite(invite)
+        self._queries = queries
+        if isinstance(self._asked, Question):
+            queries.require_allowed(self._asked, self._plan)
         self._session: DeviceSession | None = None
         if isinstance(self._plan, RoundPlan):
             verifier = CertificateVerifier(authority=identity.authority)
@@ -145,6 +152,8 @@ class Participant:
             case "neighbour_shares":
                 return await self._send_masked(session, message.neighbour_shares)
             case "survivors":
+                if isinstance(self._asked, Question):
+                    self._queries.require_hidden(len(message.survivors.device_ids))
                 confirmation = session.confirm(message.survivors.device_ids)
                 return pb.SessionRequest(
                     confirmation=wire.confirmation_to_wire(self.round_id, confirmation)
@@ -192,6 +201,8 @@ class Participant:
 
     async def _work(self) -> Contribution:
         """Do what the round asks, and give a vector and how much it counts."""
+        if isinstance(self._asked, Question):
+            return await self._tell(self._asked)
         parameters = await self._fetch()
         match self._asked:
             case Evaluation():
@@ -200,6 +211,15 @@ class Participant:
                 answer, weight = await self._learning.train(parameters)
                 self._require_count(weight)
         return Layout.of(answer).flatten(answer), min(weight, self._plan.max_weight)
+
+    async def _tell(self, question: Question) -> Contribution:
+        """Answer a question about this site's data."""
+        vector, num_rows = await self._trainer.answer(question)
+        if vector.shape != (self._plan.num_values,):
+            raise PeerError(
+                f"the question takes {vector.size} values, the plan says {self._plan.num_values}"
+            )
+        return vector, min(num_rows, self._plan.max_weight)
 
     async def _fetch(self) -> Parameters:
         with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:

@@ -10,6 +10,7 @@ from minga.federation.device.enrolment import CoordinatorAddress
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
+from minga.federation.device.queries import Queries
 from minga.federation.device.settings import DeviceSettings
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
@@ -49,6 +50,9 @@ async def run(settings: DeviceSettings) -> None:
         metrics=metrics,
         keepsakes=Keepsakes(settings.folder / "learning") if trainer else None,
         allow_plain=settings.allow_plain,
+        queries=Queries(
+            columns=frozenset(settings.query_columns), min_cohort=settings.query_min_cohort
+        ),
     )
     async with AsyncExitStack() as stack:
         app = InferenceApp(models, registry=metrics.registry)

@@ -18,18 +18,23 @@ import threading
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter
+
+from minga.federation.analytics import Question
 from minga.federation.errors import TrainerError
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.parts import split_control, with_control
 from minga.federation.trainer import (
     CorrectsGradients,
     CountsExamples,
+    HasColumns,
     LocalTrainer,
     MakesParameters,
     Scalar,
     Update,
 )
 
+_QUESTION = TypeAdapter(Question)
 _LENGTH = struct.Struct("<I")
 PREFIX_BYTES = _LENGTH.size
 
@@ -85,6 +90,8 @@ def _answer(
         case "count":
             count = trainer.num_examples if isinstance(trainer, CountsExamples) else None
             return {"num_examples": count}, b""
+        case "answer":
+            return _answer_question(trainer, _QUESTION.validate_json(str(config["question"])))
         case "initial":
             if not isinstance(trainer, MakesParameters):
                 raise TrainerError("this trainer cannot make personal tensors; give it `initial`")
@@ -96,6 +103,13 @@ def _answer(
             return _pack_update(trainer.fit_corrected(model, config, correction))
         case _:
             return _pack_update(trainer.fit(parameters, config))
+
+
+def _answer_question(trainer: LocalTrainer, question: Question) -> tuple[dict[str, Any], bytes]:
+    if not isinstance(trainer, HasColumns):
+        raise TrainerError("this trainer answers no queries; give it `columns`")
+    vector, num_rows = question.answer(trainer.columns(question.columns))
+    return {"num_rows": num_rows}, to_bytes({"answer": vector})
 
 
 def _pack_update(update: Update) -> tuple[dict[str, Any], bytes]:

@@ -5,8 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from minga.federation.analytics import Question
 from minga.federation.device.trainer_host import PREFIX_BYTES, head_size, pack_frame
 from minga.federation.errors import TrainerError
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
@@ -51,6 +56,16 @@ class TrainerProcess:
         """Train in the child with a correction of each step's gradient; raises as `fit` does."""
         both = with_control(parameters, correction)
         return _update(*await self._call("fit_corrected", both, config))
+
+    async def answer(self, question: Question) -> tuple[NDArray[np.float32], int]:
+        """Let the child answer a question about its data; raises as `fit` does.
+
+        Returns:
+            The vector of means, and over how many rows.
+        """
+        asked = json.dumps(asdict(question))
+        header, body = await self._call("answer", {}, {"question": asked})
+        return from_bytes(body)["answer"], int(header["num_rows"])
 
     async def initial(self, config: Mapping[str, Scalar]) -> Parameters:
         """Let the child make untrained parameters; raises as `fit` does."""

@@ -130,6 +130,8 @@ class _RoundWorkEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundWork.V
     ROUND_WORK_TRAINING: _RoundWork.ValueType  # 1
     ROUND_WORK_EVALUATION: _RoundWork.ValueType  # 2
     """Metrics of the model that so many rounds came to as `number` says."""
+    ROUND_WORK_QUERY: _RoundWork.ValueType  # 3
+    """Statistics of data."""
 
 class RoundWork(_RoundWork, metaclass=_RoundWorkEnumTypeWrapper):
     """What a round asked of its devices."""
@@ -139,6 +141,8 @@ ROUND_WORK_UNSPECIFIED: RoundWork.ValueType  # 0
 ROUND_WORK_TRAINING: RoundWork.ValueType  # 1
 ROUND_WORK_EVALUATION: RoundWork.ValueType  # 2
 """Metrics of the model that so many rounds came to as `number` says."""
+ROUND_WORK_QUERY: RoundWork.ValueType  # 3
+"""Statistics of data."""
 Global___RoundWork: _TypeAlias = RoundWork  # noqa: Y015
 
 @_typing.final
@@ -841,6 +845,7 @@ class RoundInvite(_message.Message):
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
     MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    QUESTION_FIELD_NUMBER: _builtins.int
     PERSONAL_FIELD_NUMBER: _builtins.int
     SCAFFOLD_FIELD_NUMBER: _builtins.int
     MODEL_NAME_FIELD_NUMBER: _builtins.int
@@ -874,6 +879,12 @@ class RoundInvite(_message.Message):
         """The round measures the model: devices do not train."""
 
     @_builtins.property
+    def question(self) -> Global___Question:
+        """The round asks about data; there is no model. A device answers only if its owner lets it tell
+        of these columns, and never in a plain round.
+        """
+
+    @_builtins.property
     def personal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tensors whose names match one of these patterns (`*`, `?`) are each device's own: they are
         neither in the model nor in the update. Devices keep them under the model's name.
@@ -889,19 +900,79 @@ class RoundInvite(_message.Message):
         plain_plan: Global___PlainPlan | None = ...,
         min_examples: _builtins.int = ...,
         evaluation: Global___Evaluation | None = ...,
+        question: Global___Question | None = ...,
         personal: _abc.Iterable[_builtins.str] | None = ...,
         scaffold: _builtins.bool = ...,
         model_name: _builtins.str = ...,
         campaign_id: _builtins.str = ...,
         population: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "plain_plan", b"plain_plan", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "plain_plan", b"plain_plan", "plan", b"plan", "question", b"question"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "model_name", b"model_name", "personal", b"personal", "plain_plan", b"plain_plan", "plan", b"plan", "population", b"population", "round_id", b"round_id", "scaffold", b"scaffold", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "model_name", b"model_name", "personal", b"personal", "plain_plan", b"plain_plan", "plan", b"plan", "population", b"population", "question", b"question", "round_id", b"round_id", "scaffold", b"scaffold", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundInvite: _TypeAlias = RoundInvite  # noqa: Y015
+
+@_typing.final
+class QuestionPart(_message.Message):
+    """Asks about one column. In a device's vector: the share of its rows that have a value; the means,
+    over all rows, of that value, clipped to [low, high] and scaled to [0, 1], and of its square, 0
+    where there is none; and, if there are edges, the share of rows below the first, in each bin, and
+    from the last one on. A bin reaches from one edge up to, but without, the next.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
+    column: _builtins.str
+    low: _builtins.float
+    high: _builtins.float
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        column: _builtins.str = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        edges: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "edges", b"edges", "high", b"high", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuestionPart: _TypeAlias = QuestionPart  # noqa: Y015
+
+@_typing.final
+class Question(_message.Message):
+    """Asks about columns. A device's vector holds the parts' values one after the other; it weighs as
+    much as the device has rows.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuestionPart]: ...
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___QuestionPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Question: _TypeAlias = Question  # noqa: Y015
 
 @_typing.final
 class Evaluation(_message.Message):
@@ -1850,6 +1921,63 @@ class FlowerStrategy(_message.Message):
 Global___FlowerStrategy: _TypeAlias = FlowerStrategy  # noqa: Y015
 
 @_typing.final
+class ColumnQuery(_message.Message):
+    """What is to be found out of one column: moments, a histogram if there are edges, quantiles."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
+    QUANTILES_FIELD_NUMBER: _builtins.int
+    column: _builtins.str
+    low: _builtins.float
+    high: _builtins.float
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        column: _builtins.str = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        edges: _abc.Iterable[_builtins.float] | None = ...,
+        quantiles: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "edges", b"edges", "high", b"high", "low", b"low", "quantiles", b"quantiles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColumnQuery: _TypeAlias = ColumnQuery  # noqa: Y015
+
+@_typing.final
+class Query(_message.Message):
+    """All that is to be found out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColumnQuery]: ...
+    def __init__(
+        self,
+        *,
+        columns: _abc.Iterable[Global___ColumnQuery] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Query: _TypeAlias = Query  # noqa: Y015
+
+@_typing.final
 class CampaignPlan(_message.Message):
     """What a campaign does."""
 
@@ -1904,6 +2032,7 @@ class CampaignPlan(_message.Message):
     PERSONAL_FIELD_NUMBER: _builtins.int
     SCAFFOLD_FIELD_NUMBER: _builtins.int
     BUFFER_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -1959,6 +2088,10 @@ class CampaignPlan(_message.Message):
     def buffer(self) -> Global___Buffer:
         """Rounds do not wait for slow devices; for plain campaigns."""
 
+    @_builtins.property
+    def query(self) -> Global___Query:
+        """The campaign trains nothing: it finds out statistics of data. It has no model."""
+
     def __init__(
         self,
         *,
@@ -1990,10 +2123,11 @@ class CampaignPlan(_message.Message):
         personal: _abc.Iterable[_builtins.str] | None = ...,
         scaffold: _builtins.bool = ...,
         buffer: Global___Buffer | None = ...,
+        query: Global___Query | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "flower_strategy", b"flower_strategy", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "flower_strategy", b"flower_strategy", "query", b"query", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "query", b"query", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2248,6 +2382,7 @@ class Round(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     BASES_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     number: _builtins.int
     stage: Global___RoundStage.ValueType
@@ -2294,6 +2429,10 @@ class Round(_message.Message):
         Devices that are neither survivors nor lost carry over into the next round.
         """
 
+    @_builtins.property
+    def answer(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """What a question came to: the weighted mean of the devices' vectors."""
+
     def __init__(
         self,
         *,
@@ -2317,10 +2456,11 @@ class Round(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         model_digest: _builtins.bytes = ...,
         bases: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        answer: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plain_plan", b"plain_plan", "plan", b"plan", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bases", b"bases", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "model_digest", b"model_digest", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "bases", b"bases", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "model_digest", b"model_digest", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -51,7 +51,13 @@ from minga.federation.wire.values import (
     printable,
     timestamp,
 )
-from minga.federation.wire.work import evaluation_to_wire, method_of, work_of_invite
+from minga.federation.wire.work import (
+    evaluation_to_wire,
+    method_of,
+    query_of,
+    query_to_wire,
+    work_of_invite,
+)
 
 __all__ = [
     "advert_from_wire",
@@ -78,6 +84,8 @@ __all__ = [
     "plan_of_invite",
     "plan_to_wire",
     "printable",
+    "query_of",
+    "query_to_wire",
     "requirements_from_wire",
     "requirements_to_wire",
     "reveal_from_wire",

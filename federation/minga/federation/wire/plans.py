@@ -8,6 +8,7 @@ from minga.federation.aggregation.optimizers import (
     FedYogi,
     ServerOptimizer,
 )
+from minga.federation.analytics import Question
 from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
 from minga.federation.flower.config import StrategyName
@@ -169,12 +170,22 @@ def round_plan(
         context_digest=context_digest(work.subject(method.subject(model_digest)), training),
         num_values=num_values,
         cohort_size=cohort,
-        clip=work.clip if isinstance(work, Evaluation) else plan.clip,
+        clip=_clip_of(work, plan),
         value_bits=value_bits(work, plan.value_bits, cohort),
         max_weight=max_weight,
         expected_dropout=1 - (1 - plan.expected_dropout) * (1 - not_needed),
         colluder_share=plan.colluder_share,
     )
+
+
+def _clip_of(work: Work, plan: pb.CampaignPlan) -> float:
+    match work:
+        case Evaluation(clip=clip):
+            return clip
+        case Question():
+            return 1.0  # means of shares
+        case Training():
+            return plan.clip
 
 
 def plan_to_wire(plan: RoundPlan) -> pb.SecureAggregationPlan:
@@ -202,7 +213,8 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
     Raises:
         ValueError, PeerError: the plan is not safe, or the invitation contradicts itself.
     """
-    check_digest(invite.model_digest)
+    if not invite.HasField("question"):
+        check_digest(invite.model_digest)
     if invite.HasField("plan") == invite.HasField("plain_plan"):
         raise PeerError("an invitation is to a secure or to a plain round, one of both")
     if invite.HasField("plain_plan"):

@@ -212,6 +212,7 @@ def round_to_wire(round_: rounds.Round, received: int, sent: int) -> pb.Round:
         metrics=dict(round_.result.metrics) if round_.result else None,
         model_digest=round_.order.model_digest,
         bases=_bases(round_.order),
+        answer=round_.result.answer if round_.result else (),
     )
     _put_plan(record, round_.order.plan)
     return record
@@ -226,6 +227,6 @@ def without_names(record: pb.Round) -> pb.Round:
     """Copy a round's record without the lists of devices, which are most of it."""
     short = pb.Round()
     short.CopyFrom(record)
-    for name in ("invited", "cohort", "sharers", "survivors", "lost", "bases"):
+    for name in ("invited", "cohort", "sharers", "survivors", "lost", "bases", "answer"):
         short.ClearField(name)
     return short

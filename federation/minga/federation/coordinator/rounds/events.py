@@ -83,6 +83,8 @@ class SumComputed:
     """Devices whose updates turned out to be unusable, each with the reason."""
     metrics: tuple[tuple[str, float], ...] = ()
     """What an evaluation came to; its model is the one that it measured."""
+    answer: tuple[float, ...] = ()
+    """What a question came to; there is no model then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
