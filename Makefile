@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-fast check protos bench docs dist clean
+.PHONY: help demo test test-fast chaos check protos wire-release bench docs dist clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -26,12 +26,18 @@ test: $(STAMP) check ## run every check and every test
 test-fast: $(STAMP) ## run the tests that need no Ray and no second process
 	$(BIN)/python -m pytest -m 'not slow'
 
+chaos: POINTS ?= 400
+chaos: SEED ?=
+chaos: $(STAMP) ## kill the coordinator at hundreds of points; make chaos POINTS=1000 SEED=7
+	$(BIN)/python -m pytest tests/federation/test_chaos.py --chaos-points=$(POINTS) $(SEED:%=--chaos-seed=%)
+
 check: $(STAMP) ## lint, types, layers, protocol
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against $(RELEASED_WIRE)
 	@$(MAKE) --no-print-directory protos OUT=$(VENV)/protos
 	@diff -r $(VENV)/protos/minga/federation/v1 federation/minga/federation/v1 -x __pycache__ -x __init__.py \
 	  || { echo "The generated code differs from protos/: run 'make protos' and commit."; exit 1; }
@@ -43,6 +49,10 @@ protos: $(STAMP) ## generate the wire code from protos/
 	  --python_out=$(abspath $(OUT)) --mypy_out=quiet:$(abspath $(OUT)) \
 	  --grpc_python_out=$(abspath $(OUT)) --mypy_grpc_out=quiet:$(abspath $(OUT)) \
 	  minga/federation/v1/federation.proto
+
+RELEASED_WIRE := protos/released.binpb
+wire-release: $(STAMP) ## at a release: make the wire of now the one that may not be broken
+	$(BIN)/buf build protos --exclude-source-info -o $(RELEASED_WIRE)
 
 bench: ARGS ?= --quick
 bench: $(STAMP) ## run every benchmark roughly; make bench ARGS= runs them in full

@@ -4,8 +4,20 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from minga.cluster.stack import local_ray
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("minga", deadline=None)
+settings.load_profile("minga")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let tests that leave something to chance be made longer, or repeated."""
+    group = parser.getgroup("chaos", "tests/federation/test_chaos.py, test_fuzz.py")
+    group.addoption("--chaos-points", type=int, default=40, help="how often test_chaos.py kills")
+    group.addoption("--chaos-seed", type=int, help="what happens; drawn at random by default")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What tests of the wire share: an authority, identities, real TLS servers on loopback."""
 
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,14 @@ from minga.federation.transport import (
 Issue = Callable[..., Identity]
 AddServices = Callable[[grpc.aio.Server], None]
 Serve = Callable[..., Awaitable[str]]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Draw a seed for a test that leaves something to chance; it is part of the test's name."""
+    if "chaos_seed" in metafunc.fixturenames:
+        seed = metafunc.config.getoption("chaos_seed")
+        seed = random.SystemRandom().randrange(10_000) if seed is None else seed
+        metafunc.parametrize("chaos_seed", [seed], ids=[f"seed={seed}"])
 
 
 @pytest.fixture

@@ -64,11 +64,11 @@ def toy_model(size: int = 1000) -> Parameters:
     }
 
 
-def _put_on_path(folder: Path) -> None:
-    """Let child processes import from a folder, beside what they find already."""
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if str(folder) not in known:
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, known)])
+def add_to_path(folder: Path) -> None:
+    """Let child processes import from a folder too."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(folder) not in folders:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, folders)])
 
 
 class Fleet:
@@ -91,16 +91,19 @@ class Fleet:
         self._coordinator_stack = AsyncExitStack()
         self._agents: dict[str, asyncio.Task[None]] = {}
         self.models: dict[str, ModelRepository] = {}
+        self.trainers: dict[str, TrainerProcess] = {}
 
     async def __aenter__(self) -> Self:
         await self.start_coordinator()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for name in list(self._agents):
-            await self.stop_device(name)
-        await self._stack.aclose()
-        await self.stop_coordinator()
+        try:
+            for name in list(self._agents):
+                await self.stop_device(name)
+            await self._stack.aclose()
+        finally:  # also if a device hangs
+            await self.stop_coordinator()
 
     async def start_coordinator(self) -> None:
         """Start the coordinator, on the ports that it had before."""
@@ -138,17 +141,26 @@ class Fleet:
         options: Mapping[str, Scalar] | None = None,
         *,
         trainer: str = "constant_trainer:make",
+        address: str = "",
         **settings: Any,
     ) -> None:
-        """Run an enrolled device; without options it only runs models."""
+        """Run an enrolled device.
+
+        Args:
+            name: which.
+            options: what its trainer is made with; None: it only runs models.
+            trainer: which one.
+            address: where it dials instead of the coordinator, for instance a proxy.
+            settings: what else the agent is made with, for instance `allow_plain`.
+        """
         folder = self.folder / name
         process = None
         if options is not None:
-            _put_on_path(TRAINERS)
-            process = TrainerProcess(trainer, options)
+            add_to_path(TRAINERS)
+            process = self.trainers[name] = TrainerProcess(trainer, options)
         self.models[name] = ModelRepository()
         link = Link(
-            CoordinatorAddress.load(folder).device_address,
+            address or CoordinatorAddress.load(folder).device_address,
             load_identity(folder),
             keep=partial(save_identity, folder),
             clock=self.certificate_clock,

@@ -29,7 +29,7 @@ PARAMETERS = st.dictionaries(
 
 
 @given(parameters=PARAMETERS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_bytes_and_vector_and_back(parameters: Parameters) -> None:
     """Names, shapes and values survive, scalars and empty tensors among them."""
     layout = Layout.of(parameters)

@@ -47,6 +47,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.federation.errors.CampaignError": 34,
     "minga.federation.errors.FederationError": 35,
     "minga.federation.errors.AuditError": 36,
+    "minga.federation.errors.BudgetError": 37,
 }
 
 

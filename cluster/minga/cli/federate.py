@@ -31,7 +31,7 @@ def federate(
         json: Print JSON.
     """
     from minga.cluster.federate import federate as run
-    from minga.cluster.fleet import describe_campaign, report_campaign
+    from minga.cluster.fleet import describe_campaign, privacy_note, report_campaign
     from minga.cluster.project import load
 
     loaded = load(project)
@@ -55,8 +55,9 @@ def federate(
                 f"minga coordinator cancel {seen[0].campaign_id}"
             )
         raise
+    described = describe_campaign(result.campaign)
     report = {
-        "campaign": describe_campaign(result.campaign),
+        "campaign": described,
         "model": result.registered.name,
         "version": result.registered.version,
         "promoted": result.promoted,
@@ -75,5 +76,7 @@ def federate(
             ("metric", f"on devices, after round {round_.number}"),
             [(name, f"{value:.4f}") for name, value in sorted(round_.metrics.items())],
         )
+    if result.campaign.plan.HasField("privacy"):
+        print_line(f"privacy: {privacy_note(described['privacy'])}")
     verdict = "promoted to champion" if result.promoted else "refused by its gates"
     print_line(f"{result.registered.name} version {result.registered.version}: {verdict}")

@@ -9,7 +9,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from prometheus_client import CollectorRegistry
@@ -141,8 +142,9 @@ def _tables(model: type[BaseModel], path: str = "") -> Iterator[str]:
 
 def _choices(field: FieldInfo, tables: Iterable[type[BaseModel]]) -> Iterator[str]:
     """Write the keys of the tables that a table's `name` chooses among."""
-    default = field.get_default(call_default_factory=True).name
-    yield f"{_flat(field.description)} Without this table it is `{default}`."
+    default = field.get_default(call_default_factory=True)
+    without = "" if default is None else f" Without this table it is `{default.name}`."
+    yield f"{_flat(field.description)}{without}"
     for table in tables:
         name = table.model_fields["name"]
         yield f'`name = "{name.default}"`: {_flat(name.description)}'
@@ -164,23 +166,32 @@ def _keys(fields: Any) -> str:
 
 
 def _type_of(field: FieldInfo) -> str:
-    if get_origin(field.annotation) is Literal:
-        return " or ".join(f"`{choice}`" for choice in get_args(field.annotation))
-    kind = getattr(field.annotation, "__name__", str(field.annotation))
+    return _type(field.annotation, field.metadata)
+
+
+def _type(kind: Any, metadata: Iterable[Any] = ()) -> str:
+    """Name a type with its bounds, or several of which one is meant."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in parts)
+    if origin is Annotated:
+        return _type(parts[0], parts[1].metadata)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(part) for part in parts if part is not NoneType)
     bounds = [
         f"{word} {getattr(bound, name)}"
-        for bound in field.metadata
+        for bound in metadata
         for sign, name, word in _SIGNS
         if isinstance(bound, sign)
     ]
-    return " ".join([_TYPES[kind], *bounds])
+    return " ".join([_TYPES[getattr(kind, "__name__", str(kind))], *bounds])
 
 
 def _default_of(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value in ("", {}, ()):
+    if value in ("", {}, (), None):
         return "empty"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -55,6 +55,8 @@ def _show_serving(part: dict[str, Any]) -> None:
 
 
 def _show_federation(part: dict[str, Any]) -> None:
+    from minga.cluster.fleet import privacy_note
+
     if not part["running"]:
         print_line(f"federation  {part['state']}  not running")
         _note(part)
@@ -63,13 +65,16 @@ def _show_federation(part: dict[str, Any]) -> None:
     print_line(f"federation  {part['address']}  {connected}")
     for campaign in part["campaigns"]:
         committed = sum(
-            round_["stage"] == "committed" and round_["work"] == "training"
+            round_["stage"] == "committed" and round_["work"] != "evaluation"
             for round_ in campaign["rounds"]
         )
-        print_line(
-            f"  campaign {campaign['campaign']}: {campaign['state']}, "
-            f"{committed} of {campaign['num_rounds']} rounds  {campaign['reason']}".rstrip()
-        )
+        parts = [
+            campaign["state"],
+            f"{committed} of {campaign['num_rounds']} rounds",
+            privacy_note(campaign["privacy"]),
+        ]
+        told = ", ".join(filter(None, parts))
+        print_line(f"  campaign {campaign['campaign']}: {told}  {campaign['reason']}".rstrip())
     rows = [
         (
             row["device"],

@@ -1,6 +1,6 @@
 """The fleet as operators see it: devices, campaigns, models, as plain values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from minga.federation.wire import (
     config_to_wire,
     evaluation_to_wire,
     optimizer_to_wire,
+    privacy_to_wire,
     requirements_to_wire,
+    rule_to_wire,
     strategy_to_wire,
 )
 from minga.federation.work import evaluation_of
@@ -61,6 +63,28 @@ def _condition(device: pb.Device) -> dict[str, Any]:
     }
 
 
+def _privacy(campaign: pb.Campaign) -> dict[str, float] | None:
+    """Say what the fleet's privacy ledger had spent after the newest round; None without noise."""
+    if not campaign.plan.HasField("privacy"):
+        return None
+    spent = [round_.privacy.epsilon for round_ in campaign.rounds if round_.HasField("privacy")]
+    return {
+        "epsilon": spent[-1] if spent else 0.0,
+        "delta": campaign.plan.privacy.delta,
+        "budget": campaign.plan.privacy.epsilon,
+    }
+
+
+def privacy_note(privacy: Mapping[str, float] | None) -> str:
+    """Write what was spent of the budget; nothing without noise."""
+    if privacy is None:
+        return ""
+    return (
+        f"epsilon {privacy['epsilon']:.3g} of {privacy['budget']:.3g} spent "
+        f"at delta {privacy['delta']:.3g}"
+    )
+
+
 def _time(moment: Timestamp) -> str:
     return moment.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")
 
@@ -74,6 +98,7 @@ def describe_campaign(campaign: pb.Campaign) -> dict[str, Any]:
         "state": pb.CampaignState.Name(campaign.state).removeprefix("CAMPAIGN_STATE_").lower(),
         "reason": campaign.reason,
         "num_rounds": campaign.plan.num_rounds,
+        "privacy": _privacy(campaign),
         "rounds": [_round(round_) for round_ in campaign.rounds],
     }
 
@@ -155,6 +180,8 @@ def campaign_plan(
         requirements=requirements_to_wire(config.requirements.requirements()),
         personal=config.personal,
         scaffold=config.scaffold,
+        rule=rule_to_wire(config.rule.rule()),
+        privacy=privacy_to_wire(config.privacy.privacy()),
     )
     if config.buffer.size:
         plan.buffer.size = config.buffer.size
@@ -176,7 +203,8 @@ def report_campaign(on_progress: OnProgress, step: str = "federate") -> OnCampai
         if campaign.rounds and not note:
             newest = campaign.rounds[-1]
             stage = pb.RoundStage.Name(newest.stage).removeprefix("ROUND_STAGE_").lower()
-            note = f"round {newest.number}: {stage}, {len(newest.survivors)} updates"
+            parts = [f"{len(newest.survivors)} updates", privacy_note(_privacy(campaign))]
+            note = f"round {newest.number}: {stage}, {', '.join(filter(None, parts))}"
         on_progress(Progress(step=step, done=done, total=campaign.plan.num_rounds, note=note))
 
     return watch

@@ -4,7 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from minga.federation.aggregation.config import FedAvgTable, ServerOptimizerTable
+from minga.federation.aggregation.config import (
+    AggregationRuleTable,
+    FedAvgTable,
+    FederationPrivacyTable,
+    MeanTable,
+    NoPrivacyTable,
+    ServerOptimizerTable,
+)
 from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
 from minga.federation.flower.config import FlowerTable
@@ -151,6 +158,14 @@ class FederationConfig(BaseModel):
     flower: FlowerTable = FlowerTable()
     """Apps and strategies that were written for Flower."""
 
+    rule: AggregationRuleTable = MeanTable()
+    """How one mean update is made of a plain round's updates, or of the sums of a secure round's
+    groups; `name` says which."""
+
+    privacy: FederationPrivacyTable = NoPrivacyTable()
+    """Differential privacy of devices: noise hides each of them in the mean; `name` says who adds
+    it."""
+
     @field_validator("training")
     @classmethod
     def _pull_is_possible(cls, training: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -183,4 +198,27 @@ class FederationConfig(BaseModel):
             raise ValueError("groups are for secure rounds; a plain one shows every update anyway")
         if self.flower.strategy and self.server_optimizer != FedAvgTable():
             raise ValueError("a Flower strategy takes the server optimiser's place; choose one")
+        if self.flower.strategy and (self.rule, self.privacy) != (MeanTable(), NoPrivacyTable()):
+            raise ValueError("a Flower strategy takes the place of rule and privacy; choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_has_enough(self) -> "FederationConfig":
+        smallest = self.min_cohort if self.protection == "plain" else self.groups
+        self.rule.rule().require_enough(smallest)
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_possible(self) -> "FederationConfig":
+        privacy = self.privacy.privacy()
+        if privacy is not None and self.rule != MeanTable():
+            raise ValueError("privacy takes the mean: it bounds what one update changes in it")
+        if privacy is not None and self.groups > 1:
+            raise ValueError("privacy takes one sum: several groups would need noise each")
+        if privacy is not None and privacy.is_distributed and self.protection == "plain":
+            raise ValueError(
+                "devices add noise in secure rounds; in plain ones the coordinator does"
+            )
+        if privacy is not None and privacy.clip is not None and self.protection != "plain":
+            raise ValueError("a bound that follows the updates (quantile) takes plain rounds")
         return self

@@ -11,11 +11,15 @@
     ├── AuditError          the audit log was altered, or is no audit log
     ├── TrainerError        the device's own training code failed
     ├── MissingBlobError    the store holds no blob of that digest
+    ├── MissingDeviceError  no device of that name is enrolled
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
     ├── QueryRefusedError   the coordinator asks for what the device's owner does not let it tell
     ├── IneligibleError     this device does not meet what a campaign asks of devices
     ├── StrategyError       a Flower strategy fails, is not allowed, or wants what rounds cannot do
+    ├── RuleError           too few contributions for the rule that combines them
+    ├── PrivacyError        noise and bounds of differential privacy that cannot work together
+    │   └── BudgetError     a round would spend more privacy than is left
     └── PeerError           the other side misbehaves: what it sent is refused
         └── LimitError      it sent too much
 
@@ -67,6 +71,10 @@ class MissingBlobError(FederationError):
     """The store holds no blob of that digest."""
 
 
+class MissingDeviceError(FederationError):
+    """No device of that name is enrolled."""
+
+
 class StepError(FederationError, ValueError):
     """The mean update cannot be made a next global model."""
 
@@ -85,6 +93,18 @@ class IneligibleError(FederationError):
 
 class StrategyError(FederationError):
     """A Flower strategy fails, is not allowed here, or wants what a round cannot do."""
+
+
+class RuleError(FederationError, ValueError):
+    """There are too few sound contributions for the rule that combines them."""
+
+
+class PrivacyError(FederationError, ValueError):
+    """Noise and bounds of differential privacy that cannot work together."""
+
+
+class BudgetError(PrivacyError):
+    """A round would spend more privacy than is left."""
 
 
 class PeerError(FederationError):

@@ -143,7 +143,7 @@ def test_the_signature_is_what_the_documentation_says(log: list[Record]) -> None
 # -- attacks on the text ----------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_any_changed_character_is_found(
     lines: list[str], authority: Authority, data: st.DataObject
@@ -164,7 +164,7 @@ def test_any_changed_character_is_found(
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_removed_line_is_found(
     lines: list[str], authority: Authority, data: st.DataObject
 ) -> None:
@@ -177,7 +177,7 @@ def test_any_removed_line_is_found(
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_swap_is_found(lines: list[str], authority: Authority, data: st.DataObject) -> None:
     """Of any two records, wherever they are; so is every other order."""
     order = data.draw(st.permutations(range(len(lines))))
@@ -188,7 +188,7 @@ def test_any_swap_is_found(lines: list[str], authority: Authority, data: st.Data
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_doubled_line_is_found(
     lines: list[str], authority: Authority, data: st.DataObject
 ) -> None:

@@ -115,6 +115,25 @@ async def test_next_campaign_starts_at_zero(desk: Desk) -> None:
     assert not desk.devices["site-0"].keepsakes.control(first)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": pb.AggregationRule(median=pb.Median())}, "scaffold takes the mean"),
+        (
+            {"privacy": pb.Privacy(noise_multiplier=1.0, max_norm=1.0, delta=1e-5, epsilon=9.0)},
+            "without noise",
+        ),
+    ],
+)
+async def test_what_control_variates_do_not_bear(
+    desk: Desk, changes: dict[str, object], message: str
+) -> None:
+    """Rules and noise of which a mean over devices would know nothing are refused."""
+    plan = plan_of(protection=pb.PROTECTION_PLAIN, **changes)
+    with pytest.raises(CampaignError, match=message):
+        desk.start_campaign(plan, START)
+
+
 async def test_names_that_would_be_mistaken(desk: Desk) -> None:
     """A model with tensors named as control variates starts no campaign."""
     with pytest.raises(CampaignError, match="named as a control variate"):

@@ -159,3 +159,22 @@ async def test_cancelled_call_ends_the_child() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert trainer.pid is None
+
+
+async def test_cancelled_in_a_large_answer() -> None:
+    """A call that is cancelled while its answer comes in ends, however much of it is unread."""
+    trainer = TrainerProcess("constant_trainer:make", {})
+    call = asyncio.create_task(trainer.fit({"w": np.zeros(2_000_000, np.float32)}, {}))
+    async with asyncio.timeout(60):
+        while not has_stalled(trainer):
+            await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert trainer.pid is None
+
+
+def has_stalled(trainer: TrainerProcess) -> bool:
+    """Tell whether asyncio has stopped reading from the child, since nobody takes what is there."""
+    process = trainer._process
+    return process is not None and process.stdout is not None and process.stdout._paused

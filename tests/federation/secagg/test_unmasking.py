@@ -62,7 +62,7 @@ def test_a_single_lie_is_found(about: str):
     assert result.liars == ("device-00",)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(liars=st.sets(st.sampled_from(names(11)), max_size=4))
 def test_liars_are_borne_while_enough_are_honest(liars: set[str]):
     """With a threshold of six among eleven, up to four liars in a neighbourhood are left out."""

@@ -54,7 +54,7 @@ def test_a_device_vanishes_before_every_step():
     assert len(simulation.survivors) == 13
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_devices=st.integers(5, 10),
     fates=st.lists(st.sampled_from([*STEPS, None]), min_size=10, max_size=10),

@@ -24,7 +24,7 @@ from minga.federation.identity import (
     utc_now,
     verify_certificate,
 )
-from minga.federation.interception import Context, Handler, around
+from minga.federation.interception import Context, Handler, around, reading_anything
 from minga.federation.limits import REFUSAL_GRACE_S
 
 
@@ -141,7 +141,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 self._on_refused(_caller_of(context), context.peer(), method, error)
                 raise
 
-        return around(handler, admitting)
+        return around(reading_anything(handler), admitting)
 
     async def _admit(self, method: str, context: Context, *, is_stream: bool) -> None:
         try:

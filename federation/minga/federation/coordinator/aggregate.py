@@ -1,21 +1,29 @@
 """From updates on the disk to the next global model."""
 
 import logging
-from collections.abc import Iterator
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, Self
 
 import numpy as np
 
+from minga.federation import wire
+from minga.federation.aggregation.combination import Combined, combine
+from minga.federation.aggregation.contributions import VectorContribution
+from minga.federation.aggregation.noise import add_gaussian
 from minga.federation.aggregation.optimizers import (
     ServerOptimizer,
     Vector,
     advance,
     initial_state,
 )
-from minga.federation.analytics import Question
+from minga.federation.aggregation.privacy import Privacy, central_std, longest_levels
+from minga.federation.aggregation.rules import Clip, Mean, Rule
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.rounds import (
     PlainRound,
-    PlainUpdateUploaded,
     Round,
     SecureRound,
     SumComputed,
@@ -23,75 +31,96 @@ from minga.federation.coordinator.rounds import (
 from minga.federation.errors import StorageError
 from minga.federation.parameters import from_bytes, read_layout, read_tensors, to_bytes
 from minga.federation.parts import CONTROL, with_control
-from minga.federation.plain import VALUE
+from minga.federation.plain import VALUE, PlainPlan
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
 from minga.federation.secagg.errors import QuorumError
+from minga.federation.secagg.plan import RoundPlan
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.work import Evaluation
+from minga.federation.work import Evaluation, Training
 
 _log = logging.getLogger(__name__)
 
-_BLOCK_VALUES = 1 << 18
-"""So many coordinates of plain updates are added at a time."""
+_WITHIN: Final = 1.0 - 2.0**-19
+"""An update that its device had to shorten is as long as the bound, to float32's rounding."""
 
-Rejected = tuple[tuple[str, str], ...]
-"""Devices whose updates are unusable, each with the reason."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a campaign makes of a round's updates."""
+
+    rule: Rule
+    """How one mean is made of several updates, or of several groups' sums."""
+    optimizer: ServerOptimizer
+    """Which step the model takes."""
+    privacy: Privacy | None = None
+    """How each device is hidden in the mean, which then takes the rule's place."""
+
+    @classmethod
+    def of(cls, plan: pb.CampaignPlan) -> Self:
+        """Read what a campaign's plan says.
+
+        Raises:
+            ValueError, PeerError: it says nothing that this version can do.
+        """
+        return cls(
+            rule=wire.rule_from_wire(plan),
+            optimizer=wire.optimizer_from_wire(plan),
+            privacy=wire.privacy_from_wire(plan),
+        )
 
 
 def aggregate(
-    round_: Round, blobs: BlobStore, optimizer: ServerOptimizer, optimizer_digest: bytes
+    round_: Round,
+    blobs: BlobStore,
+    recipe: Recipe,
+    optimizer_digest: bytes,
 ) -> SumComputed:
-    """Make the mean of a round's updates, and let the server optimiser take its step.
+    """Make one mean of a round's updates, and let the server optimiser take its step.
 
     The mean of an evaluation, or of answers to a question, is the result; no model changes.
 
-    Memory is three times the model and what the optimiser keeps, whatever the cohort: uploads are
-    added in pieces as they are read, and the next model takes the mean's place tensor by tensor.
-    Doing it again gives the same bytes, so a crash in the middle costs time only.
+    Memory is three times the model, what the optimiser keeps and the rule's blocks, whatever the
+    cohort: uploads are read in pieces, and the next model takes the mean's place tensor by tensor.
+    Doing it again gives the same bytes, but for noise, so a crash in the middle costs time only.
 
     Args:
         round_: the round, with all that its devices sent.
         blobs: has the uploads, the model and what the optimiser kept; gets what comes of them.
-        optimizer: which step is taken.
+        recipe: what is made of the updates.
         optimizer_digest: what the optimiser kept in the round before; empty in the first one.
 
     Raises:
         FederationError: a secret cannot be rebuilt, or an upload is gone.
         QuorumError: too few updates are usable.
+        RuleError: too few for the rule.
         StepError: the next model would not be finite.
         StorageError: the disk fails.
     """
     try:
-        values, total_weight, rejected = _mean(round_, blobs)
-        if isinstance(round_.order.work, Question):
-            answer = tuple(float(value) for value in values)
-            return SumComputed(
-                model_digest=b"", total_weight=total_weight, rejected=rejected, answer=answer
-            )
-        if isinstance(round_.order.work, Evaluation):
-            return SumComputed(
-                model_digest=round_.order.model_digest,
-                total_weight=total_weight,
-                optimizer_digest=optimizer_digest,
-                rejected=rejected,
-                metrics=tuple(sorted(round_.order.work.metrics_of(values).items())),
-            )
+        if not isinstance(round_.order.work, Training):
+            return _measured(round_, blobs, optimizer_digest)
+        optimizer, privacy, max_norm = recipe.optimizer, recipe.privacy, 0.0
+        if privacy is None:
+            values, combined = _mean(round_, blobs, recipe.rule)
+        else:
+            values, combined, max_norm = _private_mean(round_, blobs, privacy)
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
         start, names = 0, read_layout(model).names
         for name, tensor in zip(names, read_tensors(model), strict=True):
             part = slice(start, start + tensor.size)  # the next model grows in the mean's place
             if name.startswith(CONTROL):
-                values[part] = tensor.ravel() + values[part] * _share(round_, rejected)
+                values[part] = tensor.ravel() + values[part] * _share(round_, combined)
             else:
                 kept = {key: vector[part] for key, vector in state.items()}
                 advance(optimizer, kept, tensor.ravel(), values[part])
             start += tensor.size
         return SumComputed(
             model_digest=blobs.put_bytes(to_bytes(read_layout(model).unflatten(values))),
-            total_weight=total_weight,
+            total_weight=combined.total_weight,
             optimizer_digest=blobs.put_bytes(to_bytes(state)) if state else b"",
-            rejected=rejected,
+            rejected=tuple(combined.rejected.items()),
+            max_norm=max_norm,
         )
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
@@ -105,12 +134,31 @@ def first_model(plan: pb.CampaignPlan, blobs: BlobStore) -> bytes:
     return blobs.put_bytes(to_bytes(with_control(model)))
 
 
-def _share(round_: Round, rejected: Rejected) -> np.float32:
+def _measured(round_: Round, blobs: BlobStore, optimizer_digest: bytes) -> SumComputed:
+    """Give the weighted mean of what devices measured, or answered, in the place of a model."""
+    values, combined = _mean(round_, blobs, Mean())
+    rejected, total_weight = tuple(combined.rejected.items()), combined.total_weight
+    work = round_.order.work
+    if isinstance(work, Evaluation):
+        return SumComputed(
+            model_digest=round_.order.model_digest,
+            total_weight=total_weight,
+            optimizer_digest=optimizer_digest,
+            rejected=rejected,
+            metrics=tuple(sorted(work.metrics_of(values).items())),
+        )
+    answer = tuple(float(value) for value in values)
+    return SumComputed(
+        model_digest=b"", total_weight=total_weight, rejected=rejected, answer=answer
+    )
+
+
+def _share(round_: Round, combined: Combined) -> np.float32:
     """Say how far a mean change moves the global control variate: |S| / N in the algorithm.
 
     Karimireddy et al., "SCAFFOLD", ICML 2020, algorithm 1, line 17.
     """
-    counted = len(round_.survivors) - len(rejected)
+    counted = len(round_.survivors) - len(combined.rejected)
     return np.float32(counted / max(counted, round_.order.population))
 
 
@@ -124,13 +172,45 @@ def _state(
     return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
 
 
-def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
-    """Give the weighted mean of the updates, the sum of their weights, and which are unusable."""
+def _private_mean(
+    round_: Round, blobs: BlobStore, privacy: Privacy
+) -> tuple[Vector, Combined, float]:
+    """Make a mean that each device changes by a bounded length, and add noise unless devices did.
+
+    In plain rounds a device that did not keep to the length is cut here; in secure ones that is the
+    devices' own doing, each of which protects itself by it.
+
+    Returns:
+        The mean, who is in it, and the bound with which the campaign goes on.
+    """
+    assert round_.order.encoding is not None
+    max_norm = round_.order.encoding.max_norm
+    clip: Clip | None = None
+    match round_.order.plan:
+        case PlainPlan():
+            longest, clip = max_norm, Clip(max_norm=max_norm)
+        case RoundPlan() as plan:
+            longest = longest_levels(plan, max_norm) * plan.clip / plan.max_level
+    values, combined = _mean(round_, blobs, Mean(is_weighted=False, clip=clip))
+    if privacy.is_distributed:
+        return values, combined, max_norm
+    num_devices, noise_multiplier = combined.total_weight, privacy.noise_multiplier
+    if privacy.clip is not None:
+        noise_multiplier = privacy.clip.update_noise(noise_multiplier, num_devices)
+        within = sum(length < max_norm * _WITHIN for length in combined.lengths)
+        max_norm = privacy.clip.next_norm(max_norm, within, num_devices, os.urandom)
+    std = central_std(noise_multiplier=noise_multiplier, max_norm=longest, num_devices=num_devices)
+    add_gaussian(values, std, os.urandom)
+    return values, combined, max_norm
+
+
+def _mean(round_: Round, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined]:
+    """Make one mean update of a round's updates, or of its groups' sums."""
     match round_:
         case SecureRound():
-            return *_secure_mean(round_, blobs), ()
+            return _secure_mean(round_, blobs, rule)
         case PlainRound():
-            return _plain_mean(round_, blobs)
+            return _plain_mean(round_, blobs, rule)
         case _:
             raise AssertionError(f"{type(round_).__name__} has no mean")
 
@@ -138,15 +218,27 @@ def _mean(round_: Round, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
 # --- secure rounds ----------------------------------------------------------------------------
 
 
-def _secure_mean(round_: SecureRound, blobs: BlobStore) -> tuple[Vector, int]:
-    first, *others = round_.groups
-    result = unmasked_sum(round_, first, blobs)
-    values, total_weight = result.mean_delta, result.total_weight
-    for group in others:
+def _secure_mean(round_: SecureRound, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined]:
+    """Combine the groups' means; while there are several, they wait on the disk."""
+    if len(round_.groups) == 1:
+        [group] = round_.groups
         result = unmasked_sum(round_, group, blobs)
-        total_weight += result.total_weight
-        values += (result.mean_delta - values) * np.float32(result.total_weight / total_weight)
-    return values, total_weight
+        values = result.mean_delta  # what comes of it takes its place
+        return values, combine(rule, [_contribution(group, values, result)], values)
+    values = np.empty(round_.plan.num_values, np.float32)
+    with TemporaryDirectory(prefix="minga-sums-") as folder:
+        sums: list[VectorContribution] = []
+        for group in round_.groups:
+            result = unmasked_sum(round_, group, blobs)
+            file = Path(folder) / str(len(sums))
+            result.mean_delta.tofile(file)
+            sums.append(_contribution(group, np.memmap(file, np.float32, "r"), result))
+        return values, combine(rule, sums, values)
+
+
+def _contribution(group: tuple[str, ...], values: Vector, result: Unmasked) -> VectorContribution:
+    name = f"the group of {group[0]}"
+    return VectorContribution(name=name, values=values, weight=result.total_weight)
 
 
 def unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) -> Unmasked:
@@ -176,51 +268,24 @@ def unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) 
 # --- plain rounds -----------------------------------------------------------------------------
 
 
-def _plain_mean(round_: PlainRound, blobs: BlobStore) -> tuple[Vector, int, Rejected]:
-    """Average updates; those that hold NaN or infinity are left out, and their devices named."""
+def _plain_mean(round_: PlainRound, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined]:
+    """Combine the updates where they lie."""
     updates = [round_.updates[name] for name in round_.survivors]
-    factors = [round_.factor_of(name) for name in round_.survivors]
-    values, total_weight = _weighted_mean(updates, factors, round_.order.plan.num_values, blobs)
-    if np.isfinite(values).all():
-        return values, total_weight, ()
-    good = [update for update in updates if _is_finite(update, blobs)]
-    if len(good) < round_.order.min_cohort:
+    contributions = [
+        VectorContribution(
+            name=update.device_id,
+            values=np.memmap(blobs.path(update.digest), VALUE, mode="r"),
+            weight=update.num_examples,
+            factor=round_.factor_of(update.device_id),
+        )
+        for update in updates
+    ]
+    values = np.empty(round_.order.plan.num_values, np.float32)
+    combined = combine(rule, contributions, values)
+    if len(combined.counted) < round_.order.min_cohort:
         raise QuorumError(
-            f"{len(updates) - len(good)} of {len(updates)} updates hold NaN or infinity; "
+            f"{len(combined.rejected)} of {len(updates)} updates are unusable "
+            f"({'; '.join(sorted(set(combined.rejected.values())))}); "
             f"{round_.order.min_cohort} good ones are needed"
         )
-    factors = [round_.factor_of(update.device_id) for update in good]
-    values, total_weight = _weighted_mean(good, factors, values.size, blobs)
-    rejected = [
-        (update.device_id, "its update holds NaN or infinity")
-        for update in updates
-        if update not in good
-    ]
-    return values, total_weight, tuple(rejected)
-
-
-def _weighted_mean(
-    updates: list[PlainUpdateUploaded], factors: list[float], num_values: int, blobs: BlobStore
-) -> tuple[Vector, int]:
-    total_weight = sum(update.num_examples for update in updates)
-    values = np.empty(num_values, np.float32)
-    for start, blocks in _blocks(updates, num_values, blobs):
-        total = np.zeros(blocks[0].size)
-        for update, factor, block in zip(updates, factors, blocks, strict=True):
-            total += block * (factor * update.num_examples / total_weight)
-        values[start : start + total.size] = total
-    return values, total_weight
-
-
-def _is_finite(update: PlainUpdateUploaded, blobs: BlobStore) -> bool:
-    num_values = update.size // VALUE.itemsize
-    return all(np.isfinite(block).all() for _, [block] in _blocks([update], num_values, blobs))
-
-
-def _blocks(
-    updates: list[PlainUpdateUploaded], num_values: int, blobs: BlobStore
-) -> Iterator[tuple[int, list[Vector]]]:
-    """Give all updates' coordinates block by block, each block with its place."""
-    files = [np.memmap(blobs.path(update.digest), VALUE, mode="r") for update in updates]
-    for start in range(0, num_values, _BLOCK_VALUES):
-        yield start, [file[start : start + _BLOCK_VALUES] for file in files]
+    return values, combined

@@ -155,10 +155,16 @@ class AuditLog:
             if entry.sequence - self._signed_until() >= AUDIT_CHECKPOINT_ENTRIES:
                 self.sign()
 
-    def append_limited(self, kind: Kind, subject: str, /, **details: Detail) -> None:
-        """Write what an outsider can cause at will, or count it if the minute is full."""
-        if self._outsiders.allows((kind, subject)):
+    def append_limited(self, kind: Kind, subject: str, /, **details: Detail) -> bool:
+        """Write what an outsider can cause at will, or count it if the minute is full.
+
+        Returns:
+            True if it was written.
+        """
+        is_allowed = self._outsiders.allows((kind, subject))
+        if is_allowed:
             self.append(kind, subject, **details)
+        return is_allowed
 
     def sign(self) -> None:
         """Sign a checkpoint of the last entry, unless there is one."""

@@ -59,7 +59,7 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         self._on_transfer = on_transfer
 
     async def Upload(
-        self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context
+        self, request_iterator: AsyncIterator[pb.UploadRequest | None], context: Context
     ) -> pb.UploadResponse:
         """Take a blob, from the offset that is here; a broken link leaves what came for later."""
         first = await anext(aiter(request_iterator), None)
@@ -115,14 +115,14 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         self,
         upload: OpenUpload,
         offset: int,
-        requests: AsyncIterator[pb.UploadRequest],
+        requests: AsyncIterator[pb.UploadRequest | None],
         principal: Principal,
     ) -> None:
         """Take the chunks that follow a header, and finish."""
         received = 0
         try:
             async for request in requests:
-                chunk = request.chunk  # each access copies
+                chunk = b"" if request is None else request.chunk  # each access copies
                 if not chunk:
                     raise PeerError("after the header come chunks, and none is empty")
                 received += len(chunk)

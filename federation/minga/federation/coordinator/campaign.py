@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minga.federation import wire
+from minga.federation.aggregation.rules import Mean, Rule
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
 from minga.federation.coordinator.rounds import Base, Buffer, Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
-from minga.federation.errors import CampaignError, FederationError, PeerError
+from minga.federation.errors import CampaignError, FederationError, PeerError, PrivacyError
 from minga.federation.identity import is_name
 from minga.federation.limits import (
     DETAILED_ROUNDS,
@@ -150,8 +151,8 @@ class Campaign:
         while True:
             devices = devices[: _invitable(self.plan, len(devices))]
             try:
-                plan = wire.round_plan(
-                    self.plan,
+                plan, encoding = wire.round_plan(
+                    self._plan_now(),
                     round_id=round_id,
                     model_digest=self.model_digest,
                     training=training,
@@ -173,6 +174,7 @@ class Campaign:
             training=training,
             work=work,
             population=population,
+            encoding=encoding,
         )
 
     def carried(self) -> dict[str, Base]:
@@ -214,6 +216,14 @@ class Campaign:
             bases={name: base for name, base in self.carried().items() if name in invited},
         )
 
+    def _plan_now(self) -> pb.CampaignPlan:
+        """Give the plan with the bound on updates' lengths that the newest round left."""
+        plan = pb.CampaignPlan()
+        plan.CopyFrom(self.plan)
+        if self.records and self.records[-1].privacy.max_norm:
+            plan.privacy.max_norm = self.records[-1].privacy.max_norm
+        return plan
+
     def order_of(self, row: RoundRow) -> RoundOrder:
         """Read what a round of this campaign was to do."""
         invite = pb.RoundInvite.FromString(row.invite)
@@ -226,6 +236,7 @@ class Campaign:
             training=wire.config_from_wire(invite.training),
             work=wire.work_of_invite(invite),
             population=invite.population,
+            encoding=wire.encoding_of_invite(invite),
         )
 
     def _order(self, **values: Any) -> RoundOrder:
@@ -289,12 +300,14 @@ class Campaign:
         )
 
 
-def model_layout(blobs: BlobStore, model_digest: bytes) -> Layout:
-    """Read which tensors a campaign's model has.
+def model_layout(blobs: BlobStore, plan: pb.CampaignPlan, model_digest: bytes) -> Layout:
+    """Read which tensors a campaign's model has; a query has none.
 
     Raises:
         CampaignError: it is not uploaded, or no model.
     """
+    if plan.HasField("query"):
+        return Layout(names=(), shapes=())
     try:
         return read_layout(blobs.path(model_digest))
     except FederationError as error:
@@ -339,10 +352,16 @@ def require_possible(plan: pb.CampaignPlan, layout: Layout) -> None:
                     num_invited=count,
                     work=work,
                 )
-        except (PlanError, PeerError) as error:
+        except (PlanError, PeerError, PrivacyError) as error:
             raise CampaignError(f"no round can work with {count} devices: {error}") from error
     try:
         wire.optimizer_from_wire(plan)
+        rule = wire.rule_from_wire(plan)
+        rule.require_enough(plan.min_cohort if wire.is_plain(plan) else wire.num_groups(plan))
+        if plan.HasField("privacy"):
+            _require_private(plan, rule)
+        if plan.scaffold and rule != Mean():
+            raise CampaignError("scaffold takes the mean: control variates are means over devices")
         proximal_mu(wire.config_from_wire(plan.training))
     except (ValueError, PeerError) as error:
         raise CampaignError(f"the campaign cannot work: {error}") from error
@@ -406,6 +425,32 @@ def _works(plan: pb.CampaignPlan) -> Iterator[Work]:
     evaluation = wire.evaluation_of(plan)
     if evaluation is not None:
         yield evaluation
+
+
+def _require_private(plan: pb.CampaignPlan, rule: Rule) -> None:
+    """Insist on what bounds one device's influence, where that is promised."""
+    if rule != Mean():
+        raise CampaignError("privacy takes the mean: it bounds what one update changes in it")
+    if wire.num_groups(plan) > 1:
+        raise CampaignError("privacy takes one sum: several groups would need noise each")
+    beside = (plan.HasField("evaluation"), plan.HasField("query"), plan.HasField("buffer"))
+    if plan.scaffold or any(beside):
+        raise CampaignError(
+            "privacy counts updates of whole rounds: control variates, evaluations, queries and "
+            "buffers would tell of data without noise, or otherwise than it counts"
+        )
+    if plan.privacy.distributed and wire.is_plain(plan):
+        raise CampaignError(
+            "devices add noise in secure rounds; in plain ones the coordinator does"
+        )
+    privacy = wire.privacy_from_wire(plan)
+    if privacy is None or privacy.clip is None:
+        return
+    if privacy.is_distributed or not wire.is_plain(plan):
+        raise CampaignError(
+            "a bound that follows the updates takes plain rounds with central noise"
+        )
+    privacy.clip.update_noise(privacy.noise_multiplier, plan.min_cohort)
 
 
 def _require_numbers(plan: pb.CampaignPlan) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
-from minga.federation.coordinator.aggregate import aggregate, first_model
+from minga.federation.coordinator.aggregate import Recipe, aggregate, first_model
 from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.campaign import RUNNING, Campaign, model_layout, require_possible
 from minga.federation.coordinator.campaign_audit import (
@@ -26,6 +26,7 @@ from minga.federation.coordinator.campaign_audit import (
 from minga.federation.coordinator.herald import Herald
 from minga.federation.coordinator.hub import Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
+from minga.federation.coordinator.privacy_account import PrivacyAccount
 from minga.federation.coordinator.proofs import check_proof
 from minga.federation.coordinator.rounds import (
     BufferedRound,
@@ -50,7 +51,6 @@ from minga.federation.limits import (
     STORAGE_RETRY_S,
     WATCH_DETAIL_BYTES,
 )
-from minga.federation.parameters import Layout
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
@@ -87,6 +87,7 @@ class Campaigns:
         self._started_at = clock()
         self._herald = Herald(hub)
         self.strategies = Strategies(blobs, strategies)
+        self._account = PrivacyAccount(store)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
         self._campaigns = {row.campaign_id: Campaign.load(store, row) for row in store.campaigns()}
@@ -111,13 +112,15 @@ class Campaigns:
 
         Raises:
             CampaignError: another one is running, or the plan cannot work.
+            BudgetError: its rounds would spend more privacy than is left.
         """
         running = self._running()
         if running is not None:
             raise CampaignError(
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
-        require_possible(plan, self._layout(plan))
+        require_possible(plan, model_layout(self._blobs, plan, plan.model_digest))
+        self._account.require_left(plan, plan.num_rounds)
         campaign = Campaign(
             campaign_id=secrets.token_hex(6), plan=plan, model_digest=first_model(plan, self._blobs)
         )
@@ -239,7 +242,7 @@ class Campaigns:
         round_ = campaign.open_round if campaign else None
         if campaign is not None and device_id in campaign.carried():
             expected = PlainPlan.upload_size_of(
-                model_layout(self._blobs, campaign.model_digest).num_values
+                model_layout(self._blobs, campaign.plan, campaign.model_digest).num_values
             )
         elif round_ is not None and round_.awaits_update(device_id):
             expected = round_.order.plan.upload_size
@@ -308,6 +311,7 @@ class Campaigns:
             await self._begin_round(campaign, work)
 
     async def _begin_round(self, campaign: Campaign, work: Work) -> None:
+        self._account.require_left(campaign.plan)
         devices = await self._gather(campaign, work)
         if not devices:
             return
@@ -316,7 +320,7 @@ class Campaigns:
             return
         order = campaign.next_order(
             told.devices,
-            self._layout(campaign.plan, campaign.model_digest).num_values,
+            model_layout(self._blobs, campaign.plan, campaign.model_digest).num_values,
             told.training,
             work=work,
             population=trainable(self._store, campaign.plan),
@@ -368,6 +372,7 @@ class Campaigns:
         """Unmask the sum off the loop, then commit."""
         event: Event
         try:
+            self._account.charge(campaign.plan, round_)
             event = await asyncio.to_thread(self._next_model, campaign, round_)
         except StorageError:
             raise  # everything it is made from is kept, so it can be done again
@@ -383,8 +388,8 @@ class Campaigns:
         by_strategy = self.strategies.aggregate(campaign, round_)
         if by_strategy is not None:
             return by_strategy
-        optimizer = wire.optimizer_from_wire(campaign.plan)
-        return aggregate(round_, self._blobs, optimizer, campaign.optimizer_digest)
+        recipe = Recipe.of(campaign.plan)
+        return aggregate(round_, self._blobs, recipe, campaign.optimizer_digest)
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""
@@ -452,6 +457,7 @@ class Campaigns:
             self._record(campaign, round_, RoundFailed(reason=reason))
         campaign.bytes_sent += self._herald.tell(round_)
         record = campaign.record()
+        self._account.note(campaign.plan, round_, record)
         with self._store.transaction():
             self._store.close_round(round_.order.round_id, record.SerializeToString())
             round_ended(self._audit, campaign, record)
@@ -483,12 +489,6 @@ class Campaigns:
                 _log.exception("blob %s could not be deleted", digest.hex())
 
     # --- reading state ---
-
-    def _layout(self, plan: pb.CampaignPlan, digest: bytes = b"") -> Layout:
-        """Give the tensors of a campaign's first model, or of a later one; a query has none."""
-        if plan.HasField("query"):
-            return Layout(names=(), shapes=())
-        return model_layout(self._blobs, digest or plan.model_digest)
 
     def _changes(self) -> list[asyncio.Event]:
         """Give what happens next: to a campaign, or to the list of connected devices."""

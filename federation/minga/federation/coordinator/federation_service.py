@@ -53,7 +53,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
 
     async def Session(
         self,
-        request_iterator: AsyncIterator[pb.SessionRequest],
+        request_iterator: AsyncIterator[pb.SessionRequest | None],
         context: grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse],
     ) -> AsyncIterator[pb.SessionResponse]:
         """Serve one device until it leaves or falls silent, is revoked, or opens another stream."""
@@ -117,9 +117,11 @@ class FederationService(pb_grpc.FederationServiceServicer):
         return opening, connection
 
     async def _heard(
-        self, device_id: str, requests: AsyncIterator[pb.SessionRequest]
-    ) -> AsyncIterator[pb.SessionRequest]:
+        self, device_id: str, requests: AsyncIterator[pb.SessionRequest | None]
+    ) -> AsyncIterator[pb.SessionRequest | None]:
         """Give what a device says, until it says nothing for several heartbeats.
+
+        What cannot be read is None: it shows that the device is alive, if nothing else.
 
         Raises:
             PeerError: it fell silent.
@@ -128,15 +130,15 @@ class FederationService(pb_grpc.FederationServiceServicer):
         while True:
             try:
                 async with asyncio.timeout(patience_s):
-                    request = await anext(requests, None)
+                    request = await anext(requests)
+            except StopAsyncIteration:
+                return
             except TimeoutError:
                 raise PeerError(f"{device_id} was silent for {patience_s:g} s") from None
-            if request is None:
-                return
             yield request
 
     async def _read(
-        self, connection: Connection, requests: AsyncIterator[pb.SessionRequest]
+        self, connection: Connection, requests: AsyncIterator[pb.SessionRequest | None]
     ) -> None:
         """Take the device's messages; a bad one is refused and the stream goes on."""
         try:
@@ -154,10 +156,12 @@ class FederationService(pb_grpc.FederationServiceServicer):
         finally:
             connection.close()
 
-    def _take(self, connection: Connection, request: pb.SessionRequest) -> None:
+    def _take(self, connection: Connection, request: pb.SessionRequest | None) -> None:
         """Hand a message on, or tell the device why it was refused."""
         device_id, round_id = connection.device_id, ""
         try:
+            if request is None:
+                raise PeerError("the message cannot be read: it is none of a device's")
             match request.WhichOneof("body"):
                 case "heartbeat":
                     connection.condition = wire.condition_from_wire(request.heartbeat)
@@ -171,9 +175,10 @@ class FederationService(pb_grpc.FederationServiceServicer):
         except PeerError as error:
             self._metrics.refused.inc()
             reason = printable(str(error))
-            _log.warning("refused a message of %s: %s", device_id, reason)
-            self._audit.append_limited(
+            is_written = self._audit.append_limited(
                 Kind.MESSAGE_REFUSED, f"device/{device_id}", round=round_id, reason=reason
             )
+            if is_written:  # else the log on the disk is what a device could fill
+                _log.warning("refused a message of %s: %s", device_id, reason)
             refusal = pb.Refusal(round_id=round_id, reason=reason)
             connection.send(pb.SessionResponse(refusal=refusal))

@@ -50,6 +50,7 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "rejected": event.rejected,
         "metrics": event.metrics,
         "answer": event.answer,
+        "max_norm": event.max_norm,
     }
 
 
@@ -75,6 +76,7 @@ def decode(row: EventRow) -> Event:
                 rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
                 metrics=tuple((name, value) for name, value in values.get("metrics", ())),
                 answer=tuple(values.get("answer", ())),
+                max_norm=values.get("max_norm", 0.0),
             )
         case "failed":
             return RoundFailed(reason=values["reason"])

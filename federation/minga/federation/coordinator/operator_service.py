@@ -15,7 +15,7 @@ from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import DeviceRow, Store
-from minga.federation.errors import CampaignError, FederationError
+from minga.federation.errors import CampaignError, MissingDeviceError
 from minga.federation.limits import PAGE_DEVICES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
@@ -90,7 +90,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         """Refuse a device, close its stream, go on with the round without it."""
         with self._store.transaction():
             if not self._store.revoke_device(request.device_id, self._clock()):
-                raise FederationError(
+                raise MissingDeviceError(
                     f"there is no device {request.device_id!r}; `minga device list` lists them"
                 )
             self._audit.append(

@@ -9,6 +9,10 @@ is opened by one thread.
 An open round is stored as its order and the events it took, in order; `rounds.Round` rebuilds
 itself from them. When it is over its record takes the events' place. Order is that of insertion,
 never that of a clock, which may be set back.
+
+What a round's devices sent (keys, shares) does not outlast it: deleted rows are overwritten
+(`secure_delete`), and the write-ahead log, which still has them, is emptied right after. What the
+file system or the disk itself keeps of overwritten blocks is beyond this program.
 """
 
 import json
@@ -19,59 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from minga.federation.coordinator.schema import migrate
 from minga.federation.errors import EnrolmentError, StorageError
 
 DATABASE_FILE: Final = "coordinator.db"
 """Its name in the coordinator's state folder."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS devices (
-    device_id TEXT PRIMARY KEY,
-    group_name TEXT NOT NULL,
-    key_digest BLOB NOT NULL UNIQUE,
-    enrolled_at REAL NOT NULL,
-    last_seen_at REAL,
-    revoked_at REAL,
-    trains INTEGER NOT NULL DEFAULT 0,
-    agent_version TEXT NOT NULL DEFAULT '',
-    model BLOB,
-    rounds_counted INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE TABLE IF NOT EXISTS campaigns (
-    campaign_id TEXT PRIMARY KEY,
-    started_at REAL NOT NULL,
-    plan BLOB NOT NULL,
-    state INTEGER NOT NULL,
-    reason TEXT NOT NULL DEFAULT '',
-    model_digest BLOB NOT NULL,
-    optimizer_digest BLOB NOT NULL DEFAULT x''
-) STRICT;
-CREATE TABLE IF NOT EXISTS rounds (
-    round_id TEXT PRIMARY KEY,
-    campaign_id TEXT NOT NULL REFERENCES campaigns (campaign_id),
-    number INTEGER NOT NULL,
-    started_at REAL NOT NULL,
-    invited TEXT NOT NULL,
-    invite BLOB NOT NULL,
-    record BLOB
-) STRICT;
-CREATE TABLE IF NOT EXISTS round_events (
-    round_id TEXT NOT NULL REFERENCES rounds (round_id),
-    sequence INTEGER NOT NULL,
-    at REAL NOT NULL,
-    device_id TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    payload BLOB NOT NULL,
-    PRIMARY KEY (round_id, sequence)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS published_models (
-    group_name TEXT NOT NULL,
-    name TEXT NOT NULL,
-    offer BLOB NOT NULL,
-    published_at REAL NOT NULL,
-    PRIMARY KEY (group_name, name)
-) STRICT;
-"""
+_BUSY_TIMEOUT_MS: Final = 5000
+"""How long a change waits for another one's end: what Python's sqlite3 takes by default."""
 
 _ALL = -1  # SQLite's word for no limit
 
@@ -144,7 +103,9 @@ class Store:
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=FULL")
             self.connection.execute("PRAGMA foreign_keys=ON")
-            self.connection.executescript(_SCHEMA)
+            self.connection.execute("PRAGMA secure_delete=ON")
+            migrate(self.connection)
+            self._empty_log()  # what a round left there that ended when this process was killed
             self._notes = sqlite3.connect(path, isolation_level=None)
             self._notes.execute("PRAGMA synchronous=NORMAL")  # no fsync at each commit
         except sqlite3.Error as error:
@@ -152,6 +113,7 @@ class Store:
                 f"the coordinator's database {path} cannot be opened: {error}. "
                 "Check the folder's rights, or restore the file from a backup."
             ) from error
+        self._has_remains = False
 
     def close(self) -> None:
         """Close the file."""
@@ -164,9 +126,28 @@ class Store:
         if self.connection.in_transaction:
             yield
             return
-        with _storing(), self.connection:  # commits, or rolls back what cannot be committed
-            self.connection.execute("BEGIN IMMEDIATE")
-            yield
+        with _storing():
+            with self.connection:  # commits, or rolls back what cannot be committed
+                self.connection.execute("BEGIN IMMEDIATE")
+                yield
+            if self._has_remains:
+                self._has_remains = not self._empty_log()
+
+    def _empty_log(self) -> bool:
+        """Move the write-ahead log into the file and cut it to nothing.
+
+        Returns:
+            False if it has to be done later: somebody reads the database at this moment, or the
+            disk fails. What was committed before is safe either way.
+        """
+        try:
+            # A reader must not hold up the rounds.
+            self.connection.execute("PRAGMA busy_timeout = 0")
+            row = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self.connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+        except sqlite3.Error:
+            return False
+        return not row[0]
 
     def _execute(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         with _storing():
@@ -373,6 +354,7 @@ class Store:
         with self.transaction():
             self._execute("UPDATE rounds SET record = ? WHERE round_id = ?", (record, round_id))
             self._execute("DELETE FROM round_events WHERE round_id = ?", (round_id,))
+            self._has_remains = True
 
     def commit_round(
         self,
@@ -395,6 +377,19 @@ class Store:
                 "UPDATE devices SET rounds_counted = rounds_counted + 1 WHERE device_id = ?",
                 [(device_id,) for device_id in counted],
             )
+
+    # --- privacy ---
+
+    def spend_privacy(self, round_id: str, spent: str) -> None:
+        """Store what a round spent; a round spends once."""
+        self._execute(
+            "INSERT INTO privacy_spent (round_id, spent) VALUES (?, ?)", (round_id, spent)
+        )
+
+    def privacy_spent(self) -> dict[str, str]:
+        """Give what rounds spent, oldest first: round -> spending."""
+        rows = self._execute("SELECT round_id, spent FROM privacy_spent ORDER BY rowid")
+        return {row[0]: row[1] for row in rows}
 
     # --- published models ---
 

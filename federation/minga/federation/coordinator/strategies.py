@@ -11,8 +11,9 @@ import numpy as np
 
 from minga.federation import wire
 from minga.federation.aggregation.optimizers import FedAvg
+from minga.federation.aggregation.rules import Mean
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.aggregate import Rejected, unmasked_sum
+from minga.federation.coordinator.aggregate import unmasked_sum
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.rounds import PlainRound, Round, SecureRound, SumComputed
 from minga.federation.coordinator.rounds.machine import NOT_NEEDED
@@ -23,6 +24,9 @@ from minga.federation.plain import VALUE
 from minga.federation.secagg.errors import QuorumError
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.work import Training, Work
+
+Rejected = tuple[tuple[str, str], ...]
+"""Devices whose updates are unusable, each with the reason."""
 
 
 class Strategies:
@@ -53,6 +57,8 @@ class Strategies:
                 raise StrategyError("it takes the server optimiser's place; choose one of both")
             if plan.scaffold or plan.HasField("buffer"):
                 raise StrategyError("it takes whole rounds; leave scaffold and buffer out")
+            if wire.rule_from_wire(plan) != Mean() or plan.HasField("privacy"):
+                raise StrategyError("it takes the place of rule and privacy; choose one")
             is_plain = wire.is_plain(plan)
             FlowerStrategy(name, self._allowed).require_possible(
                 self._read(plan.model_digest),

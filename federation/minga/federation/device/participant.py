@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation import wire
+from minga.federation.aggregation.privacy import clip_length
 from minga.federation.analytics import Question
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.learning import LocalLearning
@@ -33,6 +34,7 @@ from minga.federation.identity import CertificateVerifier, Identity
 from minga.federation.parameters import Layout, Parameters, from_bytes
 from minga.federation.plain import update_to_bytes
 from minga.federation.secagg.device import DeviceSession
+from minga.federation.secagg.fixedpoint import encode_update
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.transfer import digest_of
 from minga.federation.v1 import federation_pb2 as pb
@@ -79,6 +81,7 @@ class Participant:
         self._min_examples = invite.min_examples
         self._asked = wire.work_of_invite(invite)
         self._plan = wire.plan_of_invite(invite)
+        self._encoding = wire.encoding_of_invite(invite)
         self._queries = queries
         if isinstance(self._asked, Question):
             queries.require_allowed(self._asked, self._plan)
@@ -172,7 +175,8 @@ class Participant:
     ) -> pb.SessionRequest:
         delta, weight = await self._contribution()
         inbox = [wire.share_from_wire(share) for share in message.shares]
-        masked = await asyncio.to_thread(session.mask, inbox, delta, weight)
+        encode = encode_update if self._encoding is None else self._encoding.encode
+        masked = await asyncio.to_thread(session.mask, inbox, delta, weight, encode)
         digest = digest_of(masked)
         await self._upload(digest, masked)
         return pb.SessionRequest(
@@ -183,6 +187,8 @@ class Participant:
         if message.WhichOneof("body") != "invite":
             raise PeerError(f"{message.WhichOneof('body')!r} is no step of a plain round")
         delta, weight = await self._contribution()
+        if self._encoding is not None:
+            delta, _ = clip_length(delta, self._encoding.max_norm)
         data = update_to_bytes(delta)
         digest = digest_of(data)
         await self._upload(digest, data)

@@ -95,7 +95,9 @@ class TrainerProcess:
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             process.kill()
-            await process.wait()
+            # Not `wait`: it also waits for the end of the child's output, which is never seen while
+            # more than 128 KiB of an answer lie there and nobody reads on.
+            await process.communicate()
 
     async def _call(
         self, call: str, parameters: Parameters, config: Mapping[str, Scalar]

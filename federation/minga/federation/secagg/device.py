@@ -49,6 +49,9 @@ from minga.federation.secagg.sizing import MIN_COHORT
 
 _Message = TypeVar("_Message")
 
+Encode = Callable[[RoundPlan, NDArray[np.float32], int, Callable[[int], bytes]], NDArray[np.uint32]]
+"""Makes levels of an update, as `fixedpoint.encode_update` does."""
+
 
 class Step(IntEnum):
     """How far a session is: the last step taken."""
@@ -203,7 +206,11 @@ class DeviceSession:
     # -- round 2: the masked update -----------------------------------------------------------
 
     def mask(
-        self, inbox: Iterable[EncryptedShare], delta: NDArray[np.float32], weight: int
+        self,
+        inbox: Iterable[EncryptedShare],
+        delta: NDArray[np.float32],
+        weight: int,
+        encode: Encode = encode_update,
     ) -> bytes:
         """Mask the update against every neighbour whose shares arrived.
 
@@ -211,6 +218,7 @@ class DeviceSession:
             inbox: What the neighbours that shared sealed for this device.
             delta: The update, float32, shape `(num_values,)`.
             weight: How much it counts, 1 to `max_weight`.
+            encode: Makes levels of the update; another one may add noise.
 
         Returns:
             The upload, `plan.upload_size` bytes: uniform bits to anyone without the masks.
@@ -232,7 +240,7 @@ class DeviceSession:
             return self._upload
         own = self._after(Step.SHARE)
         self._check_inbox(own, received)
-        levels = encode_update(self._plan, delta, weight, self._random_bytes)
+        levels = encode(self._plan, delta, weight, self._random_bytes)
         self._mask_levels(own, received, levels)
         self._upload = pack(levels, self._plan.ring_bits)
         self._update_digest, self._inbox = digest, received

@@ -843,6 +843,7 @@ class RoundInvite(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
+    PRIVATE_UPDATE_FIELD_NUMBER: _builtins.int
     MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     QUESTION_FIELD_NUMBER: _builtins.int
@@ -875,6 +876,10 @@ class RoundInvite(_message.Message):
         """The round is plain; never beside a secure plan. A device refuses it unless its owner allows it."""
 
     @_builtins.property
+    def private_update(self) -> Global___PrivateUpdate:
+        """The update is made private before it is masked or sent; it then weighs 1, whatever the data."""
+
+    @_builtins.property
     def evaluation(self) -> Global___Evaluation:
         """The round measures the model: devices do not train."""
 
@@ -898,6 +903,7 @@ class RoundInvite(_message.Message):
         model_digest: _builtins.bytes = ...,
         training: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
         plain_plan: Global___PlainPlan | None = ...,
+        private_update: Global___PrivateUpdate | None = ...,
         min_examples: _builtins.int = ...,
         evaluation: Global___Evaluation | None = ...,
         question: Global___Question | None = ...,
@@ -907,9 +913,9 @@ class RoundInvite(_message.Message):
         campaign_id: _builtins.str = ...,
         population: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "plain_plan", b"plain_plan", "plan", b"plan", "question", b"question"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "plain_plan", b"plain_plan", "plan", b"plan", "private_update", b"private_update", "question", b"question"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "model_name", b"model_name", "personal", b"personal", "plain_plan", b"plain_plan", "plan", b"plan", "population", b"population", "question", b"question", "round_id", b"round_id", "scaffold", b"scaffold", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "model_name", b"model_name", "personal", b"personal", "plain_plan", b"plain_plan", "plan", b"plan", "population", b"population", "private_update", b"private_update", "question", b"question", "round_id", b"round_id", "scaffold", b"scaffold", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1003,6 +1009,34 @@ class Evaluation(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
+class PrivateUpdate(_message.Message):
+    """How a device makes its update private."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_NORM_FIELD_NUMBER: _builtins.int
+    VARIANCE_FIELD_NUMBER: _builtins.int
+    max_norm: _builtins.float
+    """Updates longer than this are shortened to it."""
+    variance: _builtins.int
+    """Variance of the discrete Gaussian noise that the device adds to each rounded coordinate, in
+    squared steps; 0: none.
+    """
+    def __init__(
+        self,
+        *,
+        max_norm: _builtins.float = ...,
+        variance: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_norm", b"max_norm", "variance", b"variance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivateUpdate: _TypeAlias = PrivateUpdate  # noqa: Y015
 
 @_typing.final
 class PlainUpdate(_message.Message):
@@ -1808,6 +1842,227 @@ class ServerOptimizer(_message.Message):
 Global___ServerOptimizer: _TypeAlias = ServerOptimizer  # noqa: Y015
 
 @_typing.final
+class Mean(_message.Message):
+    """The mean by weight."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mean: _TypeAlias = Mean  # noqa: Y015
+
+@_typing.final
+class Median(_message.Message):
+    """The median of each coordinate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Median: _TypeAlias = Median  # noqa: Y015
+
+@_typing.final
+class TrimmedMean(_message.Message):
+    """The mean of each coordinate without the largest and the smallest values; Yin et al. 2018."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIAR_SHARE_FIELD_NUMBER: _builtins.int
+    liar_share: _builtins.float
+    def __init__(
+        self,
+        *,
+        liar_share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["liar_share", b"liar_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrimmedMean: _TypeAlias = TrimmedMean  # noqa: Y015
+
+@_typing.final
+class Krum(_message.Message):
+    """The one update that has others nearest; Blanchard et al. 2017."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIAR_SHARE_FIELD_NUMBER: _builtins.int
+    liar_share: _builtins.float
+    def __init__(
+        self,
+        *,
+        liar_share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["liar_share", b"liar_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Krum: _TypeAlias = Krum  # noqa: Y015
+
+@_typing.final
+class MultiKrum(_message.Message):
+    """The mean of the updates that have others nearest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIAR_SHARE_FIELD_NUMBER: _builtins.int
+    liar_share: _builtins.float
+    def __init__(
+        self,
+        *,
+        liar_share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["liar_share", b"liar_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MultiKrum: _TypeAlias = MultiKrum  # noqa: Y015
+
+@_typing.final
+class GeometricMedian(_message.Message):
+    """The point with the smallest sum of distances to all updates; Pillutla et al. 2022."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GeometricMedian: _TypeAlias = GeometricMedian  # noqa: Y015
+
+@_typing.final
+class AggregationRule(_message.Message):
+    """How one mean update is made of a plain round's updates, or of the sums of a secure round's
+    groups.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    MEDIAN_FIELD_NUMBER: _builtins.int
+    TRIMMED_MEAN_FIELD_NUMBER: _builtins.int
+    KRUM_FIELD_NUMBER: _builtins.int
+    MULTI_KRUM_FIELD_NUMBER: _builtins.int
+    GEOMETRIC_MEDIAN_FIELD_NUMBER: _builtins.int
+    MAX_NORM_FIELD_NUMBER: _builtins.int
+    MEDIAN_NORM_FIELD_NUMBER: _builtins.int
+    max_norm: _builtins.float
+    median_norm: _builtins.bool
+    """The bound is the median of the lengths."""
+    @_builtins.property
+    def mean(self) -> Global___Mean: ...
+    @_builtins.property
+    def median(self) -> Global___Median: ...
+    @_builtins.property
+    def trimmed_mean(self) -> Global___TrimmedMean: ...
+    @_builtins.property
+    def krum(self) -> Global___Krum: ...
+    @_builtins.property
+    def multi_krum(self) -> Global___MultiKrum: ...
+    @_builtins.property
+    def geometric_median(self) -> Global___GeometricMedian: ...
+    def __init__(
+        self,
+        *,
+        mean: Global___Mean | None = ...,
+        median: Global___Median | None = ...,
+        trimmed_mean: Global___TrimmedMean | None = ...,
+        krum: Global___Krum | None = ...,
+        multi_krum: Global___MultiKrum | None = ...,
+        geometric_median: Global___GeometricMedian | None = ...,
+        max_norm: _builtins.float = ...,
+        median_norm: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "geometric_median", b"geometric_median", "kind", b"kind", "krum", b"krum", "max_norm", b"max_norm", "mean", b"mean", "median", b"median", "median_norm", b"median_norm", "multi_krum", b"multi_krum", "trimmed_mean", b"trimmed_mean"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "geometric_median", b"geometric_median", "kind", b"kind", "krum", b"krum", "max_norm", b"max_norm", "mean", b"mean", "median", b"median", "median_norm", b"median_norm", "multi_krum", b"multi_krum", "trimmed_mean", b"trimmed_mean"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_clip: _TypeAlias = _typing.Literal["max_norm", "median_norm"]  # noqa: Y015
+    _WhichOneofArgType_clip: _TypeAlias = _typing.Literal["clip", b"clip"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_clip) -> _WhichOneofReturnType_clip | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___AggregationRule: _TypeAlias = AggregationRule  # noqa: Y015
+
+@_typing.final
+class Privacy(_message.Message):
+    """Differential privacy of devices: every update is cut to a length and counts the same, and the sum
+    gets noise in proportion.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    MAX_NORM_FIELD_NUMBER: _builtins.int
+    DISTRIBUTED_FIELD_NUMBER: _builtins.int
+    QUANTILE_FIELD_NUMBER: _builtins.int
+    QUANTILE_RATE_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    """The most that all rounds with the fleet may have spent, this campaign's included."""
+    delta: _builtins.float
+    noise_multiplier: _builtins.float
+    """Standard deviation of the noise on the sum, over max_norm."""
+    max_norm: _builtins.float
+    """Euclidean length of the longest update."""
+    distributed: _builtins.bool
+    """Devices add the noise before they mask; otherwise the coordinator adds it to the mean."""
+    quantile: _builtins.float
+    """Above 0 in plain rounds: max_norm is only where the bound begins, and follows this quantile of
+    the updates' lengths; Andrew et al. 2021.
+    """
+    quantile_rate: _builtins.float
+    """How fast it follows."""
+    def __init__(
+        self,
+        *,
+        epsilon: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        noise_multiplier: _builtins.float = ...,
+        max_norm: _builtins.float = ...,
+        distributed: _builtins.bool = ...,
+        quantile: _builtins.float = ...,
+        quantile_rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "distributed", b"distributed", "epsilon", b"epsilon", "max_norm", b"max_norm", "noise_multiplier", b"noise_multiplier", "quantile", b"quantile", "quantile_rate", b"quantile_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Privacy: _TypeAlias = Privacy  # noqa: Y015
+
+@_typing.final
 class Requirements(_message.Message):
     """What a device must be like to be invited."""
 
@@ -2033,6 +2288,8 @@ class CampaignPlan(_message.Message):
     SCAFFOLD_FIELD_NUMBER: _builtins.int
     BUFFER_FIELD_NUMBER: _builtins.int
     QUERY_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     parent_version: _builtins.str
     """The registry version that the campaign starts from, for the record."""
@@ -2092,6 +2349,14 @@ class CampaignPlan(_message.Message):
     def query(self) -> Global___Query:
         """The campaign trains nothing: it finds out statistics of data. It has no model."""
 
+    @_builtins.property
+    def rule(self) -> Global___AggregationRule:
+        """The mean if absent."""
+
+    @_builtins.property
+    def privacy(self) -> Global___Privacy:
+        """No noise if absent."""
+
     def __init__(
         self,
         *,
@@ -2124,10 +2389,12 @@ class CampaignPlan(_message.Message):
         scaffold: _builtins.bool = ...,
         buffer: Global___Buffer | None = ...,
         query: Global___Query | None = ...,
+        rule: Global___AggregationRule | None = ...,
+        privacy: Global___Privacy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "flower_strategy", b"flower_strategy", "query", b"query", "requirements", b"requirements", "server_optimizer", b"server_optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "flower_strategy", b"flower_strategy", "privacy", b"privacy", "query", b"query", "requirements", b"requirements", "rule", b"rule", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "protection", b"protection", "query", b"query", "requirements", b"requirements", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "privacy", b"privacy", "protection", b"protection", "query", b"query", "requirements", b"requirements", "rule", b"rule", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2383,6 +2650,7 @@ class Round(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     BASES_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     number: _builtins.int
     stage: Global___RoundStage.ValueType
@@ -2433,6 +2701,10 @@ class Round(_message.Message):
     def answer(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """What a question came to: the weighted mean of the devices' vectors."""
 
+    @_builtins.property
+    def privacy(self) -> Global___PrivacySpent:
+        """What was spent after this round by all rounds with the fleet; absent without noise."""
+
     def __init__(
         self,
         *,
@@ -2457,14 +2729,43 @@ class Round(_message.Message):
         model_digest: _builtins.bytes = ...,
         bases: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         answer: _abc.Iterable[_builtins.float] | None = ...,
+        privacy: Global___PrivacySpent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plain_plan", b"plain_plan", "plan", b"plan", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plain_plan", b"plain_plan", "plan", b"plan", "privacy", b"privacy", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "bases", b"bases", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "model_digest", b"model_digest", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "bases", b"bases", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "model_digest", b"model_digest", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "privacy", b"privacy", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Round: _TypeAlias = Round  # noqa: Y015
+
+@_typing.final
+class PrivacySpent(_message.Message):
+    """Differential privacy: epsilon at delta."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MAX_NORM_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    delta: _builtins.float
+    max_norm: _builtins.float
+    """The bound on the updates' length with which the campaign goes on."""
+    def __init__(
+        self,
+        *,
+        epsilon: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        max_norm: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epsilon", b"epsilon", "max_norm", b"max_norm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacySpent: _TypeAlias = PrivacySpent  # noqa: Y015
 
 @_typing.final
 class PublishModelRequest(_message.Message):

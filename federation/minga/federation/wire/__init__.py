@@ -4,6 +4,14 @@ Everything that comes from the other side is converted here once; what has a wro
 `PeerError` here, so that no other module handles a malformed message.
 """
 
+from minga.federation.wire.aggregation import (
+    encoding_of_invite,
+    encoding_to_wire,
+    privacy_from_wire,
+    privacy_to_wire,
+    rule_from_wire,
+    rule_to_wire,
+)
 from minga.federation.wire.plans import (
     evaluation_of,
     is_plain,
@@ -69,6 +77,8 @@ __all__ = [
     "config_to_wire",
     "confirmation_from_wire",
     "confirmation_to_wire",
+    "encoding_of_invite",
+    "encoding_to_wire",
     "evaluation_of",
     "evaluation_to_wire",
     "event_from_wire",
@@ -84,6 +94,8 @@ __all__ = [
     "plan_of_invite",
     "plan_to_wire",
     "printable",
+    "privacy_from_wire",
+    "privacy_to_wire",
     "query_of",
     "query_to_wire",
     "requirements_from_wire",
@@ -94,6 +106,8 @@ __all__ = [
     "round_of",
     "round_plan",
     "round_to_wire",
+    "rule_from_wire",
+    "rule_to_wire",
     "share_from_wire",
     "share_to_wire",
     "shares_to_wire",

@@ -8,6 +8,7 @@ from minga.federation.aggregation.optimizers import (
     FedYogi,
     ServerOptimizer,
 )
+from minga.federation.aggregation.privacy import PrivateEncoding, num_noisy, size_noise
 from minga.federation.analytics import Question
 from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
@@ -16,6 +17,7 @@ from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan, context_digest, derive_plan
 from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.wire.aggregation import encoding_of_invite, privacy_from_wire
 from minga.federation.wire.values import check_digest, config_from_wire, config_to_wire
 from minga.federation.wire.work import evaluation_from_wire, method_of, subject_of_invite
 from minga.federation.work import TRAINING, Evaluation, Training, Work, value_bits
@@ -140,8 +142,11 @@ def round_plan(
     num_values: int,
     num_invited: int,
     work: Work = TRAINING,
-) -> RoundPlan | PlainPlan:
-    """Derive the plan of one round of a campaign.
+) -> tuple[RoundPlan | PlainPlan, PrivateEncoding | None]:
+    """Derive the plan of one round of a campaign, and how its devices make their updates private.
+
+    Devices that are invited beyond the cohort are expected to be lost, like others. Where updates
+    are private, or devices have control variates, all of them weigh 1.
 
     Args:
         plan: the campaign's numbers.
@@ -152,30 +157,55 @@ def round_plan(
         num_invited: how many devices are invited.
         work: what they are asked.
 
-    Devices that are invited beyond the cohort are expected to be lost, like others.
-
     Raises:
         ValueError, PeerError: the campaign's numbers cannot work for so many devices.
     """
     num_values, method = work.num_values(num_values), method_of(plan)
-    # The control variate is the mean over devices, not over examples: each counts the same.
-    uniform = method.scaffold and isinstance(work, Training)
-    max_weight = 1 if uniform else plan.max_weight
+    privacy = privacy_from_wire(plan)
+    # A control variate is the mean over devices, not over examples.
+    is_uniform = isinstance(work, Training) and (privacy is not None or method.scaffold)
+    max_weight = 1 if is_uniform else plan.max_weight
+    encoding = None if privacy is None else PrivateEncoding(max_norm=privacy.max_norm)
     if is_plain(plan):
-        return PlainPlan(num_values=num_values, max_weight=max_weight)
+        return PlainPlan(num_values=num_values, max_weight=max_weight), encoding
     cohort = num_invited // num_groups(plan)
     not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
-    return derive_plan(
+    expected_dropout = 1 - (1 - plan.expected_dropout) * (1 - not_needed)
+    clip, bits = _clip_of(work, plan), value_bits(work, plan.value_bits, cohort)
+    if privacy is not None:
+        clip = privacy.max_norm
+    if privacy is not None and privacy.is_distributed:
+        size = size_noise(
+            noise_multiplier=privacy.noise_multiplier,
+            max_norm=privacy.max_norm,
+            num_values=num_values,
+            num_noisy=num_noisy(num_invited, expected_dropout, plan.colluder_share),
+            min_cohort=plan.min_cohort,
+            cohort=num_invited,
+        )
+        clip, bits = size.clip, size.value_bits
+        encoding = PrivateEncoding(max_norm=privacy.max_norm, variance=size.variance)
+    derived = derive_plan(
         round_id=bytes.fromhex(round_id),
-        context_digest=context_digest(work.subject(method.subject(model_digest)), training),
+        context_digest=_context(work.subject(method.subject(model_digest)), training, encoding),
         num_values=num_values,
         cohort_size=cohort,
-        clip=_clip_of(work, plan),
-        value_bits=value_bits(work, plan.value_bits, cohort),
+        clip=clip,
+        value_bits=bits,
         max_weight=max_weight,
-        expected_dropout=1 - (1 - plan.expected_dropout) * (1 - not_needed),
+        expected_dropout=expected_dropout,
         colluder_share=plan.colluder_share,
     )
+    return derived, encoding
+
+
+def _context(subject: bytes, training: TrainingConfig, encoding: PrivateEncoding | None) -> bytes:
+    """Name what a round's members do alike; less noise for some of them would be something else."""
+    config = dict(training)
+    if encoding is not None:
+        config["private_update.max_norm"] = encoding.max_norm
+        config["private_update.variance"] = encoding.variance
+    return context_digest(subject, config)
 
 
 def _clip_of(work: Work, plan: pb.CampaignPlan) -> float:
@@ -225,7 +255,9 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
         raise PeerError("the invitation and its plan name different rounds")
     return RoundPlan(
         round_id=plan.round_id,
-        context_digest=context_digest(subject_of_invite(invite), config_from_wire(invite.training)),
+        context_digest=_context(
+            subject_of_invite(invite), config_from_wire(invite.training), encoding_of_invite(invite)
+        ),
         num_values=plan.num_values,
         max_cohort=plan.max_cohort,
         num_neighbours=plan.num_neighbours,

@@ -8,6 +8,7 @@ from minga.federation.limits import MAX_REASON_CHARS
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.wire.aggregation import encoding_to_wire
 from minga.federation.wire.plans import plain_plan_to_wire, plan_to_wire
 from minga.federation.wire.secagg import (
     advert_from_wire,
@@ -119,6 +120,8 @@ def invite_to_wire(order: rounds.RoundOrder) -> pb.RoundInvite:
     invite.population = order.population
     put_work(invite, order.work)
     _put_plan(invite, order.plan)
+    if order.encoding is not None:
+        invite.private_update.CopyFrom(encoding_to_wire(order.encoding))
     return invite
 
 

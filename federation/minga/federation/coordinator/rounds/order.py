@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from minga.federation.aggregation.privacy import PrivateEncoding
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Scalar
@@ -79,3 +80,5 @@ class RoundOrder:
     """A plain round does not wait for slow devices, if this is set."""
     min_examples: int = 0
     """A device with fewer is to withdraw."""
+    encoding: PrivateEncoding | None = None
+    """How devices make their updates private; None: not at all."""

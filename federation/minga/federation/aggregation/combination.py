@@ -1,0 +1,114 @@
+"""Many contributions in, one mean update out, in bounded memory.
+
+Contributions are read twice, block by block: once to leave out what is not finite and to measure
+the rest (`contributions.survey`), once to make the result. A rule never sees a contribution that
+was left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minga.federation.aggregation.contributions import (
+    BLOCK_BYTES,
+    Contribution,
+    Survey,
+    Vector,
+    Wide,
+    blocks,
+    survey,
+)
+from minga.federation.aggregation.rules import CoordinateRule, LinearRule, Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combined:
+    """What became of the contributions."""
+
+    counted: tuple[str, ...]
+    """Those that the rule saw."""
+    rejected: Mapping[str, str]
+    """Those that it did not, and why."""
+    clipped: tuple[str, ...]
+    """Those that were shortened before the rule."""
+    lengths: tuple[float, ...]
+    """Euclidean lengths of those counted, as they came."""
+    total_weight: int
+    """Sum of the weights of those counted."""
+
+
+def combine(
+    rule: Rule,
+    contributions: Sequence[Contribution],
+    out: Vector,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+) -> Combined:
+    """Make one mean update of contributions.
+
+    Memory beside `out` is bounded by `block_bytes` for blocks and 40 n² bytes for n contributions,
+    whatever the model's length. The result does not depend on `block_bytes`, but for the last bit
+    of sums in float64 where a rule needs inner products.
+
+    Args:
+        rule: which rule.
+        contributions: under different names; they are read twice.
+        out: gets the mean update, shape `(num_values,)`; may be the values of the one
+            contribution, if there is one alone.
+        block_bytes: how much memory blocks may take.
+
+    Returns:
+        Who was counted, and who was left out and why.
+
+    Raises:
+        RuleError: too few sound contributions for the rule; `out` is of no use then.
+    """
+    found = survey(
+        contributions,
+        out.size,
+        all_products=isinstance(rule, LinearRule) and rule.needs_products,
+        block_bytes=block_bytes,
+    )
+    rule.require_enough(len(found.sound))
+    factors = np.ones(len(found.sound)) if rule.clip is None else rule.clip.factors(found.norms)
+    match rule:
+        case LinearRule():
+            products = found.products * np.outer(factors, factors)
+            shares = rule.coefficients(products, found.weights) * factors
+            _add_up(found, shares, out, block_bytes)
+        case CoordinateRule():
+            _reduce(rule, found, factors, out, block_bytes)
+        case _:
+            raise AssertionError(f"{type(rule).__name__} is neither linear nor by coordinate")
+    return Combined(
+        counted=tuple(one.name for one in found.sound),
+        rejected=found.rejected,
+        clipped=tuple(
+            one.name for one, factor in zip(found.sound, factors, strict=True) if factor < 1.0
+        ),
+        lengths=tuple(found.norms.tolist()),
+        total_weight=sum(one.weight for one in found.sound),
+    )
+
+
+def _add_up(found: Survey, shares: Wide, out: Vector, block_bytes: int) -> None:
+    """Make the sum of contributions, each times its share; one without a share is not read."""
+    for block in blocks(out.size, len(found.sound), block_bytes):
+        total = np.zeros(block.stop - block.start)
+        for one, share in zip(found.sound, shares, strict=True):
+            if share != 0.0:
+                total += share * one.read(block.start, block.stop).astype(np.float64)
+        out[block] = total
+
+
+def _reduce(
+    rule: CoordinateRule, found: Survey, factors: Wide, out: Vector, block_bytes: int
+) -> None:
+    """Make each coordinate's value of all contributions' values."""
+    for block in blocks(out.size, len(found.sound), block_bytes):
+        rows = np.empty((len(found.sound), block.stop - block.start), np.float32)
+        for row, one, factor in zip(rows, found.sound, factors, strict=True):
+            np.multiply(one.read(block.start, block.stop), np.float32(factor), out=row)
+        rows.sort(axis=0)
+        out[block] = rule.reduce(rows)
