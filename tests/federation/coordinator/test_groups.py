@@ -25,8 +25,8 @@ def assert_exact(table: Table, group: Iterable[str]) -> None:
     counted = [name for name in group if name in table.round.updates]
     mean, weight = table.sum(group)
     assert weight == sum(map(weight_of, counted))
-    # Another device in it would make 5e-3; a float32 is off its level by a thousandth, which rounding
-    # turns into a whole one now and then.
+    # Another device in it would make 5e-3. A float32 is off its level by up to a thousandth, which
+    # rounding turns into a whole one now and then.
     np.testing.assert_allclose(mean, expected_mean(counted), atol=1e-4)
 
 

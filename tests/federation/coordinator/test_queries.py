@@ -162,7 +162,7 @@ def test_the_owners_word() -> None:
     """Nothing is told unless it is named, in no plain round, and not among few."""
     question = QUERY.next_question([])
     assert question is not None
-    plan = wire.round_plan(
+    plan, _ = wire.round_plan(
         plan_of(),
         round_id="00" * 16,
         model_digest=b"",
