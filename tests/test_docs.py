@@ -166,17 +166,31 @@ def test_every_page_is_in_the_navigation() -> None:
     assert pages == set(re.findall(r'"([\w/-]+\.md)"', config))
 
 
-def test_requirements_name_tests_that_exist() -> None:
-    """Each row of the table points at a test function."""
-    page = ROOT / "docs" / "reference" / "requirements.md"
-    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", page.read_text())
+@pytest.mark.parametrize(
+    ("page", "folder"),
+    [("reference/requirements.md", "."), ("explanation/threat-model.md", "tests/federation")],
+)
+def test_tests_that_are_named_exist(page: str, folder: str) -> None:
+    """Each claim points at a test function; each row of a table makes one."""
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", text)
     assert named
     missing = [
         (file, test)
         for file, test in named
-        if not (ROOT / file).exists() or f"def {test}(" not in (ROOT / file).read_text()
+        if not (ROOT / folder / file).exists()
+        or f"def {test}(" not in (ROOT / folder / file).read_text()
     ]
     assert not missing
+
+
+def test_every_row_of_the_threat_model_is_shown() -> None:
+    """What an attacker cannot do is shown by a test, row by row."""
+    text = (ROOT / "docs" / "explanation" / "threat-model.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    claims = [row for row in rows if not row.startswith(("| it cannot", "| they cannot", "| who"))]
+    assert len(claims) > 20
+    assert not [row for row in claims if "::test_" not in row]
 
 
 def test_decisions_have_their_parts() -> None:

@@ -185,7 +185,7 @@ class Fleet:
     @asynccontextmanager
     async def stream(self, name: str, hello: pb.Hello | None = None) -> AsyncIterator[Stream]:
         """Speak for an enrolled device by hand, greeted already if it says hello."""
-        address = self.coordinator.addresses.device
+        address = self.operator.address
         async with transport.open_channel(address, load_identity(self.folder / name)) as channel:
             call = pb_grpc.FederationServiceStub(channel).Session()
             if hello is not None:

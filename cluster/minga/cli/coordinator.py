@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -33,6 +33,7 @@ def run(
     device_certificate_hours: Annotated[float, _set_by("DEVICE_CERTIFICATE_HOURS")] = 720.0,
     operator_certificate_hours: Annotated[float, _set_by("OPERATOR_CERTIFICATE_HOURS")] = 720.0,
     server_certificate_hours: Annotated[float, _set_by("SERVER_CERTIFICATE_HOURS")] = 2160.0,
+    unmasking: Annotated[Literal["threads", "ray"], _set_by("UNMASKING")] = "threads",
 ) -> None:
     """Run the coordinator until Ctrl-C; it goes on where it was after a crash.
 
@@ -56,7 +57,12 @@ def run(
         operator_certificate_hours: How long the certificate in `operator/` holds.
         server_certificate_hours: How long the coordinator's own certificate holds; it is replaced
             while the coordinator runs.
+        unmasking: What takes masks off a round's sum: threads, or actors on Ray (the cluster that
+            RAY_ADDRESS names, or one started on this machine). Ray pays where a cluster has many
+            more cores than this machine; the masks' keys travel to it.
     """
+    from contextlib import ExitStack
+
     from minga.cli.services import run_service
     from minga.federation.coordinator.server import run as serve
     from minga.federation.coordinator.settings import CoordinatorSettings
@@ -73,9 +79,16 @@ def run(
         device_certificate_hours=device_certificate_hours,
         operator_certificate_hours=operator_certificate_hours,
         server_certificate_hours=server_certificate_hours,
+        unmasking=unmasking,
         **given,
     )
-    run_service(serve(settings))
+    with ExitStack() as stack:
+        if settings.unmasking == "ray":
+            from minga.cluster.unmasking import ray_unmasking
+
+            run_service(serve(settings, stack.enter_context(ray_unmasking())))
+        else:
+            run_service(serve(settings))
 
 
 @app.command

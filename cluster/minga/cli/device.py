@@ -55,6 +55,7 @@ def run(
     option: dict[str, str] | None = None,
     allow_plain: Annotated[bool, _set_by("ALLOW_PLAIN")] = False,
     allow_query: Annotated[tuple[str, ...], _set_by("QUERY_COLUMNS")] = (),
+    compress: Annotated[bool, _set_by("COMPRESS")] = False,
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
     port: Annotated[int, _set_by("PORT")] = 8080,
 ) -> None:
@@ -80,6 +81,7 @@ def run(
             only in those that mask updates.
         allow_query: Column of this site's data of which statistics may be asked, in sums over
             many devices alone; may be given several times.
+        compress: Move models and plain updates as Zstandard frames, for slow links.
         host: Address of the local inference server.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
     """
@@ -103,6 +105,7 @@ def run(
         trainer=trainer,
         allow_plain=allow_plain,
         query_columns=allow_query,
+        compress=compress,
         host=host,
         port=port,
         **given,

@@ -165,6 +165,7 @@ def campaign_plan(
         value_bits=config.value_bits,
         clip=config.clip,
         max_weight=config.max_weight,
+        rotate=config.rotate,
         server_learning_rate=optimizer.learning_rate,
         invite_timeout_s=config.invite_timeout_s,
         stage_timeout_s=config.stage_timeout_s,

@@ -107,14 +107,20 @@ class FederationConfig(BaseModel):
     """A secure round sums within so many groups of equal size: the coordinator learns a sum per
     group, so that rules against liars have something to compare."""
 
-    clip: Annotated[float, Field(gt=0)] = 4.0
-    """Each coordinate of an update is clipped to [-clip, clip] before it is rounded."""
+    clip: Annotated[float, Field(gt=0)] = 2.0
+    """Each coordinate of an update is clipped to [-clip, clip] before it is rounded, after the
+    rotation if there is one: then four times the update's root mean square is enough."""
 
-    value_bits: Annotated[int, Field(ge=4, le=24)] = 20
+    value_bits: Annotated[int, Field(ge=4, le=24)] = 17
     """Bits of a rounded coordinate; the step is about clip / 2**(value_bits - 1)."""
 
-    max_weight: Annotated[int, Field(ge=1)] = 16_384
-    """A device counts for at most so many examples."""
+    rotate: bool = True
+    """Rotate updates at random before they are clipped: their coordinates become about equally
+    large, so that a smaller clip and fewer bits hold them."""
+
+    max_weight: Annotated[int, Field(ge=1)] = 4096
+    """A device counts for at most so many examples. Devices with few of them round coarsely: set it
+    near the examples of the largest device."""
 
     expected_dropout: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """The share of a cohort that may vanish in a round without aborting it."""

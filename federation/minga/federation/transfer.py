@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from minga.federation.compression import Packer, unpack
 from minga.federation.errors import LimitError, PeerError, UnreachableError
 from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES
 from minga.federation.part_file import PartFile
@@ -71,6 +72,7 @@ async def upload(
     digest: bytes,
     *,
     address: str,
+    compress: bool = False,
     retry: Retry | None = None,
 ) -> None:
     """Send a blob, from where the coordinator has it on; returns when it is stored there.
@@ -80,6 +82,7 @@ async def upload(
         source: The content, or the file that holds it.
         digest: SHA-256 of the content, 32 bytes.
         address: The coordinator's address, for messages.
+        compress: Send Zstandard frames, as long as they are smaller than what they hold.
         retry: How patient to be.
 
     Raises:
@@ -100,7 +103,7 @@ async def upload(
             if not known.complete:
                 offset = min(known.offset, size)
                 header = pb.UploadHeader(digest=digest, size=size, offset=offset)
-                await _send(stub, header, source)
+                await _send(stub, header, source, Packer() if compress else None)
 
     await _persist(attempt, retry or Retry())
 
@@ -112,6 +115,7 @@ async def download(
     *,
     address: str,
     max_bytes: int = MAX_BLOB_BYTES,
+    compress: bool = False,
     retry: Retry | None = None,
 ) -> None:
     """Fetch a blob into a file, which appears when it is complete and its digest was checked.
@@ -124,6 +128,7 @@ async def download(
         path: Where the blob goes; replaced if it exists.
         address: The coordinator's address, for messages.
         max_bytes: Largest blob that is taken.
+        compress: Ask for Zstandard frames.
         retry: How patient to be.
 
     Raises:
@@ -139,7 +144,7 @@ async def download(
     async def attempt(progress: _Progress) -> None:
         offset = part_path.stat().st_size if part_path.exists() else 0
         progress.is_resumed = offset > 0
-        request = pb.DownloadRequest(digest=digest, offset=offset)
+        request = pb.DownloadRequest(digest=digest, offset=offset, takes_zstd=compress)
         try:
             with calling(address):
                 part = await _receive(stub, request, part_path, progress, max_bytes)
@@ -171,7 +176,10 @@ async def _persist(attempt: Callable[[_Progress], Awaitable[None]], retry: Retry
 
 
 async def _send(
-    stub: "BlobServiceAsyncStub", header: pb.UploadHeader, source: Path | bytes
+    stub: "BlobServiceAsyncStub",
+    header: pb.UploadHeader,
+    source: Path | bytes,
+    packer: Packer | None,
 ) -> None:
     """Send the header, wait until it is accepted or refused, send the rest."""
     call = stub.Upload()
@@ -180,12 +188,23 @@ async def _send(
         await call.write(pb.UploadRequest(header=header))
         # Chunks sent into a refusal would be lost, and so would its reason: see `error_of`.
         await call.initial_metadata()
-        while chunk := await asyncio.to_thread(next, pieces, b""):
-            await call.write(pb.UploadRequest(chunk=chunk))
+        while (request := await asyncio.to_thread(_next_request, pieces, packer)) is not None:
+            await call.write(request)
         await call.done_writing()
     except (asyncio.InvalidStateError, grpc.aio.InternalError):
         pass  # the coordinator has answered already; the call says what
     await call
+
+
+def _next_request(
+    pieces: Generator[bytes, None, None], packer: Packer | None
+) -> pb.UploadRequest | None:
+    """Read and pack the next piece of a blob; None after the last."""
+    chunk = next(pieces, b"")
+    frame = packer.pack(chunk) if packer else None
+    if frame is not None:
+        return pb.UploadRequest(zstd_chunk=frame)
+    return pb.UploadRequest(chunk=chunk) if chunk else None
 
 
 def _pieces(source: Path | bytes, offset: int) -> Generator[bytes, None, None]:
@@ -216,7 +235,7 @@ async def _receive(
         async for response in stub.Download(request):
             if part is None:
                 part = await _open_part(part_path, request.digest, response.size, max_bytes)
-            await asyncio.to_thread(part.append, part.offset, response.chunk)
+            await asyncio.to_thread(_append, part, response)
             progress.note(part.offset)
     except BaseException:
         if part is not None:
@@ -225,6 +244,11 @@ async def _receive(
     if part is None:
         raise PeerError("the coordinator sent an empty answer instead of the blob")
     return part
+
+
+def _append(part: PartFile, response: pb.DownloadResponse) -> None:
+    frame = response.zstd_chunk
+    part.append(part.offset, unpack(frame) if frame else response.chunk)
 
 
 async def _open_part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:

@@ -1,9 +1,25 @@
-"""A TCP proxy that cuts links, for tests of what heals."""
+"""A blob service, and a TCP proxy that cuts links to it, for tests of what heals."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+
+from minga.federation import transport
+from minga.federation.identity import Identity, Role
+from minga.federation.transport import open_channel
+from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from tests.federation.blobs.depot import Depot
+
+Issue = Callable[..., Identity]
+Serve = Callable[..., Awaitable[str]]
+
+# Without probing for a larger window, hardly more than one chunk is under way when a link is cut:
+# the tests below can tell progress by the bytes that the proxy let through.
+SMALL_WINDOW = (("grpc.http2.bdp_probe", 0),)
 
 
 class CuttingProxy:
@@ -77,3 +93,33 @@ async def cutting_proxy() -> AsyncIterator[Callable[[str, list[int]], Awaitable[
     yield start
     for proxy in proxies:
         await proxy.stop()
+
+
+@pytest.fixture
+def depot(tmp_path: Path) -> Depot:
+    """A store behind a service."""
+    return Depot(tmp_path / "blobs")
+
+
+@pytest.fixture
+async def address(depot: Depot, serve: Serve) -> str:
+    """Where the depot listens."""
+    return await serve(depot.add_services, options=SMALL_WINDOW)
+
+
+@pytest.fixture
+async def connect(
+    issue: Issue, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., Any]]:
+    """Opens stubs for identities."""
+    channels: list[grpc.aio.Channel] = []
+    options = (*transport.CHANNEL_OPTIONS, *SMALL_WINDOW)
+    monkeypatch.setattr(transport, "CHANNEL_OPTIONS", options)
+
+    def open_stub(address: str, name: str = "press-7", role: Role = Role.DEVICE) -> Any:
+        channels.append(open_channel(address, issue(name, role)))
+        return pb_grpc.BlobServiceStub(channels[-1])
+
+    yield open_stub
+    for channel in channels:
+        await channel.close()

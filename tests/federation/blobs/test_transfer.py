@@ -6,12 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
-from minga.federation import transfer, transport
-from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.blob_service import BlobServicer
+from minga.federation import transfer
 from minga.federation.errors import (
     AccessError,
     LimitError,
@@ -19,83 +16,15 @@ from minga.federation.errors import (
     PeerError,
     UnreachableError,
 )
-from minga.federation.identity import Identity, Principal, Role
+from minga.federation.identity import Role
 from minga.federation.limits import CHUNK_BYTES, MIB
-from minga.federation.transport import calling, open_channel
+from minga.federation.transport import calling
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from tests.federation.blobs.depot import Depot
 
-Issue = Callable[..., Identity]
 Serve = Callable[..., Awaitable[str]]
 StartProxy = Callable[[str, list[int]], Awaitable[Any]]
-
-# Without probing for a larger window, hardly more than one chunk is under way when a link is cut:
-# the tests below can tell progress by the bytes that the proxy let through.
-SMALL_WINDOW = (("grpc.http2.bdp_probe", 0),)
 QUICK = transfer.Retry(attempts=4, first_delay_s=0.01, max_delay_s=0.05)
-
-
-class Depot:
-    """A coordinator's blob service with its store and its policy."""
-
-    def __init__(self, folder: Path) -> None:
-        self.store = BlobStore(folder, max_blob_bytes=16 * MIB, sender_quota_bytes=24 * MIB)
-        self.received: dict[str, int] = {}
-        self.sent: dict[str, int] = {}
-        self.refused: set[bytes] = set()
-
-    def may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:
-        """Refuse what the test refuses."""
-        return digest not in self.refused
-
-    def may_download(self, principal: Principal, digest: bytes) -> bool:
-        """Refuse what the test refuses."""
-        return digest not in self.refused
-
-    def on_transfer(self, principal: Principal, *, received: int, sent: int) -> None:
-        """Add up."""
-        self.received[principal.name] = self.received.get(principal.name, 0) + received
-        self.sent[principal.name] = self.sent.get(principal.name, 0) + sent
-
-    def add_services(self, server: grpc.aio.Server) -> None:
-        """Serve blobs."""
-        servicer = BlobServicer(
-            self.store,
-            may_upload=self.may_upload,
-            may_download=self.may_download,
-            on_transfer=self.on_transfer,
-        )
-        pb_grpc.add_BlobServiceServicer_to_server(servicer, server)
-
-
-@pytest.fixture
-def depot(tmp_path: Path) -> Depot:
-    """A store behind a service."""
-    return Depot(tmp_path / "blobs")
-
-
-@pytest.fixture
-async def address(depot: Depot, serve: Serve) -> str:
-    """Where the depot listens."""
-    return await serve(depot.add_services, options=SMALL_WINDOW)
-
-
-@pytest.fixture
-async def connect(
-    issue: Issue, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Callable[..., Any]]:
-    """Opens stubs for identities."""
-    channels: list[grpc.aio.Channel] = []
-    options = (*transport.CHANNEL_OPTIONS, *SMALL_WINDOW)
-    monkeypatch.setattr(transport, "CHANNEL_OPTIONS", options)
-
-    def open_stub(address: str, name: str = "press-7", role: Role = Role.DEVICE) -> Any:
-        channels.append(open_channel(address, issue(name, role)))
-        return pb_grpc.BlobServiceStub(channels[-1])
-
-    yield open_stub
-    for channel in channels:
-        await channel.close()
 
 
 # -- without breaks ---------------------------------------------------------------------------

@@ -51,10 +51,18 @@ async def own_controls(desk: Desk, campaign: pb.Campaign) -> list[np.ndarray]:
     return [d.keepsakes.control(campaign.campaign_id)[NAME] for d in desk.devices.values()]
 
 
-@pytest.mark.parametrize("protection", [pb.PROTECTION_SECURE, pb.PROTECTION_PLAIN])
-async def test_rounds_are_the_algorithm(desk: Desk, protection: "pb.Protection") -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"protection": pb.PROTECTION_SECURE},
+        {"protection": pb.PROTECTION_SECURE, "rotate": True},
+        {"protection": pb.PROTECTION_PLAIN},
+    ],
+    ids=["secure", "rotated", "plain"],
+)
+async def test_rounds_are_the_algorithm(desk: Desk, how: dict[str, object]) -> None:
     """Three of four sites a round, drawn at random, lead where the algorithm leads: the optimum."""
-    plan = plan_of(num_rounds=5, cohort=3, expected_dropout=0.0, protection=protection)
+    plan = plan_of(num_rounds=5, cohort=3, expected_dropout=0.0, **how)
     campaign = await desk.finish(desk.start_campaign(plan, START))
     model, control = result_of(desk, campaign)
     reference = Scaffold(START[NAME].astype(np.float64))

@@ -7,6 +7,7 @@ out, and so play any liar. Updates lie on the fixed-point grid, so sums are exac
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import shake_256
 
 import numpy as np
@@ -27,6 +28,7 @@ from minga.federation.secagg.coordinator import (
 )
 from minga.federation.secagg.device import DeviceSession, Step
 from minga.federation.secagg.graph import neighbours
+from minga.federation.secagg.masking import apply_masks_threaded
 from minga.federation.secagg.messages import Advert, Confirmation, EncryptedShare, Reveal
 from minga.federation.secagg.plan import RoundPlan
 
@@ -225,7 +227,7 @@ class Simulation:
             survivors=self.survivors,
             reveals=self.reveals,
             masked_sum=total,
-            num_threads=2,
+            apply=partial(apply_masks_threaded, num_threads=2),
         )
 
     def run(self) -> Unmasked:

@@ -73,6 +73,7 @@ def test_digest_binds_every_field():
         "value_bits": 21,
         "clip": 1.0,
         "max_weight": 17,
+        "rotate": True,
     }
     assert changes.keys() == {field.name for field in fields(RoundPlan)}
     changes["num_neighbours"] = 7  # 4 would not go with the threshold

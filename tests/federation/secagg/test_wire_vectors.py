@@ -2,11 +2,15 @@
 
 from hashlib import sha256
 
+import numpy as np
+
 from minga.federation.secagg import agreement
 from minga.federation.secagg.device import Step
 from minga.federation.secagg.encoding import encode
 from minga.federation.secagg.graph import neighbours
+from minga.federation.secagg.packing import pack
 from minga.federation.secagg.plan import context_digest
+from minga.federation.secagg.rotation import rotate
 from minga.federation.secagg.shamir import split
 
 from .simulator import Simulation, make_plan, names, seeded_bytes
@@ -61,9 +65,55 @@ def test_shares():
     assert share.hex() == "003298fa6735f1b372d3ac226679ab05503c47ae83594a3af8070cc0e766dd2a75"
 
 
+def test_packing():
+    """Five values of 11 bits: a bit stream, lowest bits first, padded to eight values."""
+    values = np.array([1, 2, 0x7FF, 0x400, 0x123], np.uint32)
+    assert pack(values, 11).hex() == "0110c0ff01381200000000"
+
+
+def test_rotated_plan():
+    """The digest of a plan that rotates, and the key of its signs."""
+    plan = make_plan(rotate=True)
+    assert plan.digest.hex() == "b0ebae08c7c1989198d1a86f7d0d6919c2ab0da4b781a2ca2ecd0b42b7751049"
+    assert plan.rotation_key.hex() == "ce3bb7b2a40a7bc0a38e2627d4911bec"
+
+
+def test_rotation():
+    """One value of a hundred, in blocks of 64: 64 values of an eighth, signs and places as told."""
+    vector = np.zeros(100, np.float32)
+    vector[5] = 1.0
+    rotated = rotate(vector, bytes(range(16)))
+    assert set(rotated[1::2]) == {-0.125, 0.125}
+    assert not rotated[0::2].any()
+    assert np.packbits(rotated[1::2] < 0, bitorder="little").tobytes().hex() == "cccccccccccccccc"
+
+
 def test_a_whole_round():
     """Everything that eight devices send in a round, from given randomness."""
-    simulation = Simulation()
+    assert sent_in(Simulation()) == {
+        "adverts": "2d1e236641fc60c4360e274a4bdade6d",
+        "shares": "bd0e30a740a0f4f3eba94d09e8cfe100",
+        "uploads": "0d0bf8c720584e4d8de7733b9b2b8f5f",
+        "confirmations": "f93fac58aceec48512bb67afa6920852",
+        "reveals": "17a247a2b18f942ba2a822dab3b16796",
+    }
+
+
+def test_a_whole_rotated_round():
+    """The same of a round whose updates are rotated: other keys, longer uploads."""
+    plan = make_plan(rotate=True)
+    assert plan.vector_length == 65
+    assert sent_in(Simulation(plan)) == {
+        "adverts": "ed36872aa8fcda495f6e904e4c27f98e",
+        "shares": "69fde594eb38d932a1b0e3e6cc4857da",
+        "uploads": "0ae36432284d93fd674f00825c6a5e43",
+        "confirmations": "34e09fd9896a94f0f5b3a96397cd5129",
+        "reveals": "17a247a2b18f942ba2a822dab3b16796",
+    }
+
+
+def sent_in(simulation: Simulation) -> dict[str, str]:
+    """Run a round, and digest what was sent in each step."""
     simulation.run()
     sent = {
         "adverts": [advert.signature for advert in simulation.adverts.values()],
@@ -74,11 +124,4 @@ def test_a_whole_round():
             share for one in simulation.reveals.values() for share in one.self_seed_shares.values()
         ],
     }
-    digests = {step: sha256(b"".join(parts)).hexdigest()[:32] for step, parts in sent.items()}
-    assert digests == {
-        "adverts": "2d1e236641fc60c4360e274a4bdade6d",
-        "shares": "bd0e30a740a0f4f3eba94d09e8cfe100",
-        "uploads": "0d0bf8c720584e4d8de7733b9b2b8f5f",
-        "confirmations": "f93fac58aceec48512bb67afa6920852",
-        "reveals": "17a247a2b18f942ba2a822dab3b16796",
-    }
+    return {step: sha256(b"".join(parts)).hexdigest()[:32] for step, parts in sent.items()}

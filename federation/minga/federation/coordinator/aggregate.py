@@ -34,6 +34,7 @@ from minga.federation.parts import CONTROL, with_control
 from minga.federation.plain import VALUE, PlainPlan
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
 from minga.federation.secagg.errors import QuorumError
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.work import Evaluation, Training
@@ -69,9 +70,49 @@ class Recipe:
         )
 
 
+class Uploads:
+    """The uploads of one round: plain ones are read where they lie, masked ones unmasked by group.
+
+    Args:
+        blobs: has them.
+        apply_masks: takes the masks off a sum.
+    """
+
+    def __init__(self, blobs: BlobStore, apply_masks: ApplyMasks = apply_masks_threaded) -> None:
+        self.blobs = blobs
+        self.liars: set[str] = set()
+        """Devices whose false shares had to be left out so far."""
+        self._apply_masks = apply_masks
+
+    def unmasked_sum(self, round_: SecureRound, group: tuple[str, ...]) -> Unmasked:
+        """Add one group's masked updates and unmask their sum.
+
+        Raises:
+            FederationError: a secret cannot be rebuilt, or an upload is gone.
+        """
+        survivors = [name for name in group if name in round_.updates]
+        masked = MaskedSum(round_.plan)
+        for device_id in survivors:
+            masked.add_chunks(self.blobs.chunks(round_.updates[device_id].digest))
+        result = unmask(
+            plan=round_.plan,
+            graph=round_.graph,
+            adverts=round_.adverts,
+            sharers=[name for name in group if name in round_.shares],
+            survivors=survivors,
+            reveals=round_.reveals,
+            masked_sum=masked,
+            apply=self._apply_masks,
+        )
+        if result.liars:
+            _log.warning("round %s: false shares from %s", round_.order.round_id, result.liars)
+            self.liars.update(result.liars)
+        return result
+
+
 def aggregate(
     round_: Round,
-    blobs: BlobStore,
+    uploads: Uploads,
     recipe: Recipe,
     optimizer_digest: bytes,
 ) -> SumComputed:
@@ -85,7 +126,8 @@ def aggregate(
 
     Args:
         round_: the round, with all that its devices sent.
-        blobs: has the uploads, the model and what the optimiser kept; gets what comes of them.
+        uploads: what they sent; where that lies are the model and what the optimiser kept, and goes
+            what comes of them.
         recipe: what is made of the updates.
         optimizer_digest: what the optimiser kept in the round before; empty in the first one.
 
@@ -98,12 +140,13 @@ def aggregate(
     """
     try:
         if not isinstance(round_.order.work, Training):
-            return _measured(round_, blobs, optimizer_digest)
+            return _measured(round_, uploads, optimizer_digest)
         optimizer, privacy, max_norm = recipe.optimizer, recipe.privacy, 0.0
+        blobs = uploads.blobs
         if privacy is None:
-            values, combined = _mean(round_, blobs, recipe.rule)
+            values, combined = _mean(round_, uploads, recipe.rule)
         else:
-            values, combined, max_norm = _private_mean(round_, blobs, privacy)
+            values, combined, max_norm = _private_mean(round_, uploads, privacy)
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
         start, names = 0, read_layout(model).names
@@ -120,6 +163,7 @@ def aggregate(
             total_weight=combined.total_weight,
             optimizer_digest=blobs.put_bytes(to_bytes(state)) if state else b"",
             rejected=tuple(combined.rejected.items()),
+            liars=tuple(sorted(uploads.liars)),
             max_norm=max_norm,
         )
     except OSError as error:
@@ -134,11 +178,11 @@ def first_model(plan: pb.CampaignPlan, blobs: BlobStore) -> bytes:
     return blobs.put_bytes(to_bytes(with_control(model)))
 
 
-def _measured(round_: Round, blobs: BlobStore, optimizer_digest: bytes) -> SumComputed:
+def _measured(round_: Round, uploads: Uploads, optimizer_digest: bytes) -> SumComputed:
     """Give the weighted mean of what devices measured, or answered, in the place of a model."""
-    values, combined = _mean(round_, blobs, Mean())
+    values, combined = _mean(round_, uploads, Mean())
     rejected, total_weight = tuple(combined.rejected.items()), combined.total_weight
-    work = round_.order.work
+    work, liars = round_.order.work, tuple(sorted(uploads.liars))
     if isinstance(work, Evaluation):
         return SumComputed(
             model_digest=round_.order.model_digest,
@@ -146,10 +190,15 @@ def _measured(round_: Round, blobs: BlobStore, optimizer_digest: bytes) -> SumCo
             optimizer_digest=optimizer_digest,
             rejected=rejected,
             metrics=tuple(sorted(work.metrics_of(values).items())),
+            liars=liars,
         )
     answer = tuple(float(value) for value in values)
     return SumComputed(
-        model_digest=b"", total_weight=total_weight, rejected=rejected, answer=answer
+        model_digest=b"",
+        total_weight=total_weight,
+        rejected=rejected,
+        answer=answer,
+        liars=liars,
     )
 
 
@@ -173,7 +222,7 @@ def _state(
 
 
 def _private_mean(
-    round_: Round, blobs: BlobStore, privacy: Privacy
+    round_: Round, uploads: Uploads, privacy: Privacy
 ) -> tuple[Vector, Combined, float]:
     """Make a mean that each device changes by a bounded length, and add noise unless devices did.
 
@@ -191,7 +240,7 @@ def _private_mean(
             longest, clip = max_norm, Clip(max_norm=max_norm)
         case RoundPlan() as plan:
             longest = longest_levels(plan, max_norm) * plan.clip / plan.max_level
-    values, combined = _mean(round_, blobs, Mean(is_weighted=False, clip=clip))
+    values, combined = _mean(round_, uploads, Mean(is_weighted=False, clip=clip))
     if privacy.is_distributed:
         return values, combined, max_norm
     num_devices, noise_multiplier = combined.total_weight, privacy.noise_multiplier
@@ -204,13 +253,13 @@ def _private_mean(
     return values, combined, max_norm
 
 
-def _mean(round_: Round, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined]:
+def _mean(round_: Round, uploads: Uploads, rule: Rule) -> tuple[Vector, Combined]:
     """Make one mean update of a round's updates, or of its groups' sums."""
     match round_:
         case SecureRound():
-            return _secure_mean(round_, blobs, rule)
+            return _secure_mean(round_, uploads, rule)
         case PlainRound():
-            return _plain_mean(round_, blobs, rule)
+            return _plain_mean(round_, uploads.blobs, rule)
         case _:
             raise AssertionError(f"{type(round_).__name__} has no mean")
 
@@ -218,18 +267,18 @@ def _mean(round_: Round, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined
 # --- secure rounds ----------------------------------------------------------------------------
 
 
-def _secure_mean(round_: SecureRound, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined]:
+def _secure_mean(round_: SecureRound, uploads: Uploads, rule: Rule) -> tuple[Vector, Combined]:
     """Combine the groups' means; while there are several, they wait on the disk."""
     if len(round_.groups) == 1:
         [group] = round_.groups
-        result = unmasked_sum(round_, group, blobs)
+        result = uploads.unmasked_sum(round_, group)
         values = result.mean_delta  # what comes of it takes its place
         return values, combine(rule, [_contribution(group, values, result)], values)
     values = np.empty(round_.plan.num_values, np.float32)
     with TemporaryDirectory(prefix="minga-sums-") as folder:
         sums: list[VectorContribution] = []
         for group in round_.groups:
-            result = unmasked_sum(round_, group, blobs)
+            result = uploads.unmasked_sum(round_, group)
             file = Path(folder) / str(len(sums))
             result.mean_delta.tofile(file)
             sums.append(_contribution(group, np.memmap(file, np.float32, "r"), result))
@@ -239,30 +288,6 @@ def _secure_mean(round_: SecureRound, blobs: BlobStore, rule: Rule) -> tuple[Vec
 def _contribution(group: tuple[str, ...], values: Vector, result: Unmasked) -> VectorContribution:
     name = f"the group of {group[0]}"
     return VectorContribution(name=name, values=values, weight=result.total_weight)
-
-
-def unmasked_sum(round_: SecureRound, group: tuple[str, ...], blobs: BlobStore) -> Unmasked:
-    """Add one group's masked updates and unmask their sum.
-
-    Raises:
-        FederationError: a secret cannot be rebuilt, or an upload is gone.
-    """
-    survivors = [name for name in group if name in round_.updates]
-    masked = MaskedSum(round_.plan)
-    for device_id in survivors:
-        masked.add_chunks(blobs.chunks(round_.updates[device_id].digest))
-    result = unmask(
-        plan=round_.plan,
-        graph=round_.graph,
-        adverts=round_.adverts,
-        sharers=[name for name in group if name in round_.shares],
-        survivors=survivors,
-        reveals=round_.reveals,
-        masked_sum=masked,
-    )
-    if result.liars:
-        _log.warning("round %s: false shares from %s", round_.order.round_id, result.liars)
-    return result
 
 
 # --- plain rounds -----------------------------------------------------------------------------

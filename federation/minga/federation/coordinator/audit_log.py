@@ -97,6 +97,8 @@ class Kind(StrEnum):
     DEVICE_REVOKED = "device-revoked"
     ACCESS_REFUSED = "access-refused"
     MESSAGE_REFUSED = "message-refused"
+    DEVICE_WITHDREW = "device-withdrew"
+    FALSE_SHARES = "false-shares"
     CAMPAIGN_STARTED = "campaign-started"
     CAMPAIGN_ENDED = "campaign-ended"
     CAMPAIGN_CANCELLED = "campaign-cancelled"

@@ -5,11 +5,12 @@ blocks on the disk runs in threads, so that a large blob holds up nobody's contr
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
 from minga.federation.blobs import BlobStore
 from minga.federation.blobs import Upload as OpenUpload
+from minga.federation.compression import Packer, unpack
 from minga.federation.coordinator.access import principal_of_call
 from minga.federation.errors import AccessError, PeerError
 from minga.federation.identity import Principal
@@ -42,6 +43,14 @@ class OnTransfer(Protocol):
         ...
 
 
+class OnRefused(Protocol):
+    """Hears of a transfer that was refused for what was sent: cut off, too long, not as named."""
+
+    def __call__(self, principal: Principal, *, digest: bytes, error: PeerError) -> None:
+        """Take note."""
+        ...
+
+
 class BlobServicer(pb_grpc.BlobServiceServicer):
     """Takes and gives blobs; errors reach callers through `transport.ErrorInterceptor`."""
 
@@ -52,11 +61,13 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         may_upload: MayUpload,
         may_download: MayDownload,
         on_transfer: OnTransfer,
+        on_refused: OnRefused,
     ) -> None:
         self._blobs = blobs
         self._may_upload = may_upload
         self._may_download = may_download
         self._on_transfer = on_transfer
+        self._on_refused = on_refused
 
     async def Upload(
         self, request_iterator: AsyncIterator[pb.UploadRequest | None], context: Context
@@ -76,7 +87,11 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
             with upload:
                 # Tells a sender that waits for it that its chunks are welcome.
                 await context.send_initial_metadata(())
-                await self._receive(upload, header.offset, request_iterator, principal)
+                try:
+                    await self._receive(upload, header.offset, request_iterator, principal)
+                except PeerError as error:
+                    self._on_refused(principal, digest=header.digest, error=error)
+                    raise
         return pb.UploadResponse(size=header.size)
 
     async def GetUploadOffset(
@@ -100,13 +115,15 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         if request.offset > size:
             raise PeerError(f"the blob has {size} bytes, none at offset {request.offset}")
         chunks = self._blobs.chunks(request.digest, offset=request.offset)
+        packer = Packer() if request.takes_zstd else None
         sent = 0
         try:
-            chunk = await asyncio.to_thread(next, chunks, b"")
+            response = await asyncio.to_thread(_next_response, chunks, size, packer)
             while True:
-                yield pb.DownloadResponse(chunk=chunk, size=size)
-                sent += len(chunk)
-                if not (chunk := await asyncio.to_thread(next, chunks, b"")):
+                yield response
+                sent += len(response.chunk or response.zstd_chunk)
+                response = await asyncio.to_thread(_next_response, chunks, size, packer)
+                if not (response.chunk or response.zstd_chunk):
                     break
         finally:
             self._on_transfer(principal, received=0, sent=sent)
@@ -123,14 +140,29 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         try:
             async for request in requests:
                 chunk = b"" if request is None else request.chunk  # each access copies
+                if chunk:
+                    received += len(chunk)
+                elif request is not None and (frame := request.zstd_chunk):
+                    received += len(frame)
+                    chunk = await asyncio.to_thread(unpack, frame)
                 if not chunk:
                     raise PeerError("after the header come chunks, and none is empty")
-                received += len(chunk)
                 await asyncio.to_thread(upload.append, offset, chunk)
                 offset += len(chunk)
         finally:
             self._on_transfer(principal, received=received, sent=0)
         await asyncio.to_thread(upload.finish)
+
+
+def _next_response(
+    chunks: Iterator[bytes], size: int, packer: Packer | None
+) -> pb.DownloadResponse:
+    """Read and pack the next piece of a blob; an empty one comes after the last."""
+    chunk = next(chunks, b"")
+    frame = packer.pack(chunk) if packer else None
+    if frame is not None:
+        return pb.DownloadResponse(zstd_chunk=frame, size=size)
+    return pb.DownloadResponse(chunk=chunk, size=size)
 
 
 def sender_of(principal: Principal) -> str:

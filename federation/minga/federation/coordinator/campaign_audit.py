@@ -1,7 +1,8 @@
-"""What the audit log says of campaigns and rounds: of their devices numbers, not names."""
+"""What the audit log says of campaigns and rounds: of honest devices numbers, not names."""
 
 from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.campaign import Campaign
+from minga.federation.coordinator.rounds import SumComputed
 from minga.federation.v1 import federation_pb2 as pb
 
 
@@ -44,7 +45,9 @@ def campaign_ended(audit: AuditLog, campaign: Campaign, state: int, reason: str,
     )
 
 
-def round_ended(audit: AuditLog, campaign: Campaign, record: pb.Round) -> None:
+def round_ended(
+    audit: AuditLog, campaign: Campaign, record: pb.Round, result: SumComputed | None
+) -> None:
     """Tell of a round that was committed, with how many devices in its sum, or aborted, and why."""
     subject = f"round/{record.round_id}"
     numbers: dict[str, str | int] = {
@@ -59,3 +62,5 @@ def round_ended(audit: AuditLog, campaign: Campaign, record: pb.Round) -> None:
         audit.append(Kind.ROUND_COMMITTED, subject, **numbers, model_digest=digest)
     else:
         audit.append(Kind.ROUND_ABORTED, subject, **numbers, reason=record.reason)
+    for device_id in () if result is None else result.liars:
+        audit.append(Kind.FALSE_SHARES, f"device/{device_id}", round=record.round_id)

@@ -14,15 +14,10 @@ from contextlib import suppress
 
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator import journal
-from minga.federation.coordinator.aggregate import Recipe, aggregate, first_model
+from minga.federation.coordinator import campaign_audit, journal
+from minga.federation.coordinator.aggregate import Recipe, Uploads, aggregate, first_model
 from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.campaign import RUNNING, Campaign, model_layout, require_possible
-from minga.federation.coordinator.campaign_audit import (
-    campaign_ended,
-    campaign_started,
-    round_ended,
-)
 from minga.federation.coordinator.herald import Herald
 from minga.federation.coordinator.hub import Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
@@ -52,6 +47,7 @@ from minga.federation.limits import (
     WATCH_DETAIL_BYTES,
 )
 from minga.federation.plain import PlainPlan
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.work import Work
@@ -74,6 +70,7 @@ class Campaigns:
         audit: AuditLog,
         reconnect_grace_s: float,
         strategies: Sequence[str] = (),
+        apply_masks: ApplyMasks = apply_masks_threaded,
     ) -> None:
         self.changed = Signal()
         self._store = store
@@ -84,9 +81,10 @@ class Campaigns:
         self._metrics = metrics
         self._audit = audit
         self._grace_s = reconnect_grace_s
+        self._apply_masks = apply_masks
         self._started_at = clock()
         self._herald = Herald(hub)
-        self.strategies = Strategies(blobs, strategies)
+        self.strategies = Strategies(blobs, strategies, apply_masks)
         self._account = PrivacyAccount(store)
         # Device -> the upload of the open round, also one that is never announced.
         self._uploads: dict[str, bytes] = {}
@@ -134,7 +132,7 @@ class Campaigns:
         )
         with self._store.transaction():
             self._store.add_campaign(row)
-            campaign_started(self._audit, campaign, by)
+            campaign_audit.campaign_started(self._audit, campaign, by)
         self._campaigns[campaign.campaign_id] = campaign
         self.changed.fire()
         return campaign
@@ -388,8 +386,9 @@ class Campaigns:
         by_strategy = self.strategies.aggregate(campaign, round_)
         if by_strategy is not None:
             return by_strategy
+        uploads = Uploads(self._blobs, self._apply_masks)
         recipe = Recipe.of(campaign.plan)
-        return aggregate(round_, self._blobs, recipe, campaign.optimizer_digest)
+        return aggregate(round_, uploads, recipe, campaign.optimizer_digest)
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""
@@ -460,7 +459,7 @@ class Campaigns:
         self._account.note(campaign.plan, round_, record)
         with self._store.transaction():
             self._store.close_round(round_.order.round_id, record.SerializeToString())
-            round_ended(self._audit, campaign, record)
+            campaign_audit.round_ended(self._audit, campaign, record, round_.result)
         campaign.close_round(record)
         updates = {update.digest for update in round_.updates.values()}
         going = campaign.carried()
@@ -474,7 +473,7 @@ class Campaigns:
     def _end(self, campaign: Campaign, state: int, reason: str, by: str = "") -> None:
         with self._store.transaction():
             self._store.end_campaign(campaign.campaign_id, state, reason)
-            campaign_ended(self._audit, campaign, state, reason, by)
+            campaign_audit.campaign_ended(self._audit, campaign, state, reason, by)
         campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
         self._drop_unused({campaign.optimizer_digest})

@@ -14,10 +14,12 @@ from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
+from minga.federation.coordinator.rounds import DeviceLost
 from minga.federation.coordinator.store import Store
 from minga.federation.errors import FederationError, IdentityError, PeerError
 from minga.federation.identity import Principal
 from minga.federation.limits import SILENT_HEARTBEATS
+from minga.federation.secagg.plan import ROUND_ID_BYTES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.federation.wire import printable
@@ -170,8 +172,17 @@ class FederationService(pb_grpc.FederationServiceServicer):
                 case "model_report":
                     self._models.note_report(device_id, request.model_report)
                 case _:
+                    round_id = printable(wire.round_of(request))[: 2 * ROUND_ID_BYTES]
                     round_id, event = wire.event_from_wire(device_id, request)
                     self._campaigns.take(event, round_id, request.ByteSize())
+                    if isinstance(event, DeviceLost):
+                        # It may have refused what another one sent it through this coordinator.
+                        self._audit.append_limited(
+                            Kind.DEVICE_WITHDREW,
+                            f"device/{device_id}",
+                            round=round_id,
+                            reason=event.reason,
+                        )
         except PeerError as error:
             self._metrics.refused.inc()
             reason = printable(str(error))

@@ -50,6 +50,7 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "rejected": event.rejected,
         "metrics": event.metrics,
         "answer": event.answer,
+        "liars": event.liars,
         "max_norm": event.max_norm,
     }
 
@@ -76,6 +77,7 @@ def decode(row: EventRow) -> Event:
                 rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
                 metrics=tuple((name, value) for name, value in values.get("metrics", ())),
                 answer=tuple(values.get("answer", ())),
+                liars=tuple(values.get("liars", ())),
                 max_norm=values.get("max_norm", 0.0),
             )
         case "failed":

@@ -42,7 +42,13 @@ from minga.federation.coordinator.store import DATABASE_FILE, Store
 from minga.federation.coordinator.token_table import TokenTable
 from minga.federation.coordinator.tokens import TokenIssuer, token_name
 from minga.federation.enrolment_token import EnrolmentToken
-from minga.federation.errors import EnrolmentError, FederationError, IdentityError, StorageError
+from minga.federation.errors import (
+    EnrolmentError,
+    FederationError,
+    IdentityError,
+    PeerError,
+    StorageError,
+)
 from minga.federation.identity import CertificateVerifier, Clock, Principal, Role, utc_now
 from minga.federation.limits import (
     BLOB_GRACE_S,
@@ -51,6 +57,7 @@ from minga.federation.limits import (
     RENEWAL_CHECK_S,
 )
 from minga.federation.operator import OPERATOR_FOLDER, write_address
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.federation.wire import printable
@@ -76,6 +83,7 @@ class Coordinator:
         settings: How it is set up.
         clock: The time of rounds and blobs.
         certificate_clock: The time of certificates, tokens and the audit log.
+        apply_masks: Takes the masks off a round's sum.
 
     Raises (on entering):
         PortInUseError: one of the ports is taken.
@@ -89,8 +97,10 @@ class Coordinator:
         *,
         clock: Callable[[], float] = time.time,
         certificate_clock: Clock = utc_now,
+        apply_masks: ApplyMasks = apply_masks_threaded,
     ) -> None:
         self._settings = settings
+        self._apply_masks = apply_masks
         self._clock = clock
         self._certificate_clock = certificate_clock
         self._stack = AsyncExitStack()
@@ -141,6 +151,7 @@ class Coordinator:
             audit=self._audit,
             reconnect_grace_s=settings.reconnect_grace_s,
             strategies=settings.strategies,
+            apply_masks=self._apply_masks,
         )
         self._models = PublishedModels(
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
@@ -287,6 +298,7 @@ class Coordinator:
             may_upload=self._may_upload,
             may_download=self._may_download,
             on_transfer=self._count_transfer,
+            on_refused=self._note_refused_blob,
         )
         pb_grpc.add_BlobServiceServicer_to_server(blobs, device_server)
         operators = OperatorService(
@@ -389,6 +401,11 @@ class Coordinator:
             Kind.ACCESS_REFUSED, caller, method=method, peer=peer, reason=printable(str(error))
         )
 
+    def _note_refused_blob(self, principal: Principal, digest: bytes, error: PeerError) -> None:
+        self._audit.append_limited(
+            Kind.MESSAGE_REFUSED, principal.path, blob=digest.hex(), reason=printable(str(error))
+        )
+
     def _note_refused_enrolment(
         self, request: pb.EnrollRequest, peer: str, error: EnrolmentError
     ) -> None:
@@ -422,9 +439,11 @@ def _owned(state: Path) -> Iterator[None]:
         yield
 
 
-async def run(settings: CoordinatorSettings) -> None:
+async def run(
+    settings: CoordinatorSettings, apply_masks: ApplyMasks = apply_masks_threaded
+) -> None:
     """Run a coordinator until cancelled."""
-    async with Coordinator(settings) as coordinator:
+    async with Coordinator(settings, apply_masks=apply_masks) as coordinator:
         _log.info("devices: %s (mutual TLS)", coordinator.addresses.device)
         _log.info("enrolment: %s (TLS)", coordinator.addresses.enrol)
         _log.info("metrics: http://%s/metrics", coordinator.addresses.metrics)

@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -69,6 +69,10 @@ class CoordinatorSettings(BaseSettings):
 
     server_certificate_hours: Hours = 2160
     """How long the coordinator's own certificate holds; it is replaced after two thirds of that."""
+
+    unmasking: Literal["threads", "ray"] = "threads"
+    """What takes masks off a round's sum: threads of the coordinator, or actors on Ray (the cluster
+    that RAY_ADDRESS names, or one that is started on this machine)."""
 
     @property
     def dial_host(self) -> str:

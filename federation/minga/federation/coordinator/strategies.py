@@ -13,7 +13,7 @@ from minga.federation import wire
 from minga.federation.aggregation.optimizers import FedAvg
 from minga.federation.aggregation.rules import Mean
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.aggregate import unmasked_sum
+from minga.federation.coordinator.aggregate import Uploads
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.rounds import PlainRound, Round, SecureRound, SumComputed
 from minga.federation.coordinator.rounds.machine import NOT_NEEDED
@@ -22,6 +22,7 @@ from minga.federation.flower.strategy import FlowerStrategy, Instructions, Resul
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.plain import VALUE
 from minga.federation.secagg.errors import QuorumError
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.work import Training, Work
 
@@ -35,11 +36,18 @@ class Strategies:
     Args:
         blobs: has models, updates and what strategies keep.
         allowed: the strategies that the coordinator's operator lets in beside Flower's own.
+        apply_masks: takes the masks off a sum.
     """
 
-    def __init__(self, blobs: BlobStore, allowed: Sequence[str]) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        allowed: Sequence[str],
+        apply_masks: ApplyMasks = apply_masks_threaded,
+    ) -> None:
         self._blobs = blobs
         self._allowed = allowed
+        self._apply_masks = apply_masks
         self._at_work: tuple[str, FlowerStrategy] | None = None
 
     def require_possible(self, plan: pb.CampaignPlan) -> None:
@@ -110,7 +118,8 @@ class Strategies:
             return None
         order = round_.order
         with _disk():
-            results, rejected = _results(round_, self._blobs)
+            uploads = Uploads(self._blobs, self._apply_masks)
+            results, rejected = _results(round_, uploads)
             model, state = self._read(order.model_digest), self._state(campaign)
         absent = {
             name: reason
@@ -132,6 +141,7 @@ class Strategies:
                 total_weight=sum(result.num_examples for result in results),
                 optimizer_digest=self._blobs.put_bytes(step.state),
                 rejected=rejected,
+                liars=tuple(sorted(uploads.liars)),
             )
 
     def _of(self, campaign: Campaign) -> FlowerStrategy | None:
@@ -159,17 +169,17 @@ def _disk() -> Iterator[None]:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
 
 
-def _results(round_: Round, blobs: BlobStore) -> tuple[list[Result], Rejected]:
+def _results(round_: Round, uploads: Uploads) -> tuple[list[Result], Rejected]:
     """Give each update of a plain round, or each group's mean of a secure one."""
     match round_:
         case SecureRound():
-            sums = [unmasked_sum(round_, group, blobs) for group in round_.groups]
+            sums = [uploads.unmasked_sum(round_, group) for group in round_.groups]
             return [
                 Result(name=f"group-{n}", update=s.mean_delta, num_examples=s.total_weight)
                 for n, s in enumerate(sums, 1)
             ], ()
         case PlainRound():
-            return _plain_results(round_, blobs)
+            return _plain_results(round_, uploads.blobs)
         case _:
             raise AssertionError(f"{type(round_).__name__} has no results")
 

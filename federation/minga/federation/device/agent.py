@@ -65,6 +65,7 @@ class Agent:
         allow_plain: whether the coordinator may see this device's updates.
         queries: what queries may find out here.
         look: says what this machine is doing.
+        compress: whether models and plain updates travel as Zstandard frames.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Agent:
         allow_plain: bool = False,
         queries: Queries = NO_QUERIES,
         look: Callable[[], Condition] = measure,
+        compress: bool = False,
     ) -> None:
         self._link = link
         self._redial = Redial(link)
         self._look = look
         self._queries = queries
         self._keepsakes = keepsakes
+        self._compress = compress
         self._allow_plain = allow_plain
         self._trainer = trainer
         self._slots = slots
@@ -355,12 +358,16 @@ class Agent:
     async def _download(self, digest: bytes, path: Path) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.download(stub, digest, path, address=self._link.address)
+            await transfer.download(
+                stub, digest, path, address=self._link.address, compress=self._compress
+            )
 
     async def _upload(self, digest: bytes, data: bytes) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.upload(stub, data, digest, address=self._link.address)
+            await transfer.upload(
+                stub, data, digest, address=self._link.address, compress=self._compress
+            )
 
     # --- models ---
 

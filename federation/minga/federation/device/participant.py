@@ -32,7 +32,7 @@ from minga.federation.errors import (
 )
 from minga.federation.identity import CertificateVerifier, Identity
 from minga.federation.parameters import Layout, Parameters, from_bytes
-from minga.federation.plain import update_to_bytes
+from minga.federation.plain import PlainPlan, update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.fixedpoint import encode_update
 from minga.federation.secagg.plan import RoundPlan
@@ -103,7 +103,7 @@ class Participant:
             round_id=self.round_id,
             campaign_id=invite.campaign_id,
             model_name=invite.model_name,
-            clip=self._plan.clip if isinstance(self._plan, RoundPlan) else None,
+            clip=_clip_of(self._plan),
             metrics=metrics,
         )
         self._download = download
@@ -252,3 +252,8 @@ class Participant:
 
     def _withdraw(self, reason: str) -> pb.SessionRequest:
         return wire.withdrawal(self.round_id, reason)
+
+
+def _clip_of(plan: RoundPlan | PlainPlan) -> float | None:
+    """Say how far masking lets a coordinate go; after a rotation that is none of the update's."""
+    return plan.clip if isinstance(plan, RoundPlan) and not plan.rotate else None

@@ -53,6 +53,7 @@ async def run(settings: DeviceSettings) -> None:
         queries=Queries(
             columns=frozenset(settings.query_columns), min_cohort=settings.query_min_cohort
         ),
+        compress=settings.compress,
     )
     async with AsyncExitStack() as stack:
         app = InferenceApp(models, registry=metrics.registry)

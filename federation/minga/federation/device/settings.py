@@ -39,6 +39,10 @@ class DeviceSettings(BaseSettings):
     query_min_cohort: Annotated[int, Field(ge=3)] = QUERY_MIN_COHORT
     """Queries are answered only in sums over so many devices."""
 
+    compress: bool = False
+    """Move models and plain updates as Zstandard frames: for links slower than some 100 MB/s.
+    Masked updates are random bits and go as they are."""
+
     host: str = "127.0.0.1"
     """Address of the local inference server."""
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from minga.federation.secagg.errors import MessageError, QuorumError, StateError
 from minga.federation.secagg.fixedpoint import decode_sum
-from minga.federation.secagg.masking import apply_masks_threaded
+from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.secagg.messages import Advert, EncryptedShare, Reveal
 from minga.federation.secagg.packing import Buffer, add_packed
 from minga.federation.secagg.plan import RoundPlan
@@ -158,7 +158,7 @@ def unmask(
     survivors: Collection[str],
     reveals: Mapping[str, Reveal],
     masked_sum: MaskedSum,
-    num_threads: int | None = None,
+    apply: ApplyMasks = apply_masks_threaded,
 ) -> Unmasked:
     """Take the masks off the sum and read the weighted mean.
 
@@ -172,7 +172,7 @@ def unmask(
         survivors: The devices whose uploads are in the sum: the list that was confirmed.
         reveals: Device -> what it revealed.
         masked_sum: The sum; it is taken.
-        num_threads: For taking off masks; as many as there are cores if not given.
+        apply: Takes masks off; by default threads of this process, as many as there are cores.
 
     Raises:
         StateError: the sum is not the sum of this round's survivors.
@@ -200,6 +200,6 @@ def unmask(
         reveals=reveals,
     )
     levels = masked_sum.take()
-    apply_masks_threaded(levels, recovery.masks, num_threads)
+    apply(levels, recovery.masks)
     mean_delta, total_weight = decode_sum(plan, levels, len(survivors))
     return Unmasked(mean_delta=mean_delta, total_weight=total_weight, liars=recovery.liars)

@@ -5,13 +5,19 @@ A device with weight w contributes, for each coordinate x of its update,
     level = stochastic_round(clip(x) * w / max_weight * max_level / clip)
 
 and one more coordinate, w itself: how many examples a site has is masked like everything else. The
-sum of the levels divided by the sum of the weights is the weighted mean.
+sum of the levels divided by the sum of the weights is the weighted mean. If the plan says so, the
+update is rotated before (`rotation`), and the mean rotated back.
 
-Error: a rounded level is off by less than one, so over n devices with total weight W each
-coordinate of the mean is off by less than `n * clip / max_level * max_weight / W` (if all weights
-are max_weight: less than one step, `clip / max_level`), plus float32's own rounding. The error has
-mean zero: rounding up happens with the probability that the fraction asks for, to 2**-32. Zero
+Error: one level is `step = clip / max_level * max_weight / W` of the mean, W being the total
+weight. A rounded level is off by less than one, so over n devices each coordinate of the mean is
+off by less than `n * step` (if all weights are max_weight: less than `clip / max_level`), plus
+float32's own rounding. The error has mean zero: rounding up happens with the probability that the
+fraction asks for, to 2**-32; so its standard deviation is at most `sqrt(n) / 2 * step`, and it
+exceeds `step * sqrt(n / 2 * ln(2 / p))` with probability at most p (Hoeffding, JASA 1963). Zero
 stays zero.
+
+A rotation back mixes the errors of a block of B coordinates, each divided by sqrt(B): what is said
+of the deviation and of p holds as it stands, the strict bound becomes `sqrt(B) * n * step`.
 """
 
 from collections.abc import Callable
@@ -22,6 +28,7 @@ from numpy.typing import NDArray
 from minga.federation.secagg.errors import SumError, UpdateError
 from minga.federation.secagg.masking import BLOCK_VALUES, MASK_KEY_BYTES, Keystream, new_scratch
 from minga.federation.secagg.plan import RoundPlan
+from minga.federation.secagg.rotation import rotate, rotate_back
 
 
 def encode_update(
@@ -30,7 +37,7 @@ def encode_update(
     weight: int,
     random_bytes: Callable[[int], bytes],
 ) -> NDArray[np.uint32]:
-    """Clip, weigh and round an update to levels, two's complement in uint32.
+    """Rotate if planned, clip, weigh and round an update to levels, two's complement in uint32.
 
     Args:
         plan: The round's numbers.
@@ -39,7 +46,7 @@ def encode_update(
         random_bytes: Source of randomness for the rounding.
 
     Returns:
-        Shape `(num_values + 1,)`; the last one is the weight.
+        Shape `(vector_length,)`; the last one is the weight.
 
     Raises:
         UpdateError: another shape or type, NaN or infinity, or a weight out of range.
@@ -50,8 +57,9 @@ def encode_update(
     coins, scratch = Keystream(random_bytes(MASK_KEY_BYTES)), new_scratch()
     levels = np.empty(plan.vector_length, np.uint32)
     levels[-1] = weight
-    for low in range(0, delta.size, BLOCK_VALUES):
-        block = delta[low : low + BLOCK_VALUES].astype(np.float64)
+    coordinates = rotate(delta, plan.rotation_key) if plan.rotate else delta
+    for low in range(0, coordinates.size, BLOCK_VALUES):
+        block = coordinates[low : low + BLOCK_VALUES].astype(np.float64)
         if not np.isfinite(block).all():
             raise UpdateError(
                 "the update holds NaN or infinity; training diverged: lower its learning rate"
@@ -66,11 +74,11 @@ def encode_update(
 def decode_sum(
     plan: RoundPlan, levels: NDArray[np.uint32], num_devices: int
 ) -> tuple[NDArray[np.float32], int]:
-    """Read the weighted mean and the total weight from an unmasked sum.
+    """Read the weighted mean, rotated back if need be, and the total weight from an unmasked sum.
 
     Args:
         plan: The round's numbers.
-        levels: The sum modulo 2**32, of which the low `ring_bits` count; shape `(num_values + 1,)`.
+        levels: The sum modulo 2**32, of which the low `ring_bits` count; shape `(vector_length,)`.
         num_devices: How many updates are in it.
 
     Returns:
@@ -87,7 +95,7 @@ def decode_sum(
         )
     limit = plan.max_level * total_weight / plan.max_weight + num_devices
     factor = plan.clip / plan.max_level * plan.max_weight / total_weight
-    mean = np.empty(plan.num_values, np.float32)
+    mean = np.empty(plan.num_coordinates, np.float32)
     for low in range(0, mean.size, BLOCK_VALUES):
         high = min(low + BLOCK_VALUES, mean.size)
         block = _signed(levels[low:high], plan.ring_bits).astype(np.float64)
@@ -97,6 +105,8 @@ def decode_sum(
                 "honestly encoded update"
             )
         mean[low:high] = block * factor
+    if plan.rotate:
+        mean = rotate_back(mean, plan.num_values, plan.rotation_key)
     return mean, total_weight
 
 

@@ -10,7 +10,7 @@ and the addition release the interpreter's lock: threads scale (2 cores: 1.5 tim
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -60,6 +60,10 @@ class Keystream:
         """
         self._encryptor.update_into(_ZEROS[: 4 * num_values], scratch)
         return np.frombuffer(scratch, "<u4", num_values)
+
+
+ApplyMasks = Callable[[NDArray[np.uint32], Sequence[Mask]], None]
+"""Adds masks to a whole vector modulo 2**32, in place; how the work is split is its own affair."""
 
 
 def new_scratch() -> bytearray:

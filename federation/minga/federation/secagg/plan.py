@@ -8,7 +8,9 @@ from hashlib import sha256
 
 from minga.federation.secagg.encoding import encode
 from minga.federation.secagg.errors import PlanError
+from minga.federation.secagg.masking import MASK_KEY_BYTES
 from minga.federation.secagg.packing import packed_size
+from minga.federation.secagg.rotation import padded_size
 from minga.federation.secagg.sizing import MIN_COHORT, choose_neighbourhood
 
 ROUND_ID_BYTES = 16
@@ -40,9 +42,11 @@ class RoundPlan:
     value_bits: int
     """Bits of one rounded coordinate of one device, sign included."""
     clip: float
-    """Coordinates are clipped to [-clip, clip]."""
+    """Coordinates are clipped to [-clip, clip], after the rotation if there is one."""
     max_weight: int
     """The largest weight of one device."""
+    rotate: bool = False
+    """Updates are rotated before they are clipped and rounded (see `rotation`)."""
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -60,9 +64,14 @@ class RoundPlan:
         return (1 << (self.value_bits - 1)) - 1
 
     @property
+    def num_coordinates(self) -> int:
+        """Coordinates that carry the update: the model's, padded if they are rotated."""
+        return padded_size(self.num_values) if self.rotate else self.num_values
+
+    @property
     def vector_length(self) -> int:
-        """Coordinates that travel: the model's, then the weight."""
-        return self.num_values + 1
+        """Coordinates that travel: the update's, then the weight."""
+        return self.num_coordinates + 1
 
     @property
     def upload_size(self) -> int:
@@ -73,6 +82,11 @@ class RoundPlan:
     def digest(self) -> bytes:
         """SHA-256 over all fields."""
         return _digest(self)
+
+    @property
+    def rotation_key(self) -> bytes:
+        """What the rotation's signs are drawn from: public, another one in each round."""
+        return sha256(encode("rotation", self.digest)).digest()[:MASK_KEY_BYTES]
 
     def _check_names(self) -> None:
         if len(self.round_id) != ROUND_ID_BYTES:
@@ -133,6 +147,8 @@ def _digest(plan: RoundPlan) -> bytes:
             plan.value_bits,
             float(plan.clip),
             plan.max_weight,
+            # Left out where it is off, so that devices which do not know it agree on the digest.
+            *((True,) if plan.rotate else ()),
         )
     ).digest()
 
@@ -146,6 +162,7 @@ def derive_plan(
     clip: float,
     value_bits: int,
     max_weight: int,
+    rotate: bool = False,
     expected_dropout: float = 0.2,
     colluder_share: float = 0.1,
 ) -> RoundPlan:
@@ -167,6 +184,7 @@ def derive_plan(
         value_bits=value_bits,
         clip=clip,
         max_weight=max_weight,
+        rotate=rotate,
     )
 
 

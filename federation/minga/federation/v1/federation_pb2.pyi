@@ -278,7 +278,10 @@ class UploadRequest(_message.Message):
 
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    ZSTD_CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
+    zstd_chunk: _builtins.bytes
+    """A chunk as one Zstandard frame (RFC 8878). Offsets and digests are those of the content."""
     @_builtins.property
     def header(self) -> Global___UploadHeader: ...
     def __init__(
@@ -286,12 +289,13 @@ class UploadRequest(_message.Message):
         *,
         header: Global___UploadHeader | None = ...,
         chunk: _builtins.bytes = ...,
+        zstd_chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "zstd_chunk", b"zstd_chunk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part", "zstd_chunk", b"zstd_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk", "zstd_chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -371,17 +375,21 @@ class DownloadRequest(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    TAKES_ZSTD_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     offset: _builtins.int
+    takes_zstd: _builtins.bool
+    """The caller also takes Zstandard frames."""
     def __init__(
         self,
         *,
         digest: _builtins.bytes = ...,
         offset: _builtins.int = ...,
+        takes_zstd: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset", "takes_zstd", b"takes_zstd"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,17 +403,21 @@ class DownloadResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    ZSTD_CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     size: _builtins.int
+    zstd_chunk: _builtins.bytes
+    """Instead of `chunk`: one Zstandard frame of it."""
     def __init__(
         self,
         *,
         chunk: _builtins.bytes = ...,
         size: _builtins.int = ...,
+        zstd_chunk: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "size", b"size", "zstd_chunk", b"zstd_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -759,6 +771,7 @@ class SecureAggregationPlan(_message.Message):
     VALUE_BITS_FIELD_NUMBER: _builtins.int
     CLIP_FIELD_NUMBER: _builtins.int
     MAX_WEIGHT_FIELD_NUMBER: _builtins.int
+    ROTATE_FIELD_NUMBER: _builtins.int
     round_id: _builtins.bytes
     num_values: _builtins.int
     max_cohort: _builtins.int
@@ -767,6 +780,8 @@ class SecureAggregationPlan(_message.Message):
     value_bits: _builtins.int
     clip: _builtins.float
     max_weight: _builtins.int
+    rotate: _builtins.bool
+    """Updates are rotated at random before they are clipped."""
     def __init__(
         self,
         *,
@@ -778,10 +793,11 @@ class SecureAggregationPlan(_message.Message):
         value_bits: _builtins.int = ...,
         clip: _builtins.float = ...,
         max_weight: _builtins.int = ...,
+        rotate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "max_cohort", b"max_cohort", "max_weight", b"max_weight", "num_neighbours", b"num_neighbours", "num_values", b"num_values", "round_id", b"round_id", "threshold", b"threshold", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "max_cohort", b"max_cohort", "max_weight", b"max_weight", "num_neighbours", b"num_neighbours", "num_values", b"num_values", "rotate", b"rotate", "round_id", b"round_id", "threshold", b"threshold", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2280,6 +2296,7 @@ class CampaignPlan(_message.Message):
     PROTECTION_FIELD_NUMBER: _builtins.int
     NUM_GROUPS_FIELD_NUMBER: _builtins.int
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
+    ROTATE_FIELD_NUMBER: _builtins.int
     FLOWER_STRATEGY_FIELD_NUMBER: _builtins.int
     REQUIREMENTS_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
@@ -2318,6 +2335,8 @@ class CampaignPlan(_message.Message):
     """A round invites so many devices more than the cohort, as a share of it, and waits for the
     cohort's fastest.
     """
+    rotate: _builtins.bool
+    """Updates are rotated at random before they are clipped."""
     evaluate_every: _builtins.int
     """The model is measured after so many committed rounds each, and after the last; 0: only then."""
     scaffold: _builtins.bool
@@ -2381,6 +2400,7 @@ class CampaignPlan(_message.Message):
         protection: Global___Protection.ValueType = ...,
         num_groups: _builtins.int = ...,
         over_selection: _builtins.float = ...,
+        rotate: _builtins.bool = ...,
         flower_strategy: Global___FlowerStrategy | None = ...,
         requirements: Global___Requirements | None = ...,
         evaluation: Global___Evaluation | None = ...,
@@ -2394,7 +2414,7 @@ class CampaignPlan(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "flower_strategy", b"flower_strategy", "privacy", b"privacy", "query", b"query", "requirements", b"requirements", "rule", b"rule", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "privacy", b"privacy", "protection", b"protection", "query", b"query", "requirements", b"requirements", "rule", b"rule", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "privacy", b"privacy", "protection", b"protection", "query", b"query", "requirements", b"requirements", "rotate", b"rotate", "rule", b"rule", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -193,6 +193,8 @@ def round_plan(
         clip=clip,
         value_bits=bits,
         max_weight=max_weight,
+        # Noise is sized for the model's own coordinates; what is no model has no need of it.
+        rotate=plan.rotate and privacy is None and isinstance(work, Training),
         expected_dropout=expected_dropout,
         colluder_share=plan.colluder_share,
     )
@@ -229,6 +231,7 @@ def plan_to_wire(plan: RoundPlan) -> pb.SecureAggregationPlan:
         value_bits=plan.value_bits,
         clip=plan.clip,
         max_weight=plan.max_weight,
+        rotate=plan.rotate,
     )
 
 
@@ -265,4 +268,5 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
         value_bits=plan.value_bits,
         clip=plan.clip,
         max_weight=plan.max_weight,
+        rotate=plan.rotate,
     )

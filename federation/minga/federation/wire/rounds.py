@@ -187,8 +187,8 @@ def unknown_round(round_id: str) -> pb.SessionResponse:
     )
 
 
-def round_of(message: pb.SessionResponse) -> str:
-    """Give the round that a step of the coordinator belongs to."""
+def round_of(message: pb.SessionResponse | pb.SessionRequest) -> str:
+    """Give the round that a message says it belongs to; empty if it says none."""
     kind = message.WhichOneof("body")
     return getattr(getattr(message, kind), "round_id", "") if kind else ""
 

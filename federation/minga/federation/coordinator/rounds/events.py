@@ -85,6 +85,8 @@ class SumComputed:
     """What an evaluation came to; its model is the one that it measured."""
     answer: tuple[float, ...] = ()
     """What a question came to; there is no model then."""
+    liars: tuple[str, ...] = ()
+    """Devices whose false shares were left out when the sum was unmasked."""
     max_norm: float = 0.0
     """The bound on updates' lengths with which a private campaign goes on; 0: it has none."""
 
