@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from minga.cluster import pipeline, template
-from minga.cluster.federate import federate
+from minga.cluster.federate import federate, personal_of
 from minga.cluster.project import load
 from minga.federation.flower.folder import TRAINER, client_app_of
+from minga.federation.parts import split_personal
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.bundle import LINEAGE, read_parameters
 from minga.training.errors import GateError
@@ -140,7 +141,9 @@ def test_worse_model_is_registered_but_not_promoted(project):
 def test_product_of_a_campaign_takes_the_same_gates(project):
     """Federated parameters are compared with the champion and keep their lineage."""
     parameters, lineage = champion_of(project)
-    campaign = Campaign(name="c1", rounds=5, cohort=7, num_examples=36_000)
+    campaign = Campaign(
+        name="c1", rounds=5, cohort=7, num_examples=36_000, evaluations={5: {"loss": 0.25}}
+    )
     registered = pipeline.register_candidate(
         project,
         parameters=parameters,
@@ -153,8 +156,25 @@ def test_product_of_a_campaign_takes_the_same_gates(project):
     assert (stored.origin, stored.parent_version, stored.campaign) == ("federated", 1, campaign)
     version = project.registry().get("shuttle-anomaly", registered.version)
     assert version.aliases == ("challenger",)
+    (measured,) = project.tracker().client.get_metric_history(registered.run_id, "devices_loss")
+    assert (measured.step, measured.value) == (5, 0.25)
     gate = next(gate for gate in registered.report.gates if gate.name.endswith("champion"))
     assert gate.seen == "+0.0000 (+0.0000 .. +0.0000) to version 1"
+
+
+def test_personal_tensors_stay_the_parents(project):
+    """What a campaign's devices keep to themselves is, in the centre, the parent's."""
+    parameters, _ = champion_of(project)
+    registry = project.registry()
+    parent = registry.get("shuttle-anomaly", 1)
+    patterns = ["model.*.bias"]
+    campaign = pb.Campaign(plan=pb.CampaignPlan(personal=patterns))
+    personal = personal_of(registry, parent, campaign)
+    shared, _ = split_personal(parameters, patterns)
+    assert personal
+    assert shared.keys() | personal.keys() == parameters.keys()
+    assert all(np.array_equal(personal[name], parameters[name]) for name in personal)
+    assert not personal_of(registry, parent, pb.Campaign())
 
 
 def test_commands_show_the_registry(finished, capsys):

@@ -17,6 +17,7 @@ from minga.federation.coordinator.server import Coordinator
 from minga.federation.coordinator.settings import CoordinatorSettings
 from minga.federation.device.agent import Agent
 from minga.federation.device.enrolment import CoordinatorAddress, enrol
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.slots import ModelSlots
@@ -140,8 +141,8 @@ class Fleet:
         options: Mapping[str, Scalar] | None = None,
         *,
         trainer: str = "constant_trainer:make",
-        allow_plain: bool = False,
         address: str = "",
+        **settings: Any,
     ) -> None:
         """Run an enrolled device.
 
@@ -149,8 +150,8 @@ class Fleet:
             name: which.
             options: what its trainer is made with; None: it only runs models.
             trainer: which one.
-            allow_plain: whether it takes part in plain rounds.
             address: where it dials instead of the coordinator, for instance a proxy.
+            settings: what else the agent is made with, for instance `allow_plain`.
         """
         folder = self.folder / name
         process = None
@@ -171,7 +172,8 @@ class Fleet:
             slots=ModelSlots(folder / "models"),
             models=self.models[name],
             metrics=Metrics(),
-            allow_plain=allow_plain,
+            keepsakes=Keepsakes(folder / "learning"),
+            **settings,
         )
         self._agents[name] = asyncio.create_task(agent.run(), name=name)
 

@@ -65,7 +65,17 @@ def test_metric_without_a_value_is_left_out(blobs, parameters, monkeypatch):
     assert set(TaskTrainer(blobs, blobs.data("20")).evaluate(parameters, {})) == {
         "loss",
         "accuracy",
+        "num_examples",
     }
+
+
+def test_columns_are_those_of_this_site(blobs):
+    """A query's columns come by name, or numbered, from the data that this site trains on."""
+    blobs.columns = ("heat", "load")
+    splits = blobs.data("20")
+    columns = TaskTrainer(blobs, splits).columns(["load", "x3", "unknown"])
+    assert set(columns) == {"load", "x3"}
+    np.testing.assert_array_equal(columns["load"], splits.train.inputs[:, 1])
 
 
 def test_options_lead_to_the_task(tmp_path, reference, parameters):

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "device": ("minga.cli.device:app", "Enrol and run an edge device; list and revoke devices."),
     "audit": ("minga.cli.audit:app", "Show, verify, export the coordinator's audit log."),
     "federate": ("minga.cli.federate:federate", "Train the champion further on the fleet."),
+    "analyse": ("minga.cli.analyse:analyse", "Ask the fleet for statistics of its data."),
     "status": ("minga.cli.status:status", "Show what runs, which versions, which devices."),
 }
 

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -54,6 +54,7 @@ def run(
     trainer: Annotated[str, _set_by("TRAINER")] = "",
     option: dict[str, str] | None = None,
     allow_plain: Annotated[bool, _set_by("ALLOW_PLAIN")] = False,
+    allow_query: Annotated[tuple[str, ...], _set_by("QUERY_COLUMNS")] = (),
     compress: Annotated[bool, _set_by("COMPRESS")] = False,
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
     port: Annotated[int, _set_by("PORT")] = 8080,
@@ -78,6 +79,8 @@ def run(
             Context's node_config.
         allow_plain: Take part in rounds whose coordinator sees this device's update; without it
             only in those that mask updates.
+        allow_query: Column of this site's data of which statistics may be asked, in sums over
+            many devices alone; may be given several times.
         compress: Move models and plain updates as Zstandard frames, for slow links.
         host: Address of the local inference server.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
@@ -95,11 +98,13 @@ def run(
         options["project"] = str(project.resolve())
         if source or not is_flower:
             options["source"] = source
-    given = {"trainer_options": options} if options else {}  # else the environment's
+    # What is not given here may be in the environment.
+    given: dict[str, Any] = {"trainer_options": options} if options else {}
     settings = DeviceSettings(
         folder=folder,
         trainer=trainer,
         allow_plain=allow_plain,
+        query_columns=allow_query,
         compress=compress,
         host=host,
         port=port,

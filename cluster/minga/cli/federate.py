@@ -71,6 +71,11 @@ def federate(
     print_table(
         ("metric", "test split"), [(name, f"{value:.4f}") for name, value in metrics.items()]
     )
+    for round_ in result.evaluations:
+        print_table(
+            ("metric", f"on devices, after round {round_.number}"),
+            [(name, f"{value:.4f}") for name, value in sorted(round_.metrics.items())],
+        )
     if result.campaign.plan.HasField("privacy"):
         print_line(f"privacy: {privacy_note(described['privacy'])}")
     verdict = "promoted to champion" if result.promoted else "refused by its gates"

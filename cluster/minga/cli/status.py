@@ -64,7 +64,10 @@ def _show_federation(part: dict[str, Any]) -> None:
     connected = f"{part['num_connected']} of {part['num_devices']} devices connected"
     print_line(f"federation  {part['address']}  {connected}")
     for campaign in part["campaigns"]:
-        committed = sum(round_["stage"] == "committed" for round_ in campaign["rounds"])
+        committed = sum(
+            round_["stage"] == "committed" and round_["work"] != "evaluation"
+            for round_ in campaign["rounds"]
+        )
         parts = [
             campaign["state"],
             f"{committed} of {campaign['num_rounds']} rounds",

@@ -29,7 +29,7 @@ from minga.cluster.demo_report import (
 )
 from minga.cluster.errors import DemoError
 from minga.cluster.federate import Federated, federate, publish
-from minga.cluster.fleet import describe_devices, report_campaign
+from minga.cluster.fleet import committed, describe_devices, report_campaign
 from minga.cluster.following import following_champion
 from minga.cluster.pipeline import Registered
 from minga.cluster.processes import LocalFleet
@@ -309,8 +309,8 @@ class Demo:
                 f"{tally.num_failures} of {tally.num_requests} requests failed, "
                 f"the first with: {tally.first_failure}"
             )
-        committed = [r for r in federated.campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED]
-        traffic = sum(r.bytes_received + r.bytes_sent for r in committed)
+        rounds = committed(federated.campaign)
+        traffic = sum(r.bytes_received + r.bytes_sent for r in rounds)
         alone = {
             metric: float(np.mean([metrics[metric] for metrics in sites.values()]))
             for metric in central.report.metrics
@@ -324,9 +324,9 @@ class Demo:
             sites_alone=sites,
             promoted=federated.promoted,
             champion_version=devices[0].version,
-            num_rounds=len(committed),
-            cohort=max(len(r.survivors) for r in committed),
-            bytes_per_device_per_round=traffic / sum(len(r.invited) for r in committed),
+            num_rounds=len(rounds),
+            cohort=max(len(r.survivors) for r in rounds),
+            bytes_per_device_per_round=traffic / sum(len(r.invited) for r in rounds),
             coordinator_peak_memory_bytes=peak_memory_bytes,
             killed=killed,
             traffic=TrafficReport(

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minga.cluster import pipeline
-from minga.cluster.fleet import OnCampaign, campaign_plan, follow_campaign
+from minga.cluster.fleet import OnCampaign, campaign_plan, committed, follow_campaign
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project
 from minga.federation.errors import CampaignError
 from minga.federation.flower.arrays import FLOWER_ARRAYS, names_to_text
 from minga.federation.operator import Operator, connect
-from minga.federation.parameters import from_bytes, to_bytes
+from minga.federation.parameters import Parameters, to_bytes
+from minga.federation.parts import split_personal
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.bundle import LINEAGE, MODEL, read_parameters
@@ -38,7 +39,12 @@ class Federated:
     @property
     def last_round(self) -> pb.Round:
         """The round whose sum the model is."""
-        return [r for r in self.campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED][-1]
+        return committed(self.campaign)[-1]
+
+    @property
+    def evaluations(self) -> list[pb.Round]:
+        """The rounds in which devices measured the model, oldest first."""
+        return committed(self.campaign, pb.ROUND_WORK_EVALUATION)
 
 
 def federate(
@@ -65,7 +71,7 @@ def federate(
     name = project.loaded_task.name
     registry = project.registry(on_progress)
 
-    async def rounds() -> tuple[pb.Campaign, bytes]:
+    async def rounds() -> tuple[pb.Campaign, Parameters]:
         async with connect(state) as operator:
             followed = campaign_id or await _start(operator, project, registry)
             return await follow_campaign(operator, followed, on_campaign)
@@ -79,7 +85,7 @@ def federate(
     parent = registry.get(name, campaign.plan.parent_version)
     registered = pipeline.register_candidate(
         project,
-        parameters=from_bytes(model),
+        parameters={**personal_of(registry, parent, campaign), **model},
         params=_params_of(registry, parent),
         parent_version=parent.version,
         campaign=_campaign(campaign),
@@ -124,9 +130,19 @@ async def _start(operator: Operator, project: Project, registry: Registry) -> st
         model_name=champion.name,
         parent_version=str(champion.version),
         training={**params, "seed": project.seed, **_flower_arrays(project, params)},
+        metrics=("loss", project.loaded_task.objective.metric),
     )
     start = read_parameters(registry.fetch(champion.name, champion.version))
-    return await operator.start_campaign(plan, to_bytes(start))
+    shared, _ = split_personal(start, plan.personal)
+    return await operator.start_campaign(plan, to_bytes(shared))
+
+
+def personal_of(registry: Registry, parent: Version, campaign: pb.Campaign) -> Parameters:
+    """Give the tensors that did not travel: in the centre they stay the parent's."""
+    if not campaign.plan.personal:
+        return {}
+    before = read_parameters(registry.fetch(parent.name, parent.version))
+    return split_personal(before, campaign.plan.personal)[1]
 
 
 def _flower_arrays(project: Project, params: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -149,10 +165,13 @@ def _params_of(registry: Registry, version: Version) -> dict[str, Scalar]:
 
 
 def _campaign(campaign: pb.Campaign) -> Campaign:
-    committed = [r for r in campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED]
+    rounds = committed(campaign)
+    evaluations = committed(campaign, pb.ROUND_WORK_EVALUATION)
     return Campaign(
         name=campaign.campaign_id,
-        rounds=len(committed),
-        cohort=len(committed[-1].survivors),
-        num_examples=committed[-1].total_weight,
+        rounds=len(rounds),
+        cohort=len(rounds[-1].survivors),
+        # With control variates each device counts as one, whatever it has.
+        num_examples=0 if campaign.plan.scaffold else rounds[-1].total_weight,
+        evaluations={r.number: dict(r.metrics) for r in evaluations},
     )

@@ -1,6 +1,6 @@
 """The fleet as operators see it: devices, campaigns, models, as plain values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,20 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from minga.federation.config import FederationConfig
 from minga.federation.errors import CampaignError
 from minga.federation.operator import Operator, connect
+from minga.federation.parameters import Parameters, from_bytes
+from minga.federation.parts import split_control
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire import (
     config_to_wire,
+    evaluation_to_wire,
     optimizer_to_wire,
     privacy_to_wire,
+    requirements_to_wire,
     rule_to_wire,
     strategy_to_wire,
 )
+from minga.federation.work import evaluation_of
 from minga.training.progress import OnProgress, Progress
 
 OnCampaign = Callable[[pb.Campaign], None]
@@ -44,8 +49,17 @@ def _device(device: pb.Device) -> dict[str, Any]:
         "model_detail": model.detail,
         "rounds_counted": device.rounds_counted,
         "agent_version": device.agent_version,
+        "condition": _condition(device) if device.HasField("condition") else None,
         "enrolled_at": _time(device.enrolled_at),
         "last_seen_at": _time(device.last_seen_at) if device.HasField("last_seen_at") else None,
+    }
+
+
+def _condition(device: pb.Device) -> dict[str, Any]:
+    return {
+        "on_mains": device.condition.on_mains,
+        "idle_cpu": round(device.condition.idle_cpu, 3),
+        "free_memory_bytes": device.condition.free_memory_bytes,
     }
 
 
@@ -101,7 +115,23 @@ def _round(round_: pb.Round) -> dict[str, Any]:
         "bytes_received": round_.bytes_received,
         "bytes_sent": round_.bytes_sent,
         "reason": round_.reason,
+        "work": pb.RoundWork.Name(round_.work or pb.ROUND_WORK_TRAINING)
+        .removeprefix("ROUND_WORK_")
+        .lower(),
+        "metrics": dict(round_.metrics),
     }
+
+
+def committed(
+    campaign: pb.Campaign, work: "pb.RoundWork.ValueType" = pb.ROUND_WORK_TRAINING
+) -> list[pb.Round]:
+    """Give the rounds of one kind that came to something, oldest first."""
+    return [
+        round_
+        for round_ in campaign.rounds
+        if round_.stage == pb.ROUND_STAGE_COMMITTED
+        and (round_.work or pb.ROUND_WORK_TRAINING) == work
+    ]
 
 
 _PROTECTIONS = {"secure": pb.PROTECTION_SECURE, "plain": pb.PROTECTION_PLAIN}
@@ -113,10 +143,19 @@ def campaign_plan(
     model_name: str,
     parent_version: str,
     training: dict[str, Scalar],
+    metrics: Sequence[str] = (),
 ) -> pb.CampaignPlan:
-    """Write the `[federation]` table as the plan of a campaign."""
+    """Write the `[federation]` table as the plan of a campaign.
+
+    Args:
+        config: the table.
+        model_name: which model it trains.
+        parent_version: the version that it starts from.
+        training: the devices' training parameters; those of the table override them.
+        metrics: what devices measure, if the table asks for an evaluation and names nothing.
+    """
     optimizer = config.server_optimizer.optimizer()
-    return pb.CampaignPlan(
+    plan = pb.CampaignPlan(
         model_name=model_name,
         parent_version=parent_version,
         num_rounds=config.num_rounds,
@@ -139,30 +178,42 @@ def campaign_plan(
         protection=_PROTECTIONS[config.protection],
         num_groups=config.groups,
         over_selection=config.over_selection,
+        requirements=requirements_to_wire(config.requirements.requirements()),
+        personal=config.personal,
+        scaffold=config.scaffold,
         rule=rule_to_wire(config.rule.rule()),
         privacy=privacy_to_wire(config.privacy.privacy()),
     )
+    if config.buffer.size:
+        plan.buffer.size = config.buffer.size
+        plan.buffer.max_staleness = config.buffer.max_staleness
+    if config.evaluation.enabled:
+        asked = config.evaluation
+        work = evaluation_of(asked.metrics or metrics, asked.clip)
+        plan.evaluation.CopyFrom(evaluation_to_wire(work))
+        plan.evaluate_every = asked.every
+    return plan
 
 
-def report_campaign(on_progress: OnProgress) -> OnCampaign:
+def report_campaign(on_progress: OnProgress, step: str = "federate") -> OnCampaign:
     """Turn a campaign's states into progress: rounds done, and the stage of the open one."""
 
     def watch(campaign: pb.Campaign) -> None:
-        done = sum(round_.stage == pb.ROUND_STAGE_COMMITTED for round_ in campaign.rounds)
+        done = len(committed(campaign)) + len(committed(campaign, pb.ROUND_WORK_QUERY))
         note = campaign.reason
         if campaign.rounds and not note:
             newest = campaign.rounds[-1]
             stage = pb.RoundStage.Name(newest.stage).removeprefix("ROUND_STAGE_").lower()
             parts = [f"{len(newest.survivors)} updates", privacy_note(_privacy(campaign))]
             note = f"round {newest.number}: {stage}, {', '.join(filter(None, parts))}"
-        on_progress(Progress(step="federate", done=done, total=campaign.plan.num_rounds, note=note))
+        on_progress(Progress(step=step, done=done, total=campaign.plan.num_rounds, note=note))
 
     return watch
 
 
 async def follow_campaign(
     operator: Operator, campaign_id: str, on_campaign: OnCampaign
-) -> tuple[pb.Campaign, bytes]:
+) -> tuple[pb.Campaign, Parameters]:
     """Follow a campaign to its end, whoever started it.
 
     Args:
@@ -171,7 +222,7 @@ async def follow_campaign(
         on_campaign: told of its state now and at each change.
 
     Returns:
-        The campaign as it ended, and its last global model as safetensors.
+        The campaign as it ended, and its last global model.
 
     Raises:
         CampaignError: there is no such campaign, it failed, or it was cancelled.
@@ -184,4 +235,5 @@ async def follow_campaign(
             f"campaign {campaign_id} did not complete: {campaign.reason}. "
             "Rounds that were committed stay; see `minga status`"
         )
-    return campaign, await operator.read(campaign.model_digest)
+    model, _ = split_control(from_bytes(await operator.read(campaign.model_digest)))
+    return campaign, model

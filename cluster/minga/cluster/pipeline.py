@@ -27,6 +27,7 @@ from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
 from minga.training.gates import GateReport
+from minga.training.history import Record
 from minga.training.lineage import Campaign, Lineage, trace
 from minga.training.network import build_network, load_parameters
 from minga.training.probe import probe
@@ -357,9 +358,18 @@ def _open_run(project: Project, lineage: Lineage, on_progress: OnProgress) -> st
     """Make the run of parameters that came from elsewhere."""
     tracker = project.tracker(on_progress)
     with tracker.run(lineage.origin, tags={"minga.step": "register"}) as run_id:
-        tracker.log(run_id, params=lineage.params)
+        tracker.log(run_id, params=lineage.params, history=_history(lineage.campaign))
         tracker.log_settings(run_id, project.model_dump(mode="json"))
     return run_id
+
+
+def _history(campaign: Campaign | None) -> list[Record]:
+    """Give what devices measured, with the round as the step."""
+    evaluations = campaign.evaluations if campaign else {}
+    return [
+        {"epoch": number, **{f"devices_{name}": value for name, value in metrics.items()}}
+        for number, metrics in sorted(evaluations.items())
+    ]
 
 
 def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:

@@ -12,9 +12,70 @@ from minga.federation.aggregation.config import (
     NoPrivacyTable,
     ServerOptimizerTable,
 )
+from minga.federation.condition import Requirements
+from minga.federation.errors import PeerError
 from minga.federation.flower.config import FlowerTable
-from minga.federation.limits import MAX_COHORT
+from minga.federation.limits import MAX_COHORT, MAX_STALENESS, MIB
 from minga.federation.trainer import Scalar, proximal_mu
+from minga.federation.work import Method
+
+
+class RequirementsTable(BaseModel):
+    """What a device must be like to be invited: `[federation.requirements]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    charging: bool = False
+    """Only devices on mains power; a machine without a battery counts as such."""
+
+    idle: bool = False
+    """Only devices with at least 70 % of their processors' time unused."""
+
+    min_free_memory_mb: Annotated[int, Field(ge=0)] = 0
+    """Only devices with so much free memory, in MiB."""
+
+    min_examples: Annotated[int, Field(ge=0)] = 0
+    """Devices with fewer examples leave; each judges that by itself and tells no number."""
+
+    def requirements(self) -> Requirements:
+        """Give what the table describes."""
+        return Requirements(
+            charging=self.charging,
+            idle=self.idle,
+            min_free_memory_bytes=self.min_free_memory_mb * MIB,
+            min_examples=self.min_examples,
+        )
+
+
+class EvaluationTable(BaseModel):
+    """How devices measure the global model: `[federation.evaluation]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    enabled: bool = False
+    """Devices measure the model after the last round; only the means leave secure aggregation."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """They measure it after so many rounds each, too; 0: only after the last."""
+
+    metrics: tuple[str, ...] = ()
+    """Which metrics; empty: the loss and the objective's."""
+
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """Metrics are clipped to [-clip, clip]."""
+
+
+class BufferTable(BaseModel):
+    """Rounds that do not wait for slow devices: `[federation.buffer]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    size: Annotated[int, Field(ge=0, le=MAX_COHORT)] = 0
+    """A round ends with so many updates, while up to `cohort` devices train; the others go on into
+    the next rounds. 0: every round waits. For plain campaigns."""
+
+    max_staleness: Annotated[int, Field(ge=0, le=MAX_STALENESS)] = 4
+    """An update that is more rounds behind is dropped; one that is s behind counts 1/sqrt(1+s)."""
 
 
 class FederationConfig(BaseModel):
@@ -80,6 +141,23 @@ class FederationConfig(BaseModel):
     """Parameters that the devices' training gets beside the model's own; proximal_mu above 0 makes
     it FedProx: devices are pulled back to the global model that they started from."""
 
+    requirements: RequirementsTable = RequirementsTable()
+    """Which devices are invited."""
+
+    personal: tuple[str, ...] = ()
+    """Tensors whose names match one of these patterns, such as "model.head.*", never leave a
+    device: each device trains and keeps its own."""
+
+    scaffold: bool = False
+    """Devices correct their gradients by control variates (SCAFFOLD), so that many local steps on
+    unlike data do not pull the model apart; updates are twice as long, devices count alike."""
+
+    buffer: BufferTable = BufferTable()
+    """Whether rounds wait for slow devices."""
+
+    evaluation: EvaluationTable = EvaluationTable()
+    """How devices measure the global model."""
+
     server_optimizer: ServerOptimizerTable = FedAvgTable()
     """What the coordinator makes of a round's mean update; `name` says which."""
 
@@ -100,6 +178,15 @@ class FederationConfig(BaseModel):
         proximal_mu(training)
         return training
 
+    @field_validator("personal")
+    @classmethod
+    def _patterns_are_possible(cls, personal: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            Method(personal=personal)
+        except PeerError as error:
+            raise ValueError(str(error)) from error
+        return personal
+
     @model_validator(mode="after")
     def _cohort_holds_minimum(self) -> "FederationConfig":
         if self.min_cohort > self.cohort:
@@ -108,6 +195,10 @@ class FederationConfig(BaseModel):
             raise ValueError(
                 f"cohort {self.cohort} and min_cohort {self.min_cohort} do not make "
                 f"{self.groups} groups of equal size"
+            )
+        if self.buffer.size and self.protection != "plain":
+            raise ValueError(
+                "buffer is for plain campaigns: masks cancel only among devices in the same sum"
             )
         if self.protection == "plain" and self.groups > 1:
             raise ValueError("groups are for secure rounds; a plain one shows every update anyway")

@@ -14,6 +14,8 @@
     ├── MissingDeviceError  no device of that name is enrolled
     ├── StepError           the mean update cannot be made a next global model
     ├── PlainRefusedError   the coordinator would see an update, and the device's owner forbids it
+    ├── QueryRefusedError   the coordinator asks for what the device's owner does not let it tell
+    ├── IneligibleError     this device does not meet what a campaign asks of devices
     ├── StrategyError       a Flower strategy fails, is not allowed, or wants what rounds cannot do
     ├── RuleError           too few contributions for the rule that combines them
     ├── PrivacyError        noise and bounds of differential privacy that cannot work together
@@ -79,6 +81,14 @@ class StepError(FederationError, ValueError):
 
 class PlainRefusedError(FederationError):
     """The coordinator would see a single update, and the device's owner does not allow that."""
+
+
+class QueryRefusedError(FederationError):
+    """The coordinator asks about data of which the device's owner lets nothing be told."""
+
+
+class IneligibleError(FederationError):
+    """This device does not meet what a campaign asks of devices."""
 
 
 class StrategyError(FederationError):

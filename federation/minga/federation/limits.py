@@ -98,6 +98,16 @@ FIRST_RECONNECT_BACKOFF_S: Final = 0.2
 MAX_RECONNECT_BACKOFF_S: Final = 10.0
 """A device waits at most this long, and somewhat at random, before it dials again."""
 
+RECONNECTS_PER_S: Final = 200.0
+"""So many devices may dial a coordinator again in a second, by default: a fleet that lost it
+spreads out over as much time as that takes."""
+
+MAX_RECONNECT_WINDOW_S: Final = 120.0
+"""A device waits at most this long for its moment to dial again, whatever it is told."""
+
+ROUND_RECONNECT_WINDOW_S: Final = 2.0
+"""A device that is in a round waits at most this long: its round would go on without it."""
+
 REFUSAL_GRACE_S: Final = 1.0
 """How long a refused stream may take to send what it opens with, before it is closed."""
 
@@ -133,14 +143,47 @@ RETURN_S: Final = 2 * MAX_RECONNECT_BACKOFF_S
 """How long devices may take to find a coordinator that was restarted: they dial it at least every
 `MAX_RECONNECT_BACKOFF_S`, to which gRPC adds a fifth at random."""
 
+IDLE_CPU: Final = 0.7
+"""A machine counts as idle if this share of its processors' time is unused."""
+
+CONDITION_CHECK_S: Final = 1.0
+"""A campaign that waits for devices to meet its requirements looks again this often."""
+
 STORAGE_RETRY_S: Final = 5.0
 """A campaign that the coordinator's own disk or database stopped is tried again this often."""
 
 PAGE_DEVICES: Final = 1000
 """Devices in one page of a listing; the largest take 2.5 KiB each."""
 
+MAX_METRICS: Final = 256
+"""Metrics of one evaluation."""
+
+MAX_METRIC_NAME_CHARS: Final = 200
+"""Length of a metric's name."""
+
+MAX_QUERY_COLUMNS: Final = 256
+"""Columns, or quantiles, that one round asks about."""
+
+MAX_QUERY_EDGES: Final = 1024
+"""Edges of one histogram."""
+
+MAX_QUERY_VALUES: Final = 16_384
+"""Values of one round's answer."""
+
+QUERY_MIN_COHORT: Final = 5
+"""A device answers queries only in sums over so many devices, by default."""
+
+MAX_PATTERNS: Final = 64
+"""Patterns that name a campaign's personal tensors."""
+
+MAX_PATTERN_CHARS: Final = 200
+"""Length of one of them."""
+
 MAX_COHORT: Final = 4096
 """Devices in one round."""
+
+MAX_STALENESS: Final = 50
+"""Rounds that an update of a buffered campaign may be behind; below `DETAILED_ROUNDS`."""
 
 DETAILED_ROUNDS: Final = 100
 """Newest rounds of a campaign whose devices' names the coordinator keeps in memory."""

@@ -72,6 +72,10 @@ class Operator:
     async def start_campaign(self, plan: pb.CampaignPlan, model: bytes) -> str:
         """Upload a model (safetensors) and start a campaign from it; gives its name."""
         plan.model_digest = await self._upload(model)
+        return await self.start_query(plan)
+
+    async def start_query(self, plan: pb.CampaignPlan) -> str:
+        """Start a campaign that finds out what its plan's query says; gives its name."""
         with transport.calling(self.address):
             response = await self._stub.StartCampaign(
                 pb.StartCampaignRequest(plan=plan), timeout=CALL_TIMEOUT_S

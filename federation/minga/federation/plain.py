@@ -36,7 +36,12 @@ class PlainPlan:
     @property
     def upload_size(self) -> int:
         """Bytes of one update."""
-        return self.num_values * VALUE.itemsize
+        return self.upload_size_of(self.num_values)
+
+    @staticmethod
+    def upload_size_of(num_values: int) -> int:
+        """Bytes of an update of so many values."""
+        return num_values * VALUE.itemsize
 
 
 def update_to_bytes(delta: NDArray[np.float32]) -> bytes:

@@ -1,9 +1,12 @@
 """What a device runs to learn: the only thing the federation knows of a model's code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from minga.federation.parameters import Parameters
 
@@ -12,6 +15,9 @@ Scalar = bool | int | float | str
 
 TrainingConfig = Mapping[str, Scalar]
 
+
+NUM_EXAMPLES: Final = "num_examples"
+"""Name among the metrics of an evaluation: on how many examples they were measured."""
 
 PROXIMAL_MU: Final = "proximal_mu"
 """Key of a training configuration: how strongly a device is pulled back to the global model."""
@@ -42,6 +48,9 @@ class Update:
     delta: Parameters
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    gradient: Parameters | None = None
+    """Of `fit_corrected` alone: the mean of the steps' gradients before they were corrected; a
+    tensor that is missing has none."""
 
 
 class LocalTrainer(Protocol):
@@ -52,7 +61,62 @@ class LocalTrainer(Protocol):
         ...
 
     def evaluate(self, parameters: Parameters, config: TrainingConfig) -> Mapping[str, float]:
-        """Measure `parameters` on this device's data."""
+        """Measure `parameters` on this device's data.
+
+        `num_examples` among the metrics says on how many examples, which is their weight in a
+        mean over devices; without it that is the count of those trained on, or else 1.
+        """
+        ...
+
+
+@runtime_checkable
+class CountsExamples(Protocol):
+    """A trainer that says beforehand how many examples it trains on; the others need not."""
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples `fit` trains on."""
+        ...
+
+
+@runtime_checkable
+class HasColumns(Protocol):
+    """A trainer whose data has columns that queries may be about."""
+
+    def columns(self, names: Sequence[str]) -> Mapping[str, NDArray[np.float64]]:
+        """Give some columns, equally long, NaN where a row has no value; unknown ones are left out.
+
+        They are read in the process that trains, and only statistics of them leave it.
+        """
+        ...
+
+
+@runtime_checkable
+class MakesParameters(Protocol):
+    """A trainer that can make a model anew; campaigns with personal tensors need that."""
+
+    def initial(self, config: TrainingConfig) -> Parameters:
+        """Give untrained parameters, all of them."""
+        ...
+
+
+@runtime_checkable
+class CorrectsGradients(Protocol):
+    """A trainer that can learn with control variates (SCAFFOLD)."""
+
+    def fit_corrected(
+        self, parameters: Parameters, config: TrainingConfig, correction: Parameters
+    ) -> Update:
+        """Train as `fit` does, with a correction added to the gradient of every step.
+
+        Args:
+            parameters: where it starts.
+            config: as for `fit`.
+            correction: for each tensor that has one, of its shape.
+
+        Returns:
+            The update, with its `gradient`.
+        """
         ...
 
 

@@ -23,9 +23,11 @@ from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub, Signal
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.store import Store
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
-from minga.federation.errors import StorageError, UnreachableError
+from minga.federation.device.queries import NO_QUERIES
+from minga.federation.errors import FederationError, PeerError, StorageError, UnreachableError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.trainer import TrainingConfig, Update
@@ -88,12 +90,21 @@ class StepTrainer:
         delta = {name: np.full_like(value, self.step) for name, value in parameters.items()}
         return Update(delta=delta, num_examples=self.num_examples)
 
+    async def evaluate(self, parameters: Parameters, config: TrainingConfig) -> dict[str, float]:
+        await self.gate.wait()
+        mean = float(np.mean([value.mean() for value in parameters.values()]))
+        return {"mean": mean, "step": self.step, "num_examples": self.num_examples}
+
 
 class DeskDevice:
     """One device; its part in a round outlives the coordinator."""
 
-    def __init__(self, identity: Identity, trainer: StepTrainer) -> None:
+    def __init__(self, identity: Identity, trainer: Any, folder: Path) -> None:
         self.identity = identity
+        self.keepsakes = Keepsakes(folder)
+        self.queries = NO_QUERIES
+        self.dies_at = ""
+        """The step at which this device is killed, once: it forgets what is only in its memory."""
         self.trainer = trainer
         self.participant: Participant | None = None
         self.download_errors: list[Exception] = []
@@ -102,16 +113,25 @@ class DeskDevice:
 
     async def answer(self, desk: "Desk", message: pb.SessionResponse) -> pb.SessionRequest | None:
         """Do what a message asks for."""
+        if message.WhichOneof("body") == self.dies_at:
+            self.dies_at = ""
+            self.leave(None)
+            raise UnreachableError("killed")
         match message.WhichOneof("body"):
             case "round_end":
                 self.leave(message.round_end)
                 return None
             case "invite" if not self.is_in(message.invite.round_id):
-                self.join(desk, message.invite)
+                try:
+                    self.join(desk, message.invite)
+                except FederationError as error:
+                    return wire.withdrawal(message.invite.round_id, str(error))
         if not self.is_in(wire.round_of(message)):
             return wire.withdrawal(wire.round_of(message), "no secrets")
-        assert self.participant is not None
-        return await self.participant.answer(message)
+        participant = self.participant
+        assert participant is not None
+        answer = await participant.answer(message)
+        return answer if participant is self.participant else None
 
     def is_in(self, round_id: str) -> bool:
         return self.participant is not None and self.participant.round_id == round_id
@@ -134,10 +154,14 @@ class DeskDevice:
             download=download,
             upload=upload,
             metrics=DeviceMetrics(),
+            keepsakes=self.keepsakes,
+            allow_plain=True,
+            queries=self.queries,
         )
 
     def leave(self, end: pb.RoundEnd | None) -> None:
         if end is not None:
+            self.keepsakes.settle(end.round_id, counted=end.counted)
             self._ends[end.round_id] = end
             self._told.fire()
         if self.participant is not None and (end is None or self.is_in(end.round_id)):
@@ -160,13 +184,18 @@ class Desk:
         self.clock = clock
         self.authority = Authority.open(folder / "authority")
         self.auditor = self._identity(Role.SERVICE, AUDITOR)
+        self.grace_s = 5.0
         self.devices: dict[str, DeskDevice] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
     def enrol(self, name: str, step: float, num_examples: int = 100) -> None:
         """Make a device."""
+        self.hire(name, StepTrainer(step, num_examples))
+
+    def hire(self, name: str, trainer: Any) -> None:
+        """Make a device that learns in a way of its own."""
         identity = self._identity(Role.DEVICE, name)
-        self.devices[name] = DeskDevice(identity, StepTrainer(step, num_examples))
+        self.devices[name] = DeskDevice(identity, trainer, self.folder / "devices" / name)
 
     def _identity(self, role: Role, name: str) -> Identity:
         key = new_key()
@@ -192,7 +221,7 @@ class Desk:
             clock=self.clock,
             metrics=Metrics(),
             audit=audit,
-            reconnect_grace_s=5.0,
+            reconnect_grace_s=self.grace_s,
         )
         self._spawn(self.campaigns.run)
 
@@ -211,7 +240,10 @@ class Desk:
         for name in names or self.devices:
             connection = Connection(name, "default", trains=True)
             device = self.devices[name]
-            round_id = device.participant.round_id if device.participant else ""
+            round_id = (
+                device.participant.round_id if device.participant else device.keepsakes.pending
+            )
+            self.store.note_hello(name, trains=True, agent_version="", at=self.clock())
             opening = self.campaigns.greeting(name, round_id)
             self.hub.join(connection)
             self._spawn(self._serve, device, connection, opening)
@@ -219,17 +251,25 @@ class Desk:
     async def _serve(
         self, device: DeskDevice, connection: Connection, opening: list[pb.SessionResponse]
     ) -> None:
-        campaigns = self.campaigns
         for message in opening:
             assert await device.answer(self, message) is None
         while (message := await connection.outbox.get()) is not None:
-            try:
-                answer = await device.answer(self, message)
-                if answer is not None:
-                    round_id, event = wire.event_from_wire(connection.device_id, answer)
-                    campaigns.take(event, round_id, answer.ByteSize())
-            except (StorageError, UnreachableError):
-                self.hub.drop(connection.device_id)
+            self._spawn(self._reply, device, connection, message)
+
+    async def _reply(
+        self, device: DeskDevice, connection: Connection, message: pb.SessionResponse
+    ) -> None:
+        """Hand an answer over; others come meanwhile, as with an agent."""
+        try:
+            answer = await device.answer(self, message)
+            if answer is not None:
+                round_id, event = wire.event_from_wire(connection.device_id, answer)
+                self.campaigns.take(event, round_id, answer.ByteSize())
+        except (StorageError, UnreachableError):
+            self.hub.drop(connection.device_id)
+        except PeerError as error:
+            if "left this round" not in str(error):  # it is being told that it is out
+                raise
 
     async def until_connected(self, count: int) -> None:
         """Wait until so many devices have a stream."""
@@ -273,7 +313,8 @@ class Desk:
 
     def start_campaign(self, plan: pb.CampaignPlan, model: Parameters) -> str:
         """Start a campaign from a model."""
-        plan.model_digest = self.blobs.put_bytes(to_bytes(model))
+        if not plan.HasField("query"):
+            plan.model_digest = self.blobs.put_bytes(to_bytes(model))
         return self.campaigns.start(plan, "operator/operator").campaign_id
 
     async def finish(self, campaign_id: str) -> pb.Campaign:

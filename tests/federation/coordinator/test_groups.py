@@ -25,7 +25,9 @@ def assert_exact(table: Table, group: Iterable[str]) -> None:
     counted = [name for name in group if name in table.round.updates]
     mean, weight = table.sum(group)
     assert weight == sum(map(weight_of, counted))
-    np.testing.assert_allclose(mean, expected_mean(counted), atol=1e-7)
+    # Another device in it would make 5e-3. A float32 is off its level by up to a thousandth, which
+    # rounding turns into a whole one now and then.
+    np.testing.assert_allclose(mean, expected_mean(counted), atol=1e-4)
 
 
 def test_each_group_has_its_own_sum(identities: dict[str, Identity]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minga.federation.analytics import Part, Question
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import TrainerError
 
@@ -19,7 +20,7 @@ PARAMETERS = {"w": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 
 @pytest.fixture(autouse=True)
 def _trainer_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER), prepend=os.pathsep)
 
 
 @pytest.fixture
@@ -43,6 +44,41 @@ async def test_evaluate_reuses_the_child(trainer: TrainerProcess) -> None:
     pid = trainer.pid
     assert await trainer.evaluate(PARAMETERS, {}) == first == {"sum": 6.0}
     assert trainer.pid == pid
+
+
+async def test_second_set_of_tensors_travels() -> None:
+    """A correction goes to the child, a gradient comes back; a new model is made there."""
+    trainer = TrainerProcess("learning_trainer:make", {})
+    correction = {"w": np.full((2, 3), 0.5, np.float32)}
+    update = await trainer.fit_corrected(PARAMETERS, {}, correction)
+    np.testing.assert_array_equal(update.delta["w"], np.full((2, 3), -2.5))
+    np.testing.assert_array_equal(update.delta["b"], np.full(4, -2.0))
+    assert update.gradient is not None
+    np.testing.assert_array_equal(update.gradient["w"], np.full((2, 3), 2.0))
+    assert (await trainer.initial({"size": 3}))["head"].shape == (3,)
+    assert await trainer.num_examples() is None
+    await trainer.close()
+
+
+async def test_question_is_answered_in_the_child(trainer: TrainerProcess) -> None:
+    """Means of columns come back, the rows do not; a trainer without columns says so."""
+    question = Question(parts=(Part(column="heat", low=0.0, high=10.0, edges=(2.0,)),))
+    columns = TrainerProcess("columns_trainer:make", {"heat": "1,nan,4,10"})
+    vector, num_rows = await columns.answer(question)
+    assert num_rows == 4
+    np.testing.assert_allclose(vector, [3 / 4, 1.5 / 4, 1.17 / 4, 1 / 4, 2 / 4])
+    await columns.close()
+    with pytest.raises(TrainerError, match="`columns`"):
+        await trainer.answer(question)
+
+
+async def test_trainer_without_the_ability(trainer: TrainerProcess) -> None:
+    """What a trainer does not offer is asked for by name; its count it has."""
+    with pytest.raises(TrainerError, match="fit_corrected"):
+        await trainer.fit_corrected(PARAMETERS, {}, {})
+    with pytest.raises(TrainerError, match="initial"):
+        await trainer.initial({})
+    assert await trainer.num_examples() == 7
 
 
 async def test_user_code_raises() -> None:

@@ -2,20 +2,30 @@
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from minga.federation.flower.arrays import without_names
 from minga.federation.parameters import Parameters
-from minga.federation.trainer import Scalar, TrainingConfig, Update, proximal_mu
+from minga.federation.trainer import (
+    NUM_EXAMPLES,
+    Scalar,
+    TrainingConfig,
+    Update,
+    proximal_mu,
+)
 from minga.training.data import read_splits
 from minga.training.errors import TaskError
 from minga.training.evaluate import evaluate
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.proximal import Pull
+from minga.training.scaffold import Correction
+from minga.training.schema import iterate_columns
 from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 
@@ -32,6 +42,11 @@ class TaskTrainer:
         self._task = task
         self._splits = splits
 
+    @property
+    def num_examples(self) -> int:
+        """How many examples this site trains on."""
+        return len(self._splits.train)
+
     def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
         """Train from `parameters` and give the difference.
 
@@ -40,15 +55,46 @@ class TaskTrainer:
             DivergedError: the loss is no longer a finite number.
             ValueError: `proximal_mu` is no number from 0 on.
         """
+        return self._fit(parameters, config, None)
+
+    def fit_corrected(
+        self, parameters: Parameters, config: TrainingConfig, correction: Parameters
+    ) -> Update:
+        """Train with a correction of each step's gradient (see `minga.training.scaffold`).
+
+        Raises:
+            Exception: as `fit` does.
+        """
+        return self._fit(parameters, config, correction)
+
+    def columns(self, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """Give columns of the inputs that this site trains on, as queries ask for them."""
+        return {
+            name: np.asarray(values, np.float64)
+            for name, values in iterate_columns(self._splits.train.inputs, self._task.columns)
+            if name in names and np.issubdtype(values.dtype, np.number)
+        }
+
+    def initial(self, config: TrainingConfig) -> Parameters:
+        """Give the untrained parameters of this Task's network, prepared for this site's data."""
+        params = self._params(config)
+        seed = int(config.get("seed", 0))
+        return parameters_of(build_network(self._task, params, self._splits.train, seed=seed))
+
+    def _fit(
+        self, parameters: Parameters, config: TrainingConfig, correction: Parameters | None
+    ) -> Update:
         params = self._params(config)
         network = self._network(parameters, params)
         mu = proximal_mu(config)
+        corrected = Correction(network, correction) if correction is not None else None
+        hooks = [corrected] if corrected else []
         history = fit(
             Learner(self._task, network, params),
             self._splits.train,
             epochs=int(config.get("epochs", 1)),
             seed=int(config.get("seed", 0)),
-            on_gradient=Pull(network, mu) if mu > 0 else None,
+            on_gradient=_all([*hooks, *([Pull(network, mu)] if mu > 0 else [])]),
         )
         return Update(
             delta={
@@ -56,6 +102,7 @@ class TaskTrainer:
             },
             num_examples=len(self._splits.train),
             metrics={"train_loss": history[-1]["train_loss"]},
+            gradient=corrected.mean_gradient() if corrected else None,
         )
 
     def evaluate(self, parameters: Parameters, config: TrainingConfig) -> Mapping[str, float]:
@@ -66,7 +113,8 @@ class TaskTrainer:
         """
         network = self._network(parameters, self._params(config))
         metrics = evaluate(self._task, network, self._splits.validation)
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+        measured = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return {**measured, NUM_EXAMPLES: len(self._splits.validation)}
 
     def _params(self, config: TrainingConfig) -> Params:
         return {**self._task.defaults, **without_names(config)}
@@ -77,6 +125,16 @@ class TaskTrainer:
         )
         load_parameters(network, parameters)
         return network
+
+
+def _all(hooks: Sequence[Callable[[], None]]) -> Callable[[], None] | None:
+    """Make one hook of several, called in their order."""
+
+    def call() -> None:
+        for hook in hooks:
+            hook()
+
+    return call if hooks else None
 
 
 def trainer_from_options(options: Mapping[str, Scalar]) -> TaskTrainer:

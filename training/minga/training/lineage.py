@@ -8,6 +8,8 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from minga.training.document import Document
 from minga.training.space import Param, Params
 from minga.training.task import Task, TaskReference
@@ -45,6 +47,8 @@ class Campaign(Document):
     """Devices in the last round's sum."""
     num_examples: int = 0
     """Examples behind the last round's updates."""
+    evaluations: dict[int, dict[str, float]] = Field(default_factory=dict)
+    """Round -> what its model came to on the devices' own data, as means over them."""
 
 
 class Lineage(Document):

@@ -56,6 +56,8 @@ class VectorContribution:
     name: str
     values: Vector
     weight: int
+    factor: float = 1.0
+    """Values are scaled by it as they are read."""
 
     @property
     def num_values(self) -> int:
@@ -64,7 +66,8 @@ class VectorContribution:
 
     def read(self, start: int, stop: int) -> Vector:
         """Give the values from `start` to before `stop`."""
-        return self.values[start:stop]
+        block = self.values[start:stop]
+        return block if self.factor == 1.0 else block * np.float32(self.factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -29,13 +29,15 @@ from minga.federation.coordinator.rounds import (
     SumComputed,
 )
 from minga.federation.errors import StorageError
-from minga.federation.parameters import read_layout, read_tensors, to_bytes
+from minga.federation.parameters import from_bytes, read_layout, read_tensors, to_bytes
+from minga.federation.parts import CONTROL, with_control
 from minga.federation.plain import VALUE, PlainPlan
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
 from minga.federation.secagg.errors import QuorumError
 from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Evaluation, Training
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +118,8 @@ def aggregate(
 ) -> SumComputed:
     """Make one mean of a round's updates, and let the server optimiser take its step.
 
+    The mean of an evaluation, or of answers to a question, is the result; no model changes.
+
     Memory is three times the model, what the optimiser keeps and the rule's blocks, whatever the
     cohort: uploads are read in pieces, and the next model takes the mean's place tensor by tensor.
     Doing it again gives the same bytes, but for noise, so a crash in the middle costs time only.
@@ -135,6 +139,8 @@ def aggregate(
         StorageError: the disk fails.
     """
     try:
+        if not isinstance(round_.order.work, Training):
+            return _measured(round_, uploads, optimizer_digest)
         optimizer, privacy, max_norm = recipe.optimizer, recipe.privacy, 0.0
         blobs = uploads.blobs
         if privacy is None:
@@ -143,11 +149,14 @@ def aggregate(
             values, combined, max_norm = _private_mean(round_, uploads, privacy)
         model = blobs.path(round_.order.model_digest)
         state = _state(optimizer, blobs, optimizer_digest, values.size)
-        start = 0
-        for tensor in read_tensors(model):  # the next model grows in the mean's place
-            part = slice(start, start + tensor.size)
-            kept = {name: vector[part] for name, vector in state.items()}
-            advance(optimizer, kept, tensor.ravel(), values[part])
+        start, names = 0, read_layout(model).names
+        for name, tensor in zip(names, read_tensors(model), strict=True):
+            part = slice(start, start + tensor.size)  # the next model grows in the mean's place
+            if name.startswith(CONTROL):
+                values[part] = tensor.ravel() + values[part] * _share(round_, combined)
+            else:
+                kept = {key: vector[part] for key, vector in state.items()}
+                advance(optimizer, kept, tensor.ravel(), values[part])
             start += tensor.size
         return SumComputed(
             model_digest=blobs.put_bytes(to_bytes(read_layout(model).unflatten(values))),
@@ -159,6 +168,47 @@ def aggregate(
         )
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
+
+
+def first_model(plan: pb.CampaignPlan, blobs: BlobStore) -> bytes:
+    """Give the digest of what travels first: the campaign's model, with its control variate."""
+    if not plan.scaffold:
+        return plan.model_digest
+    model = from_bytes(blobs.read(plan.model_digest))
+    return blobs.put_bytes(to_bytes(with_control(model)))
+
+
+def _measured(round_: Round, uploads: Uploads, optimizer_digest: bytes) -> SumComputed:
+    """Give the weighted mean of what devices measured, or answered, in the place of a model."""
+    values, combined = _mean(round_, uploads, Mean())
+    rejected, total_weight = tuple(combined.rejected.items()), combined.total_weight
+    work, liars = round_.order.work, tuple(sorted(uploads.liars))
+    if isinstance(work, Evaluation):
+        return SumComputed(
+            model_digest=round_.order.model_digest,
+            total_weight=total_weight,
+            optimizer_digest=optimizer_digest,
+            rejected=rejected,
+            metrics=tuple(sorted(work.metrics_of(values).items())),
+            liars=liars,
+        )
+    answer = tuple(float(value) for value in values)
+    return SumComputed(
+        model_digest=b"",
+        total_weight=total_weight,
+        rejected=rejected,
+        answer=answer,
+        liars=liars,
+    )
+
+
+def _share(round_: Round, combined: Combined) -> np.float32:
+    """Say how far a mean change moves the global control variate: |S| / N in the algorithm.
+
+    Karimireddy et al., "SCAFFOLD", ICML 2020, algorithm 1, line 17.
+    """
+    counted = len(round_.survivors) - len(combined.rejected)
+    return np.float32(counted / max(counted, round_.order.population))
 
 
 def _state(
@@ -251,6 +301,7 @@ def _plain_mean(round_: PlainRound, blobs: BlobStore, rule: Rule) -> tuple[Vecto
             name=update.device_id,
             values=np.memmap(blobs.path(update.digest), VALUE, mode="r"),
             weight=update.num_examples,
+            factor=round_.factor_of(update.device_id),
         )
         for update in updates
     ]

@@ -2,20 +2,31 @@
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minga.federation import wire
 from minga.federation.aggregation.rules import Mean, Rule
+from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import journal
-from minga.federation.coordinator.rounds import Round, RoundOrder, Timeouts
+from minga.federation.coordinator.rounds import Base, Buffer, Round, RoundOrder, Timeouts
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
-from minga.federation.errors import CampaignError, PeerError, PrivacyError
-from minga.federation.limits import DETAILED_ROUNDS, MAX_COHORT, STATUS_DETAIL_BYTES
+from minga.federation.errors import CampaignError, FederationError, PeerError, PrivacyError
+from minga.federation.identity import is_name
+from minga.federation.limits import (
+    DETAILED_ROUNDS,
+    MAX_COHORT,
+    MAX_CONSECUTIVE_ABORTS,
+    MAX_STALENESS,
+    STATUS_DETAIL_BYTES,
+)
+from minga.federation.parameters import Layout, read_layout
+from minga.federation.parts import CONTROL, is_personal
 from minga.federation.secagg.errors import PlanError
 from minga.federation.trainer import TrainingConfig, proximal_mu
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import TRAINING, Evaluation, Training, Work
 
 RUNNING = pb.CAMPAIGN_STATE_RUNNING
 
@@ -70,17 +81,45 @@ class Campaign:
     @property
     def num_committed(self) -> int:
         """How many rounds are in the model."""
-        return sum(record.stage == pb.ROUND_STAGE_COMMITTED for record in self.records)
+        return sum(record.stage == pb.ROUND_STAGE_COMMITTED for record in self._trainings())
 
     @property
     def num_aborts_in_a_row(self) -> int:
         """How many rounds failed since the last one that was committed."""
         count = 0
-        for record in reversed(self.records):
+        for record in reversed(list(self._trainings())):
             if record.stage == pb.ROUND_STAGE_COMMITTED:
                 break
             count += 1
         return count
+
+    def _trainings(self) -> Iterator[pb.Round]:
+        return (r for r in self.records if r.work != pb.ROUND_WORK_EVALUATION)
+
+    def next_work(self) -> Work | None:
+        """Say what the next round asks; None if all is done."""
+        query = wire.query_of(self.plan)
+        if query is not None:
+            return query.next_question(
+                [r.answer for r in self.records if r.stage == pb.ROUND_STAGE_COMMITTED]
+            )
+        if self._evaluation_is_due():
+            return wire.evaluation_of(self.plan)
+        return None if self.num_committed >= self.plan.num_rounds else Training()
+
+    def _evaluation_is_due(self) -> bool:
+        """Tell whether the model is to be measured as it is; given up after some aborted rounds."""
+        number, every = self.num_committed, self.plan.evaluate_every
+        if not number or not self.plan.HasField("evaluation"):
+            return False
+        if number < self.plan.num_rounds and (not every or number % every):
+            return False
+        tried = [
+            record.stage
+            for record in self.records
+            if record.work == pb.ROUND_WORK_EVALUATION and record.number == number
+        ]
+        return pb.ROUND_STAGE_COMMITTED not in tried and len(tried) < MAX_CONSECUTIVE_ABORTS
 
     @property
     def num_wanted(self) -> int:
@@ -88,9 +127,22 @@ class Campaign:
         return _num_wanted(self.plan)
 
     def next_order(
-        self, devices: Sequence[str], num_values: int, training: TrainingConfig
+        self,
+        devices: Sequence[str],
+        num_values: int,
+        training: TrainingConfig,
+        *,
+        work: Work = TRAINING,
+        population: int = 0,
     ) -> RoundOrder:
         """Fix what the next round is to do, with as many of some devices as a plan exists for.
+
+        Args:
+            devices: who can be invited, in any order.
+            num_values: of the model that travels.
+            training: what the devices' training is told.
+            work: what is asked.
+            population: how many devices there are, here or not.
 
         Raises:
             PlanError: there is no plan, not even for the smallest cohort.
@@ -106,6 +158,7 @@ class Campaign:
                     training=training,
                     num_values=num_values,
                     num_invited=len(devices),
+                    work=work,
                 )
                 break
             except PlanError:  # shares of a cohort that are to be borne round badly for some sizes
@@ -114,12 +167,53 @@ class Campaign:
                 devices = devices[:-1]
         return self._order(
             round_id=round_id,
-            number=self.num_committed + 1,
+            number=self.num_committed + (not isinstance(work, Evaluation)),
             plan=plan,
             invited=tuple(sorted(devices)),
             model_digest=self.model_digest,
             training=training,
+            work=work,
+            population=population,
             encoding=encoding,
+        )
+
+    def carried(self) -> dict[str, Base]:
+        """Give the devices that go on from the last committed round into the next, with bases."""
+        trainings = list(self._trainings())
+        has_more = self.is_running and self.num_committed < self.plan.num_rounds
+        if not self.plan.HasField("buffer") or not trainings or not has_more:
+            return {}
+        last = trainings[-1]
+        if last.stage != pb.ROUND_STAGE_COMMITTED:
+            return {}
+        by_id = {record.round_id: record for record in trainings}
+        going = set(last.invited) - set(last.survivors) - last.lost.keys()
+        return {name: _base(by_id[last.bases.get(name, last.round_id)]) for name in going}
+
+    def bases(self) -> list[Base]:
+        """Give the bases of all devices that train now, so that they can start again."""
+        round_ = self.open_round
+        open_bases = round_.order.buffer.bases if round_ and round_.order.buffer else {}
+        return [*self.carried().values(), *open_bases.values()]
+
+    def verdict(self, device_id: str, round_id: str) -> pb.Round | None:
+        """Give the record that says how a device's part in a round ended; None if it is unknown.
+
+        A device that carried over ended in a later round than the one that it was invited to.
+        """
+        for record in reversed(self.records if self.plan.HasField("buffer") else []):
+            base = record.bases.get(device_id, record.round_id)
+            if base == round_id and device_id in record.invited:
+                return record
+        return None
+
+    def _buffer(self, number: int, invited: Collection[str]) -> Buffer | None:
+        if not self.plan.HasField("buffer"):
+            return None
+        return Buffer(
+            max_staleness=self.plan.buffer.max_staleness,
+            carries=number < self.plan.num_rounds,
+            bases={name: base for name, base in self.carried().items() if name in invited},
         )
 
     def _plan_now(self) -> pb.CampaignPlan:
@@ -140,15 +234,22 @@ class Campaign:
             invited=row.invited,
             model_digest=invite.model_digest,
             training=wire.config_from_wire(invite.training),
+            work=wire.work_of_invite(invite),
+            population=invite.population,
             encoding=wire.encoding_of_invite(invite),
         )
 
     def _order(self, **values: Any) -> RoundOrder:
-        """Add what follows from the campaign's plan alone."""
-        plan = self.plan
+        """Add what follows from the campaign's plan, and from its rounds so far."""
+        plan, is_training = self.plan, isinstance(values["work"], Training)
         return RoundOrder(
             min_cohort=plan.min_cohort,
-            goal=plan.cohort,
+            goal=plan.buffer.size if is_training and plan.HasField("buffer") else plan.cohort,
+            buffer=self._buffer(values["number"], values["invited"]) if is_training else None,
+            min_examples=plan.requirements.min_examples,
+            method=wire.method_of(plan),
+            model_name=plan.model_name,
+            campaign_id=self.campaign_id,
             num_groups=wire.num_groups(plan),
             timeouts=Timeouts(
                 keys_s=plan.invite_timeout_s,
@@ -199,6 +300,24 @@ class Campaign:
         )
 
 
+def model_layout(blobs: BlobStore, plan: pb.CampaignPlan, model_digest: bytes) -> Layout:
+    """Read which tensors a campaign's model has; a query has none.
+
+    Raises:
+        CampaignError: it is not uploaded, or no model.
+    """
+    if plan.HasField("query"):
+        return Layout(names=(), shapes=())
+    try:
+        return read_layout(blobs.path(model_digest))
+    except FederationError as error:
+        raise CampaignError(f"the campaign's model cannot be used: {error}") from error
+
+
+def _base(record: pb.Round) -> Base:
+    return Base(round_id=record.round_id, number=record.number, model_digest=record.model_digest)
+
+
 def _num_wanted(plan: pb.CampaignPlan) -> int:
     return math.ceil(plan.cohort * (1 + plan.over_selection))
 
@@ -208,27 +327,31 @@ def _invitable(plan: pb.CampaignPlan, num_devices: int) -> int:
     return num_devices - num_devices % wire.num_groups(plan)
 
 
-def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
+def require_possible(plan: pb.CampaignPlan, layout: Layout) -> None:
     """Refuse a campaign that no round could be made of.
 
     Args:
         plan: what is asked for.
-        num_values: how many values its model has.
+        layout: of its model.
 
     Raises:
         CampaignError: the numbers cannot work.
     """
     _require_numbers(plan)
+    _require_parts(plan, layout)
+    num_values = layout.num_values * (2 if plan.scaffold else 1)
     for count in (_num_wanted(plan), plan.cohort, plan.min_cohort):
         try:
-            wire.round_plan(
-                plan,
-                round_id="00" * 16,
-                model_digest=plan.model_digest,
-                training=wire.config_from_wire(plan.training),
-                num_values=num_values,
-                num_invited=count,
-            )
+            for work in _works(plan):
+                wire.round_plan(
+                    plan,
+                    round_id="00" * 16,
+                    model_digest=plan.model_digest,
+                    training=wire.config_from_wire(plan.training),
+                    num_values=num_values,
+                    num_invited=count,
+                    work=work,
+                )
         except (PlanError, PeerError, PrivacyError) as error:
             raise CampaignError(f"no round can work with {count} devices: {error}") from error
     try:
@@ -237,9 +360,71 @@ def require_possible(plan: pb.CampaignPlan, num_values: int) -> None:
         rule.require_enough(plan.min_cohort if wire.is_plain(plan) else wire.num_groups(plan))
         if plan.HasField("privacy"):
             _require_private(plan, rule)
+        if plan.scaffold and rule != Mean():
+            raise CampaignError("scaffold takes the mean: control variates are means over devices")
         proximal_mu(wire.config_from_wire(plan.training))
     except (ValueError, PeerError) as error:
         raise CampaignError(f"the campaign cannot work: {error}") from error
+
+
+def _require_query(plan: pb.CampaignPlan) -> None:
+    """Refuse queries beside training, and those that would show one device's answer."""
+    if wire.is_plain(plan):
+        raise CampaignError("queries are answered by sums alone; the campaign has to be secure")
+    others = plan.HasField("evaluation") or plan.HasField("flower_strategy")
+    if others or plan.model_digest or plan.scaffold or plan.personal:
+        raise CampaignError("a campaign trains or queries, one of both; a query has no model")
+
+
+def _require_buffer(plan: pb.CampaignPlan) -> None:
+    """Refuse rounds without waiting where something depends on who is in which round."""
+    if not wire.is_plain(plan):
+        raise CampaignError(
+            "buffered rounds are for plain campaigns: masks cancel only among devices that are in "
+            "the same sum, and devices that finish in different rounds are not"
+        )
+    if plan.scaffold:
+        raise CampaignError(
+            "buffered rounds and scaffold do not go together: a control variate belongs to the "
+            "model that its device started from"
+        )
+    if plan.over_selection:
+        raise CampaignError("buffered rounds wait for the fastest anyway; leave over_selection out")
+    size, stalest = plan.buffer.size, plan.buffer.max_staleness
+    if not plan.min_cohort <= size <= plan.cohort:
+        raise CampaignError(
+            f"the buffer holds {size} updates; that must be from min_cohort {plan.min_cohort} to "
+            f"cohort {plan.cohort}"
+        )
+    if stalest > MAX_STALENESS:
+        raise CampaignError(f"max_staleness is {stalest}; {MAX_STALENESS} is the most")
+
+
+def _require_parts(plan: pb.CampaignPlan, layout: Layout) -> None:
+    """Refuse a model with tensors that must not travel, or that would be taken for others."""
+    try:
+        method = wire.method_of(plan)
+    except PeerError as error:
+        raise CampaignError(f"the campaign cannot work: {error}") from error
+    for name in layout.names:
+        if is_personal(name, method.personal):
+            raise CampaignError(f"tensor {name!r} is personal; take it out of the model first")
+        if name.startswith(CONTROL):
+            raise CampaignError(f"tensor {name!r} is named as a control variate; rename it")
+    if method.keeps_state and not is_name(plan.model_name):
+        raise CampaignError("devices keep tensors under the model's name: use a-z, 0-9 and '-'")
+
+
+def _works(plan: pb.CampaignPlan) -> Iterator[Work]:
+    """Give all kinds of work that a campaign's rounds ask."""
+    query = wire.query_of(plan)
+    if query is not None:
+        yield from filter(None, [query.next_question([])])
+        return
+    yield Training()
+    evaluation = wire.evaluation_of(plan)
+    if evaluation is not None:
+        yield evaluation
 
 
 def _require_private(plan: pb.CampaignPlan, rule: Rule) -> None:
@@ -248,6 +433,12 @@ def _require_private(plan: pb.CampaignPlan, rule: Rule) -> None:
         raise CampaignError("privacy takes the mean: it bounds what one update changes in it")
     if wire.num_groups(plan) > 1:
         raise CampaignError("privacy takes one sum: several groups would need noise each")
+    beside = (plan.HasField("evaluation"), plan.HasField("query"), plan.HasField("buffer"))
+    if plan.scaffold or any(beside):
+        raise CampaignError(
+            "privacy counts updates of whole rounds: control variates, evaluations, queries and "
+            "buffers would tell of data without noise, or otherwise than it counts"
+        )
     if plan.privacy.distributed and wire.is_plain(plan):
         raise CampaignError(
             "devices add noise in secure rounds; in plain ones the coordinator does"
@@ -281,6 +472,10 @@ def _require_numbers(plan: pb.CampaignPlan) -> None:
         raise CampaignError(
             f"{_num_wanted(plan)} devices would be invited; a round holds {MAX_COHORT} at most"
         )
+    if plan.HasField("query"):
+        _require_query(plan)
+    if plan.HasField("buffer"):
+        _require_buffer(plan)
     if wire.is_plain(plan) and wire.num_groups(plan) > 1:
         raise CampaignError("groups are for secure rounds; a plain one shows every update anyway")
     if _invitable(plan, plan.min_cohort) != plan.min_cohort:

@@ -7,9 +7,13 @@ from minga.federation.v1 import federation_pb2 as pb
 
 
 def campaign_started(audit: AuditLog, campaign: Campaign, by: str) -> None:
-    """Tell of a campaign that begins, and of the strategy whose code it runs here, if any."""
+    """Tell of a campaign that begins, and of what is special in it.
+
+    That is the strategy whose code it runs here, and the columns of data that it asks about.
+    """
     plan = campaign.plan
     strategy = plan.flower_strategy.reference
+    query = ",".join(column.column for column in plan.query.columns)
     audit.append(
         Kind.CAMPAIGN_STARTED,
         f"campaign/{campaign.campaign_id}",
@@ -21,6 +25,7 @@ def campaign_started(audit: AuditLog, campaign: Campaign, by: str) -> None:
         cohort=plan.cohort,
         min_cohort=plan.min_cohort,
         **({"strategy": strategy} if strategy else {}),
+        **({"query": query} if query else {}),
     )
 
 

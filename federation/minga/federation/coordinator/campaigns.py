@@ -15,43 +15,42 @@ from contextlib import suppress
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import campaign_audit, journal
-from minga.federation.coordinator.aggregate import Recipe, Uploads, aggregate
+from minga.federation.coordinator.aggregate import Recipe, Uploads, aggregate, first_model
 from minga.federation.coordinator.audit_log import AuditLog
-from minga.federation.coordinator.campaign import RUNNING, Campaign, require_possible
+from minga.federation.coordinator.campaign import RUNNING, Campaign, model_layout, require_possible
 from minga.federation.coordinator.herald import Herald
 from minga.federation.coordinator.hub import Hub, Signal, wait_for_any
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.privacy_account import PrivacyAccount
+from minga.federation.coordinator.proofs import check_proof
 from minga.federation.coordinator.rounds import (
+    BufferedRound,
     DeadlinePassed,
     DeviceEvent,
     DeviceLost,
     Event,
-    KeysAdvertised,
-    PlainUpdateUploaded,
     Round,
     RoundFailed,
-    SecureRound,
     Stage,
     SumComputed,
-    SurvivorsConfirmed,
-    UpdateUploaded,
     open_round,
 )
+from minga.federation.coordinator.selection import muster, trainable
 from minga.federation.coordinator.store import CampaignRow, RoundRow, Store
 from minga.federation.coordinator.strategies import Strategies
-from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
+from minga.federation.errors import CampaignError, PeerError, StorageError
 from minga.federation.limits import (
+    CONDITION_CHECK_S,
     MAX_CONSECUTIVE_ABORTS,
     STATUS_DETAIL_BYTES,
     STORAGE_RETRY_S,
     WATCH_DETAIL_BYTES,
 )
-from minga.federation.parameters import read_layout
-from minga.federation.secagg.coordinator import check_advert, check_confirmation
+from minga.federation.plain import PlainPlan
 from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.secagg.signing import Verifier
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Work
 
 _log = logging.getLogger(__name__)
 
@@ -118,10 +117,10 @@ class Campaigns:
             raise CampaignError(
                 f"campaign {running.campaign_id} is running; wait for it or cancel it first"
             )
-        require_possible(plan, self._num_values(plan.model_digest))
+        require_possible(plan, model_layout(self._blobs, plan, plan.model_digest))
         self._account.require_left(plan, plan.num_rounds)
         campaign = Campaign(
-            campaign_id=secrets.token_hex(6), plan=plan, model_digest=plan.model_digest
+            campaign_id=secrets.token_hex(6), plan=plan, model_digest=first_model(plan, self._blobs)
         )
         row = CampaignRow(
             campaign_id=campaign.campaign_id,
@@ -129,7 +128,7 @@ class Campaigns:
             plan=plan.SerializeToString(),
             state=RUNNING,
             reason="",
-            model_digest=plan.model_digest,
+            model_digest=campaign.model_digest,
         )
         with self._store.transaction():
             self._store.add_campaign(row)
@@ -180,11 +179,22 @@ class Campaigns:
         """
         campaign = self._running()
         round_ = campaign.open_round if campaign else None
-        if campaign is None or round_ is None or round_.order.round_id != round_id:
+        if campaign is not None and self._is_early(campaign, event.device_id, round_id):
+            self._herald.ask_again(event.device_id)
+            return
+        if campaign is None or round_ is None or round_.round_id_of(event.device_id) != round_id:
             raise PeerError(f"round {round_id!r} is not open")
-        self._check_proof(round_, event)
+        check_proof(round_, event, self._verifier, self._blobs)
         campaign.bytes_received += size
         self._record(campaign, round_, event)
+
+    def _is_early(self, campaign: Campaign, device_id: str, round_id: str) -> bool:
+        """True if a device that goes on into the next round answers before that is open."""
+        round_ = campaign.open_round
+        if isinstance(round_, BufferedRound):
+            return device_id in round_.carried and round_.round_id_of(device_id) == round_id
+        base = campaign.carried().get(device_id)
+        return base is not None and base.round_id == round_id
 
     def lose(self, device_id: str, reason: str) -> None:
         """Take a device out of the open round, if it is in it."""
@@ -192,23 +202,6 @@ class Campaigns:
         if campaign is not None and campaign.open_round is not None:
             event = DeviceLost(device_id=device_id, reason=reason)
             self._record(campaign, campaign.open_round, event)
-
-    def _check_proof(self, round_: Round, event: DeviceEvent) -> None:
-        """Refuse what its device did not sign or upload, before it costs others their round."""
-        match round_, event:
-            case SecureRound(plan=plan), KeysAdvertised(advert=advert):
-                check_advert(plan, self._verifier, advert)
-            case SecureRound(plan=plan), SurvivorsConfirmed(device_id=device_id) as confirmed:
-                signer, listed = round_.adverts.get(device_id), round_.survivors_with(device_id)
-                if signer is not None:
-                    check_confirmation(plan, self._verifier, signer, listed, confirmed.confirmation)
-            case _, UpdateUploaded(digest=digest, size=size) | PlainUpdateUploaded(
-                digest=digest, size=size
-            ):
-                if not self._blobs.has(digest) or self._blobs.size(digest) != size:
-                    raise PeerError("the update that was announced is not uploaded")
-            case _:
-                pass
 
     def count_transfer(self, device_id: str, *, received: int = 0, sent: int = 0) -> None:
         """Add a device's blob bytes to the record of the round that it is in."""
@@ -220,15 +213,23 @@ class Campaigns:
 
     def greeting(self, device_id: str, round_id: str) -> list[pb.SessionResponse]:
         """Say how the round ended that a device comes back with; the loop does the rest."""
-        if not round_id or any(
-            campaign.open_round is not None and campaign.open_round.order.round_id == round_id
-            for campaign in self._campaigns.values()
-        ):
+        if not round_id:
             return []
+        running = self._running()
+        if running is not None:
+            round_ = running.open_round
+            if round_ is not None and round_.round_id_of(device_id) == round_id:
+                return []
+            if self._is_early(running, device_id, round_id):
+                return []
+        for campaign in self._campaigns.values():
+            verdict = campaign.verdict(device_id, round_id)
+            if verdict is not None:
+                return [wire.round_end(verdict, device_id, round_id)]
         record = self._store.record(round_id)
         if record is None:
             return [wire.unknown_round(round_id)]
-        return [wire.round_end(pb.Round.FromString(record), device_id)]
+        return [wire.round_end(pb.Round.FromString(record), device_id, round_id)]
 
     def expects_upload(self, device_id: str, digest: bytes, size: int) -> bool:
         """True if the open round waits for this masked update from a device.
@@ -237,21 +238,24 @@ class Campaigns:
         """
         campaign = self._running()
         round_ = campaign.open_round if campaign else None
-        return (
-            round_ is not None
-            and round_.stage is Stage.UPDATES
-            and device_id in round_.missing()
-            and size == round_.order.plan.upload_size
-            and self._uploads.setdefault(device_id, digest) == digest
-        )
+        if campaign is not None and device_id in campaign.carried():
+            expected = PlainPlan.upload_size_of(
+                model_layout(self._blobs, campaign.plan, campaign.model_digest).num_values
+            )
+        elif round_ is not None and round_.awaits_update(device_id):
+            expected = round_.order.plan.upload_size
+        else:
+            return False
+        return size == expected and self._uploads.setdefault(device_id, digest) == digest
 
     def blobs_in_use(self) -> set[bytes]:
         """Give the digests of all that campaigns started from, came to, go on with or wait for."""
         kept = set[bytes]()
         for campaign in self._campaigns.values():
             kept |= {campaign.plan.model_digest, campaign.model_digest}
-            if campaign.is_running and campaign.optimizer_digest:
-                kept.add(campaign.optimizer_digest)
+            if campaign.is_running:
+                kept |= {campaign.optimizer_digest} - {b""}
+                kept |= {base.model_digest for base in campaign.bases()}
             if campaign.open_round is not None:
                 kept |= {update.digest for update in campaign.open_round.updates.values()}
         return kept
@@ -259,7 +263,10 @@ class Campaigns:
     def needs_blob(self, digest: bytes) -> bool:
         """True if a device may fetch this blob: it is the model of a running campaign."""
         campaign = self._running()
-        return campaign is not None and digest == campaign.model_digest
+        return campaign is not None and (
+            digest == campaign.model_digest
+            or any(digest == base.model_digest for base in campaign.bases())
+        )
 
     # --- the loop ---
 
@@ -292,25 +299,30 @@ class Campaigns:
     async def _step(self, campaign: Campaign) -> None:
         if campaign.open_round is not None:
             await self._run_round(campaign, campaign.open_round)
-        elif campaign.num_committed >= campaign.plan.num_rounds:
+        elif (work := campaign.next_work()) is None:
             self._end(campaign, pb.CAMPAIGN_STATE_COMPLETED, "")
         elif campaign.num_aborts_in_a_row >= MAX_CONSECUTIVE_ABORTS:
             reason = f"{MAX_CONSECUTIVE_ABORTS} rounds in a row failed: "
             reason += campaign.records[-1].reason
             self._end(campaign, pb.CAMPAIGN_STATE_FAILED, reason)
         else:
-            await self._begin_round(campaign)
+            await self._begin_round(campaign, work)
 
-    async def _begin_round(self, campaign: Campaign) -> None:
+    async def _begin_round(self, campaign: Campaign, work: Work) -> None:
         self._account.require_left(campaign.plan)
-        devices = await self._gather(campaign)
+        devices = await self._gather(campaign, work)
         if not devices:
             return
-        told = await asyncio.to_thread(self.strategies.configure, campaign, devices)
+        told = await asyncio.to_thread(self.strategies.configure, campaign, devices, work)
         if not campaign.is_running:  # it may have been cancelled meanwhile
             return
-        num_values = self._num_values(campaign.model_digest)
-        order = campaign.next_order(told.devices, num_values, told.training)
+        order = campaign.next_order(
+            told.devices,
+            model_layout(self._blobs, campaign.plan, campaign.model_digest).num_values,
+            told.training,
+            work=work,
+            population=trainable(self._store, campaign.plan),
+        )
         now = self._clock()
         self._store.add_round(
             RoundRow(
@@ -325,25 +337,22 @@ class Campaigns:
         campaign.open_round = open_round(order, now)
         self.changed.fire()
 
-    async def _gather(self, campaign: Campaign) -> Sequence[str]:
+    async def _gather(self, campaign: Campaign, work: Work) -> Sequence[str]:
         """Wait for the cohort, or after the invitation's time for the minimum, and draw it."""
-        plan = campaign.plan
-        waited_until = self._clock() + plan.invite_timeout_s
+        waited_until = self._clock() + campaign.plan.invite_timeout_s
         while campaign.is_running:
             changes = self._changes()
-            present = [c.device_id for c in self._hub.connected(plan.group) if c.trains]
             left_s = waited_until - self._clock()
-            wanted = campaign.num_wanted
-            if len(present) >= wanted or (left_s <= 0 and len(present) >= plan.min_cohort):
-                secrets.SystemRandom().shuffle(present)
+            found = muster(self._hub, campaign, work, is_late=left_s <= 0)
+            if found.is_enough:
                 campaign.reason = ""
-                return present[:wanted]
-            reason = f"waiting for devices: {len(present)} of {wanted} are connected"
-            if reason != campaign.reason:
-                campaign.reason = reason
+                return found.draw()
+            if found.reason != campaign.reason:
+                campaign.reason = found.reason
                 self.changed.fire()
                 continue
-            await wait_for_any(changes, left_s if left_s > 0 else None)
+            limits_s = [left_s] * (left_s > 0) + [CONDITION_CHECK_S] * (found.num_unfit > 0)
+            await wait_for_any(changes, min(limits_s, default=None))
         return ()
 
     async def _run_round(self, campaign: Campaign, round_: Round) -> None:
@@ -422,7 +431,7 @@ class Campaigns:
                 row,
                 model_digest=event.model_digest,
                 optimizer_digest=event.optimizer_digest,
-                counted=sorted(set(round_.survivors) - dict(event.rejected).keys()),
+                counted=round_.counted_with(event),
             )
             campaign.model_digest = event.model_digest
             campaign.optimizer_digest = event.optimizer_digest
@@ -453,9 +462,11 @@ class Campaigns:
             campaign_audit.round_ended(self._audit, campaign, record, round_.result)
         campaign.close_round(record)
         updates = {update.digest for update in round_.updates.values()}
-        self._drop_unused({*updates, *self._uploads.values(), round_.order.model_digest})
-        self._herald.forget()
-        self._uploads.clear()
+        going = campaign.carried()
+        given_up = {digest for name, digest in self._uploads.items() if name not in going}
+        self._drop_unused({*updates, *given_up, round_.order.model_digest})
+        self._herald.forget(but=going)
+        self._uploads = {name: d for name, d in self._uploads.items() if name in going}
         self._metrics.observe_round(record)
         self.changed.fire()
 
@@ -484,14 +495,3 @@ class Campaigns:
 
     def _running(self) -> Campaign | None:
         return next((c for c in self._campaigns.values() if c.is_running), None)
-
-    def _num_values(self, model_digest: bytes) -> int:
-        """Read how many values a model has.
-
-        Raises:
-            CampaignError: it is not uploaded, or no model.
-        """
-        try:
-            return read_layout(self._blobs.path(model_digest)).num_values
-        except FederationError as error:
-            raise CampaignError(f"the campaign's model cannot be used: {error}") from error

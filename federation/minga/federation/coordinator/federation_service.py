@@ -40,6 +40,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         metrics: Metrics,
         clock: Callable[[], float],
         heartbeat_interval_s: float,
+        reconnect_window_ms: Callable[[], int],
         audit: AuditLog,
     ) -> None:
         self._store = store
@@ -49,6 +50,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._metrics = metrics
         self._clock = clock
         self._heartbeat_interval_s = heartbeat_interval_s
+        self._reconnect_window_ms = reconnect_window_ms
         self._audit = audit
 
     async def Session(
@@ -95,6 +97,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         welcome = pb.Welcome(
             coordinator_version=version("minga"),
             heartbeat_interval_ms=round(self._heartbeat_interval_s * 1000),
+            reconnect_window_ms=self._reconnect_window_ms(),
         )
         opening = [
             pb.SessionResponse(welcome=welcome),
@@ -104,7 +107,13 @@ class FederationService(pb_grpc.FederationServiceServicer):
         task = asyncio.current_task()
         assert task is not None
         connection = Connection(
-            device_id, device.group, hello.trains, now, cut=task.cancel, serial=principal.serial
+            device_id,
+            device.group,
+            hello.trains,
+            now,
+            cut=task.cancel,
+            serial=principal.serial,
+            condition=wire.condition_from_wire(hello),
         )
         self._hub.join(connection)
         return opening, connection
@@ -157,7 +166,9 @@ class FederationService(pb_grpc.FederationServiceServicer):
                 raise PeerError("the message cannot be read: it is none of a device's")
             match request.WhichOneof("body"):
                 case "heartbeat":
-                    connection.send(pb.SessionResponse(heartbeat=pb.Heartbeat()))
+                    connection.condition = wire.condition_from_wire(request.heartbeat)
+                    beat = pb.Heartbeat(reconnect_window_ms=self._reconnect_window_ms())
+                    connection.send(pb.SessionResponse(heartbeat=beat))
                 case "model_report":
                     self._models.note_report(device_id, request.model_report)
                 case _:

@@ -1,5 +1,7 @@
 """Tells devices what to do in the open round."""
 
+from collections.abc import Collection
+
 from minga.federation import wire
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.rounds import Round, Stage
@@ -24,19 +26,22 @@ class Herald:
             connection = self._hub.connection(device_id)
             if connection is None:
                 continue
-            is_lost = device_id in round_.lost and not round_.stage.ended
-            told = (connection, round_.order.round_id, None if is_lost else round_.stage)
+            told = (connection, *round_.occasion(device_id))
             if self._told.get(device_id) == told:
                 continue
             instruction = round_.instruction(device_id)
             if instruction is not None:
-                message = wire.instruction_to_wire(round_.order.round_id, instruction)
+                message = wire.instruction_to_wire(round_.round_id_of(device_id), instruction)
                 if not connection.send(message):
                     continue
                 num_bytes += message.ByteSize()
             self._told[device_id] = told
         return num_bytes
 
-    def forget(self) -> None:
-        """Forget a round that is over."""
-        self._told.clear()
+    def forget(self, but: Collection[str] = ()) -> None:
+        """Forget a round that is over, but for devices that go on into the next one."""
+        self._told = {name: told for name, told in self._told.items() if name in but}
+
+    def ask_again(self, device_id: str) -> None:
+        """Tell a device once more what to do: its answer came when nobody could take it."""
+        self._told.pop(device_id, None)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from minga.federation.condition import Condition
 from minga.federation.limits import OUTBOX_CLOSE_S, OUTBOX_MESSAGES, RETURN_S
 from minga.federation.v1.federation_pb2 import SessionResponse
 
@@ -55,6 +56,7 @@ class Connection:
     heard_at: float = 0.0
     cut: Callable[[], object] = lambda: None
     serial: int = 0  # of the certificate that opened it
+    condition: Condition | None = None  # what the device last said of its machine
     outbox: asyncio.Queue[SessionResponse | None] = field(
         default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES)
     )
@@ -137,7 +139,8 @@ class Hub:
             connection.close()
             self.leave(connection)
 
-    def drop_all(self) -> None:
-        """Close every stream."""
+    def drop_all(self, farewell: SessionResponse) -> None:
+        """Close every stream, each with a last message."""
         for connection in list(self._connections.values()):
+            connection.send(farewell)
             connection.close()

@@ -48,6 +48,8 @@ def _sum(event: SumComputed) -> dict[str, Any]:
         "total_weight": event.total_weight,
         "optimizer_digest": event.optimizer_digest.hex(),
         "rejected": event.rejected,
+        "metrics": event.metrics,
+        "answer": event.answer,
         "liars": event.liars,
         "max_norm": event.max_norm,
     }
@@ -73,6 +75,8 @@ def decode(row: EventRow) -> Event:
                 total_weight=values["total_weight"],
                 optimizer_digest=bytes.fromhex(values.get("optimizer_digest", "")),
                 rejected=tuple((name, reason) for name, reason in values.get("rejected", ())),
+                metrics=tuple((name, value) for name, value in values.get("metrics", ())),
+                answer=tuple(values.get("answer", ())),
                 liars=tuple(values.get("liars", ())),
                 max_norm=values.get("max_norm", 0.0),
             )

@@ -12,14 +12,14 @@ from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import principal_of_call
 from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.campaigns import Campaigns
-from minga.federation.coordinator.hub import Hub
+from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import DeviceRow, Store
 from minga.federation.errors import CampaignError, MissingDeviceError
 from minga.federation.limits import PAGE_DEVICES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
-from minga.federation.wire import timestamp
+from minga.federation.wire import condition_to_wire, timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -81,6 +81,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
             model=pb.ModelReport.FromString(row.model) if row.model else None,
             rounds_counted=row.rounds_counted,
             agent_version=row.agent_version,
+            condition=_condition(connection),
         )
 
     async def RevokeDevice(
@@ -152,3 +153,9 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
                 for group, offer in self._models.all()
             ],
         )
+
+
+def _condition(connection: Connection | None) -> pb.Condition | None:
+    if connection is None or connection.condition is None:
+        return None
+    return condition_to_wire(connection.condition)

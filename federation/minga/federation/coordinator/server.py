@@ -34,6 +34,7 @@ from minga.federation.coordinator.identity_service import IdentityServicer
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.operator_service import OperatorService
+from minga.federation.coordinator.pacing import window_ms
 from minga.federation.coordinator.rate import Rate
 from minga.federation.coordinator.renewal import Renewer
 from minga.federation.coordinator.settings import CoordinatorSettings
@@ -261,7 +262,7 @@ class Coordinator:
         for server in (device_server, enrol_server):
             await server.start()
             stack.push_async_callback(server.stop, _STOP_GRACE_S)
-        stack.callback(self._hub.drop_all)
+        stack.callback(self._say_farewell)
         self._note_start()
 
     def _add_services(
@@ -288,6 +289,7 @@ class Coordinator:
             metrics=self._metrics,
             clock=self._clock,
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
+            reconnect_window_ms=self._reconnect_window_ms,
             audit=self._audit,
         )
         pb_grpc.add_FederationServiceServicer_to_server(federation, device_server)
@@ -310,6 +312,13 @@ class Coordinator:
             clock=self._clock,
         )
         pb_grpc.add_OperatorServiceServicer_to_server(operators, device_server)
+
+    def _reconnect_window_ms(self) -> int:
+        return window_ms(len(self._hub), self._settings.reconnects_per_s)
+
+    def _say_farewell(self) -> None:
+        going = pb.GoingAway(reconnect_window_ms=self._reconnect_window_ms())
+        self._hub.drop_all(pb.SessionResponse(going_away=going))
 
     # --- policy ---
 

@@ -12,6 +12,7 @@ from minga.federation.limits import (
     HEARTBEAT_INTERVAL_S,
     MIN_HEARTBEAT_INTERVAL_S,
     RECONNECT_GRACE_S,
+    RECONNECTS_PER_S,
 )
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -52,6 +53,9 @@ class CoordinatorSettings(BaseSettings):
         HEARTBEAT_INTERVAL_S
     )
     """How often devices say that they are alive; three times that in silence ends a stream."""
+
+    reconnects_per_s: Annotated[float, Field(gt=0)] = RECONNECTS_PER_S
+    """How many devices may dial again in a second: after a restart a fleet spreads out so far."""
 
     strategies: tuple[str, ...] = ()
     """Strategies written for Flower that campaigns may name beside Flower's own, each as

@@ -24,6 +24,7 @@ from minga.federation.plain import VALUE
 from minga.federation.secagg.errors import QuorumError
 from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Training, Work
 
 Rejected = tuple[tuple[str, str], ...]
 """Devices whose updates are unusable, each with the reason."""
@@ -62,6 +63,8 @@ class Strategies:
             optimizer = wire.optimizer_from_wire(plan)
             if optimizer != FedAvg(learning_rate=1.0):
                 raise StrategyError("it takes the server optimiser's place; choose one of both")
+            if plan.scaffold or plan.HasField("buffer"):
+                raise StrategyError("it takes whole rounds; leave scaffold and buffer out")
             if wire.rule_from_wire(plan) != Mean() or plan.HasField("privacy"):
                 raise StrategyError("it takes the place of rule and privacy; choose one")
             is_plain = wire.is_plain(plan)
@@ -74,7 +77,7 @@ class Strategies:
         except (FederationError, ValueError) as error:
             raise CampaignError(f"the campaign's Flower strategy cannot work: {error}") from error
 
-    def configure(self, campaign: Campaign, devices: Sequence[str]) -> Instructions:
+    def configure(self, campaign: Campaign, devices: Sequence[str], work: Work) -> Instructions:
         """Ask what the next round's devices are to do; without a strategy what the plan says.
 
         Raises:
@@ -83,7 +86,7 @@ class Strategies:
         """
         training = wire.config_from_wire(campaign.plan.training)
         strategy = self._of(campaign)
-        if strategy is None:
+        if strategy is None or not isinstance(work, Training):
             return Instructions(training=training, devices=tuple(devices))
         with _disk():
             model, state = self._read(campaign.model_digest), self._state(campaign)
@@ -111,7 +114,7 @@ class Strategies:
             StorageError: the disk fails.
         """
         strategy = self._of(campaign)
-        if strategy is None:
+        if strategy is None or not isinstance(round_.order.work, Training):
             return None
         order = round_.order
         with _disk():

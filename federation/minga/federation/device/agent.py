@@ -6,9 +6,7 @@ local model goes on answering meanwhile.
 
 import asyncio
 import logging
-import random
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,14 @@ from typing import Any
 import grpc
 
 from minga.federation import transfer, transport, wire
+from minga.federation.condition import Condition
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
+from minga.federation.device.machine import measure
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.participant import Participant
+from minga.federation.device.queries import NO_QUERIES, Queries
+from minga.federation.device.redial import Redial
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
@@ -29,10 +32,8 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.limits import (
-    FIRST_RECONNECT_BACKOFF_S,
     HEARTBEAT_INTERVAL_S,
     MAX_PENDING_BYTES,
-    MAX_RECONNECT_BACKOFF_S,
     MIN_HEARTBEAT_INTERVAL_S,
     SILENT_HEARTBEATS,
 )
@@ -60,7 +61,10 @@ class Agent:
         slots: where models are kept.
         models: what the local inference server answers from.
         metrics: what Prometheus reads.
+        keepsakes: what this device keeps for itself from round to round; None: nothing.
         allow_plain: whether the coordinator may see this device's updates.
+        queries: what queries may find out here.
+        look: says what this machine is doing.
         compress: whether models and plain updates travel as Zstandard frames.
     """
 
@@ -72,10 +76,17 @@ class Agent:
         slots: ModelSlots,
         models: ModelRepository,
         metrics: Metrics,
+        keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
+        queries: Queries = NO_QUERIES,
+        look: Callable[[], Condition] = measure,
         compress: bool = False,
     ) -> None:
         self._link = link
+        self._redial = Redial(link)
+        self._look = look
+        self._queries = queries
+        self._keepsakes = keepsakes
         self._compress = compress
         self._allow_plain = allow_plain
         self._trainer = trainer
@@ -98,7 +109,6 @@ class Agent:
             IdentityError: this device's or the coordinator's certificate does not hold.
         """
         clock = asyncio.get_running_loop().time
-        backoff_s = FIRST_RECONNECT_BACKOFF_S
         try:
             await self._restore_models()
             self._spawn(self._link.keep_valid())
@@ -115,27 +125,10 @@ class Agent:
                     _log.warning("%s", error)
                 except Exception:  # noqa: BLE001 - the local model must go on answering
                     _log.exception("the stream to the coordinator failed")
-                if clock() - opened_at > 2 * backoff_s:
-                    backoff_s = FIRST_RECONNECT_BACKOFF_S
-                backoff_s = await self._pause(backoff_s)
+                self._redial.note_stream(clock() - opened_at)
+                await self._redial.pause(in_round=self._participant is not None)
         finally:
             await self._close()
-
-    async def _pause(self, backoff_s: float) -> float:
-        """Wait before the next stream, and say how long to wait next time."""
-        jitter = random.uniform(0.5, 1.0)  # noqa: S311 - so that a fleet spreads out
-        await asyncio.sleep(FIRST_RECONNECT_BACKOFF_S * jitter)
-        async with self._link.channel() as channel:
-            if channel.get_state() is grpc.ChannelConnectivity.READY:
-                # The link is good, the coordinator ends streams. Maybe because of another agent
-                # with this identity: the two would push each other out for ever.
-                await asyncio.sleep(backoff_s * jitter)
-                return min(2 * backoff_s, MAX_RECONNECT_BACKOFF_S)
-            with suppress(TimeoutError):  # the channel dials by itself, with a backoff of its own
-                # Not `wait_for`: Python 3.11's loses a cancellation that comes with the result.
-                async with asyncio.timeout(MAX_RECONNECT_BACKOFF_S):
-                    await channel.channel_ready()
-        return FIRST_RECONNECT_BACKOFF_S
 
     async def _close(self) -> None:
         self._drop_participant()
@@ -197,6 +190,7 @@ class Agent:
         if message.welcome.heartbeat_interval_ms:
             interval_s = message.welcome.heartbeat_interval_ms / 1000
             self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
+        self._redial.note_window(message.welcome.reconnect_window_ms)
         self._metrics.connected.set(1)
         _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
 
@@ -227,9 +221,15 @@ class Agent:
         self._outbox.put_nowait(request)
 
     def _hello(self) -> pb.Hello:
-        hello = pb.Hello(agent_version=version_of("minga"), trains=self._trainer is not None)
+        hello = pb.Hello(
+            agent_version=version_of("minga"),
+            trains=self._trainer is not None,
+            condition=wire.condition_to_wire(self._look()),
+        )
         if self._participant is not None:
             hello.round_id = self._participant.round_id
+        elif self._keepsakes is not None:
+            hello.round_id = self._keepsakes.pending
         if self._models.refs:
             hello.model.CopyFrom(_report(self._models.refs[-1]))
         return hello
@@ -237,13 +237,14 @@ class Agent:
     async def _beat(self, outbox: Outbox) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_interval_s)
-            outbox.put_nowait(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+            beat = pb.Heartbeat(condition=wire.condition_to_wire(self._look()))
+            outbox.put_nowait(pb.SessionRequest(heartbeat=beat))
 
     def _take(self, message: pb.SessionResponse) -> None:
         """Start what a message asks for; the stream is read on meanwhile."""
         match message.WhichOneof("body"):
-            case "heartbeat" | "welcome":
-                pass
+            case "heartbeat" | "welcome" | "going_away" as kind:
+                self._redial.note_window(getattr(message, kind).reconnect_window_ms)
             case "model_offer":
                 self._spawn(self._take_model(message.model_offer), message.ByteSize())
             case "round_end":
@@ -323,7 +324,9 @@ class Agent:
             download=self._download,
             upload=self._upload,
             metrics=self._metrics,
+            keepsakes=self._keepsakes,
             allow_plain=self._allow_plain,
+            queries=self._queries,
         )
         return self._participant
 
@@ -333,6 +336,8 @@ class Agent:
             self._participant = None
 
     def _end_round(self, end: pb.RoundEnd) -> None:
+        if self._keepsakes is not None:
+            self._keepsakes.settle(end.round_id, counted=end.counted)
         if self._participant is None or self._participant.round_id != end.round_id:
             return
         result = "counted" if end.counted else "committed" if end.committed else "aborted"

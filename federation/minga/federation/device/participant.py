@@ -8,7 +8,6 @@ again after a broken link or a restart; the answer is then the same as before.
 import asyncio
 import logging
 import tempfile
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,29 +16,37 @@ from numpy.typing import NDArray
 
 from minga.federation import wire
 from minga.federation.aggregation.privacy import clip_length
+from minga.federation.analytics import Question
+from minga.federation.device.keepsakes import Keepsakes
+from minga.federation.device.learning import LocalLearning
 from minga.federation.device.metrics import Metrics
+from minga.federation.device.queries import NO_QUERIES, Queries
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
     FederationError,
+    IneligibleError,
     PeerError,
     PlainRefusedError,
     TrainerError,
     UnreachableError,
 )
 from minga.federation.identity import CertificateVerifier, Identity
-from minga.federation.parameters import Layout, from_bytes
-from minga.federation.plain import update_to_bytes
+from minga.federation.parameters import Layout, Parameters, from_bytes
+from minga.federation.plain import PlainPlan, update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.fixedpoint import encode_update
 from minga.federation.secagg.plan import RoundPlan
-from minga.federation.trainer import Update
 from minga.federation.transfer import digest_of
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Evaluation, Training
 
 _log = logging.getLogger(__name__)
 
 Upload = Callable[[bytes, bytes], Awaitable[None]]
 """Sends bytes under their digest, resuming by itself."""
+
+Contribution = tuple[NDArray[np.float32], int]
+"""A device's vector, shape `(num_values,)`, and how much it counts."""
 
 Download = Callable[[bytes, Path], Awaitable[None]]
 """Fetches the blob of a digest into a file, resuming by itself."""
@@ -57,20 +64,27 @@ class Participant:
         download: Download,
         upload: Upload,
         metrics: Metrics,
+        keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
+        queries: Queries = NO_QUERIES,
     ) -> None:
-        """Begin to train.
+        """Begin with what the round asks.
 
         Raises:
             ValueError, PeerError: the invitation is not safe to follow, or malformed.
             PlainRefusedError: the coordinator would see the update, and this site does not allow
                 that.
+            QueryRefusedError: this site does not let be told what is asked.
         """
         self.round_id = invite.round_id
         self._model_digest = invite.model_digest
-        self._training = wire.config_from_wire(invite.training)
+        self._min_examples = invite.min_examples
+        self._asked = wire.work_of_invite(invite)
         self._plan = wire.plan_of_invite(invite)
         self._encoding = wire.encoding_of_invite(invite)
+        self._queries = queries
+        if isinstance(self._asked, Question):
+            queries.require_allowed(self._asked, self._plan)
         self._session: DeviceSession | None = None
         if isinstance(self._plan, RoundPlan):
             verifier = CertificateVerifier(authority=identity.authority)
@@ -81,20 +95,30 @@ class Participant:
                 "(allow_plain)"
             )
         self._trainer = trainer
+        self._learning = LocalLearning(
+            trainer=trainer,
+            keepsakes=keepsakes,
+            method=wire.method_of(invite),
+            config=wire.config_from_wire(invite.training),
+            round_id=self.round_id,
+            campaign_id=invite.campaign_id,
+            model_name=invite.model_name,
+            clip=_clip_of(self._plan),
+            metrics=metrics,
+        )
         self._download = download
         self._upload = upload
-        self._metrics = metrics
         self._turn = asyncio.Lock()
-        self._update = asyncio.create_task(self._train())
+        self._result = asyncio.create_task(self._work())
 
-    def close(self) -> asyncio.Task[Update]:
-        """Forget the round; training that still runs is stopped.
+    def close(self) -> asyncio.Task[Contribution]:
+        """Forget the round; work that still runs is stopped.
 
         Returns:
-            The training, which may take a moment to end.
+            The work, which may take a moment to end.
         """
-        self._update.cancel()
-        return self._update
+        self._result.cancel()
+        return self._result
 
     async def answer(self, message: pb.SessionResponse) -> pb.SessionRequest:
         """Do what the coordinator asks, or withdraw and say why."""
@@ -116,6 +140,8 @@ class Participant:
 
     async def _answer(self, message: pb.SessionResponse) -> pb.SessionRequest:
         session = self._session
+        if message.WhichOneof("body") == "invite":
+            await self._require_examples()
         if session is None:
             return await self._send_plain(message)
         match message.WhichOneof("body"):
@@ -129,6 +155,8 @@ class Participant:
             case "neighbour_shares":
                 return await self._send_masked(session, message.neighbour_shares)
             case "survivors":
+                if isinstance(self._asked, Question):
+                    self._queries.require_hidden(len(message.survivors.device_ids))
                 confirmation = session.confirm(message.survivors.device_ids)
                 return pb.SessionRequest(
                     confirmation=wire.confirmation_to_wire(self.round_id, confirmation)
@@ -170,37 +198,62 @@ class Participant:
             )
         )
 
-    async def _contribution(self) -> tuple[NDArray[np.float32], int]:
-        """Wait for the update: its vector, and how much it counts."""
-        update = await self._trained()
-        weight = min(update.num_examples, self._plan.max_weight)
-        return Layout.of(update.delta).flatten(update.delta), weight
+    async def _contribution(self) -> Contribution:
+        """Wait for the work's result; work that could not fetch its model begins anew."""
+        done = self._result.done() and not self._result.cancelled()
+        if done and isinstance(self._result.exception(), UnreachableError):
+            self._result = asyncio.create_task(self._work())
+        return await asyncio.shield(self._result)
 
-    async def _trained(self) -> Update:
-        """Wait for the update; training that could not fetch its model begins anew."""
-        done = self._update.done() and not self._update.cancelled()
-        if done and isinstance(self._update.exception(), UnreachableError):
-            self._update = asyncio.create_task(self._train())
-        return await asyncio.shield(self._update)
+    async def _work(self) -> Contribution:
+        """Do what the round asks, and give a vector and how much it counts."""
+        if isinstance(self._asked, Question):
+            return await self._tell(self._asked)
+        parameters = await self._fetch()
+        match self._asked:
+            case Evaluation():
+                answer, weight = await self._learning.evaluate(self._asked, parameters)
+            case Training():
+                answer, weight = await self._learning.train(parameters)
+                self._require_count(weight)
+        return Layout.of(answer).flatten(answer), min(weight, self._plan.max_weight)
 
-    async def _train(self) -> Update:
+    async def _tell(self, question: Question) -> Contribution:
+        """Answer a question about this site's data."""
+        vector, num_rows = await self._trainer.answer(question)
+        if vector.shape != (self._plan.num_values,):
+            raise PeerError(
+                f"the question takes {vector.size} values, the plan says {self._plan.num_values}"
+            )
+        return vector, min(num_rows, self._plan.max_weight)
+
+    async def _fetch(self) -> Parameters:
         with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
             path = Path(folder) / "model.safetensors"
             await self._download(self._model_digest, path)
             parameters = from_bytes(await asyncio.to_thread(path.read_bytes))
-        layout = Layout.of(parameters)
-        if layout.num_values != self._plan.num_values:
+        length = self._asked.num_values(Layout.of(parameters).num_values)
+        if length != self._plan.num_values:
             raise PeerError(
-                f"the model has {layout.num_values} values, the plan says {self._plan.num_values}"
+                f"the round takes {length} values, the plan says {self._plan.num_values}"
             )
-        start = time.perf_counter()
-        update = await self._trainer.fit(parameters, self._training)
-        self._metrics.training.observe(time.perf_counter() - start)
-        if Layout.of(update.delta) != layout:
-            raise TrainerError("the update has other tensors than the model")
-        if update.num_examples < 1:
-            raise TrainerError("the device has no examples to learn from")
-        return update
+        return parameters
+
+    async def _require_examples(self) -> None:
+        """Leave before others count on this device, if its trainer knows its count beforehand."""
+        if self._min_examples > 1:
+            count = await self._trainer.num_examples()
+            if count is not None:
+                self._require_count(count)
+
+    def _require_count(self, num_examples: int) -> None:
+        if num_examples < self._min_examples:  # how many there are is nobody's business
+            raise IneligibleError("the campaign asks for more examples")
 
     def _withdraw(self, reason: str) -> pb.SessionRequest:
         return wire.withdrawal(self.round_id, reason)
+
+
+def _clip_of(plan: RoundPlan | PlainPlan) -> float | None:
+    """Say how far masking lets a coordinate go; after a rotation that is none of the update's."""
+    return plan.clip if isinstance(plan, RoundPlan) and not plan.rotate else None

@@ -7,8 +7,10 @@ from functools import partial
 
 from minga.federation.device.agent import Agent
 from minga.federation.device.enrolment import CoordinatorAddress
+from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
+from minga.federation.device.queries import Queries
 from minga.federation.device.settings import DeviceSettings
 from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
@@ -46,7 +48,11 @@ async def run(settings: DeviceSettings) -> None:
         slots=ModelSlots(settings.folder / "models"),
         models=models,
         metrics=metrics,
+        keepsakes=Keepsakes(settings.folder / "learning") if trainer else None,
         allow_plain=settings.allow_plain,
+        queries=Queries(
+            columns=frozenset(settings.query_columns), min_cohort=settings.query_min_cohort
+        ),
         compress=settings.compress,
     )
     async with AsyncExitStack() as stack:

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from minga.federation.limits import QUERY_MIN_COHORT
 from minga.federation.trainer import Scalar
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -30,6 +31,13 @@ class DeviceSettings(BaseSettings):
     allow_plain: bool = False
     """Take part in rounds whose coordinator sees this device's update. Without it the device takes
     part only where updates are masked (secure aggregation)."""
+
+    query_columns: tuple[str, ...] = ()
+    """Columns of this site's data of which the coordinator may ask statistics, in sums over many
+    devices alone. Without them no query is answered."""
+
+    query_min_cohort: Annotated[int, Field(ge=3)] = QUERY_MIN_COHORT
+    """Queries are answered only in sums over so many devices."""
 
     compress: bool = False
     """Move models and plain updates as Zstandard frames: for links slower than some 100 MB/s.

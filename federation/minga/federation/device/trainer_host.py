@@ -2,7 +2,8 @@
 
 The agent stays small and answers the coordinator while the child trains; a crash of user code, or
 memory that it runs out of, ends the child alone. The two speak frames over a pipe: a 4-byte length,
-a JSON header, then `header["size"]` bytes of safetensors. Nothing is pickled.
+a JSON header, then `header["size"]` bytes of safetensors. Nothing is pickled. A second set of
+tensors, such as a correction, travels behind the first under the names of control variates.
 
 Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE OPTIONS_JSON`.
 """
@@ -17,10 +18,23 @@ import threading
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter
+
+from minga.federation.analytics import Question
 from minga.federation.errors import TrainerError
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
-from minga.federation.trainer import LocalTrainer, Scalar
+from minga.federation.parts import split_control, with_control
+from minga.federation.trainer import (
+    CorrectsGradients,
+    CountsExamples,
+    HasColumns,
+    LocalTrainer,
+    MakesParameters,
+    Scalar,
+    Update,
+)
 
+_QUESTION = TypeAdapter(Question)
 _LENGTH = struct.Struct("<I")
 PREFIX_BYTES = _LENGTH.size
 
@@ -70,11 +84,37 @@ def load_factory(reference: str) -> Any:
 def _answer(
     trainer: LocalTrainer, call: str, parameters: Parameters, config: Mapping[str, Scalar]
 ) -> tuple[dict[str, Any], bytes]:
-    if call == "evaluate":
-        return {"metrics": dict(trainer.evaluate(parameters, config))}, b""
-    update = trainer.fit(parameters, config)
+    match call:
+        case "evaluate":
+            return {"metrics": dict(trainer.evaluate(parameters, config))}, b""
+        case "count":
+            count = trainer.num_examples if isinstance(trainer, CountsExamples) else None
+            return {"num_examples": count}, b""
+        case "answer":
+            return _answer_question(trainer, _QUESTION.validate_json(str(config["question"])))
+        case "initial":
+            if not isinstance(trainer, MakesParameters):
+                raise TrainerError("this trainer cannot make personal tensors; give it `initial`")
+            return {}, to_bytes(trainer.initial(config))
+        case "fit_corrected":
+            if not isinstance(trainer, CorrectsGradients):
+                raise TrainerError("this trainer knows no SCAFFOLD; give it `fit_corrected`")
+            model, correction = split_control(parameters)
+            return _pack_update(trainer.fit_corrected(model, config, correction))
+        case _:
+            return _pack_update(trainer.fit(parameters, config))
+
+
+def _answer_question(trainer: LocalTrainer, question: Question) -> tuple[dict[str, Any], bytes]:
+    if not isinstance(trainer, HasColumns):
+        raise TrainerError("this trainer answers no queries; give it `columns`")
+    vector, num_rows = question.answer(trainer.columns(question.columns))
+    return {"num_rows": num_rows}, to_bytes({"answer": vector})
+
+
+def _pack_update(update: Update) -> tuple[dict[str, Any], bytes]:
     header = {"num_examples": int(update.num_examples), "metrics": dict(update.metrics)}
-    return header, to_bytes(update.delta)
+    return header, to_bytes(with_control(update.delta, update.gradient or {}))
 
 
 def serve(trainer: LocalTrainer, requests: BinaryIO, answers: BinaryIO) -> None:

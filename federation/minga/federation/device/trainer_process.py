@@ -5,11 +5,17 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from minga.federation.analytics import Question
 from minga.federation.device.trainer_host import PREFIX_BYTES, head_size, pack_frame
 from minga.federation.errors import TrainerError
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.parts import split_control, with_control
 from minga.federation.trainer import Scalar, Update
 
 
@@ -42,12 +48,29 @@ class TrainerProcess:
         Raises:
             TrainerError: user code raised, or the child died.
         """
-        header, body = await self._call("fit", parameters, config)
-        return Update(
-            delta=from_bytes(body),
-            num_examples=int(header["num_examples"]),
-            metrics=header["metrics"],
-        )
+        return _update(*await self._call("fit", parameters, config))
+
+    async def fit_corrected(
+        self, parameters: Parameters, config: Mapping[str, Scalar], correction: Parameters
+    ) -> Update:
+        """Train in the child with a correction of each step's gradient; raises as `fit` does."""
+        both = with_control(parameters, correction)
+        return _update(*await self._call("fit_corrected", both, config))
+
+    async def answer(self, question: Question) -> tuple[NDArray[np.float32], int]:
+        """Let the child answer a question about its data; raises as `fit` does.
+
+        Returns:
+            The vector of means, and over how many rows.
+        """
+        asked = json.dumps(asdict(question))
+        header, body = await self._call("answer", {}, {"question": asked})
+        return from_bytes(body)["answer"], int(header["num_rows"])
+
+    async def initial(self, config: Mapping[str, Scalar]) -> Parameters:
+        """Let the child make untrained parameters; raises as `fit` does."""
+        _, body = await self._call("initial", {}, config)
+        return from_bytes(body)
 
     async def evaluate(
         self, parameters: Parameters, config: Mapping[str, Scalar]
@@ -56,6 +79,16 @@ class TrainerProcess:
         header, _ = await self._call("evaluate", parameters, config)
         metrics: dict[str, float] = header["metrics"]
         return metrics
+
+    async def num_examples(self) -> int | None:
+        """Ask the child how many examples it trains on; None if its trainer does not say.
+
+        Raises:
+            TrainerError: user code raised, or the child died.
+        """
+        header, _ = await self._call("count", {}, {})
+        count: int | None = header["num_examples"]
+        return count
 
     async def close(self) -> None:
         """End the child."""
@@ -98,6 +131,16 @@ class TrainerProcess:
             await self.close()
             raise
         return self._process
+
+
+def _update(header: Mapping[str, Any], body: bytes) -> Update:
+    delta, gradient = split_control(from_bytes(body))
+    return Update(
+        delta=delta,
+        num_examples=int(header["num_examples"]),
+        metrics=header["metrics"],
+        gradient=gradient,
+    )
 
 
 async def _exchange(

@@ -119,6 +119,32 @@ ROUND_STAGE_COMMITTED: RoundStage.ValueType  # 7
 ROUND_STAGE_ABORTED: RoundStage.ValueType  # 8
 Global___RoundStage: _TypeAlias = RoundStage  # noqa: Y015
 
+class _RoundWork:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoundWorkEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundWork.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROUND_WORK_UNSPECIFIED: _RoundWork.ValueType  # 0
+    """As TRAINING."""
+    ROUND_WORK_TRAINING: _RoundWork.ValueType  # 1
+    ROUND_WORK_EVALUATION: _RoundWork.ValueType  # 2
+    """Metrics of the model that so many rounds came to as `number` says."""
+    ROUND_WORK_QUERY: _RoundWork.ValueType  # 3
+    """Statistics of data."""
+
+class RoundWork(_RoundWork, metaclass=_RoundWorkEnumTypeWrapper):
+    """What a round asked of its devices."""
+
+ROUND_WORK_UNSPECIFIED: RoundWork.ValueType  # 0
+"""As TRAINING."""
+ROUND_WORK_TRAINING: RoundWork.ValueType  # 1
+ROUND_WORK_EVALUATION: RoundWork.ValueType  # 2
+"""Metrics of the model that so many rounds came to as `number` says."""
+ROUND_WORK_QUERY: RoundWork.ValueType  # 3
+"""Statistics of data."""
+Global___RoundWork: _TypeAlias = RoundWork  # noqa: Y015
+
 @_typing.final
 class EnrollRequest(_message.Message):
     """A token and the device's own public key."""
@@ -473,6 +499,7 @@ class SessionResponse(_message.Message):
     ROUND_END_FIELD_NUMBER: _builtins.int
     MODEL_OFFER_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    GOING_AWAY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -493,6 +520,8 @@ class SessionResponse(_message.Message):
     def model_offer(self) -> Global___ModelOffer: ...
     @_builtins.property
     def refusal(self) -> Global___Refusal: ...
+    @_builtins.property
+    def going_away(self) -> Global___GoingAway: ...
     def __init__(
         self,
         *,
@@ -506,12 +535,13 @@ class SessionResponse(_message.Message):
         round_end: Global___RoundEnd | None = ...,
         model_offer: Global___ModelOffer | None = ...,
         refusal: Global___Refusal | None = ...,
+        going_away: Global___GoingAway | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "going_away", b"going_away", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "confirmations", b"confirmations", "going_away", b"going_away", "heartbeat", b"heartbeat", "invite", b"invite", "model_offer", b"model_offer", "neighbour_keys", b"neighbour_keys", "neighbour_shares", b"neighbour_shares", "refusal", b"refusal", "round_end", b"round_end", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "heartbeat", "invite", "neighbour_keys", "neighbour_shares", "survivors", "confirmations", "round_end", "model_offer", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "heartbeat", "invite", "neighbour_keys", "neighbour_shares", "survivors", "confirmations", "round_end", "model_offer", "refusal", "going_away"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -527,6 +557,7 @@ class Hello(_message.Message):
     TRAINS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     ROUND_ID_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     trains: _builtins.bool
     """False: the device only runs models, it is invited to no round."""
@@ -536,6 +567,10 @@ class Hello(_message.Message):
     def model(self) -> Global___ModelReport:
         """The model version it runs now, if any."""
 
+    @_builtins.property
+    def condition(self) -> Global___Condition:
+        """Absent: the device does not say; it meets no campaign's requirements."""
+
     def __init__(
         self,
         *,
@@ -543,14 +578,44 @@ class Hello(_message.Message):
         trains: _builtins.bool = ...,
         model: Global___ModelReport | None = ...,
         round_id: _builtins.str = ...,
+        condition: Global___Condition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "model", b"model", "round_id", b"round_id", "trains", b"trains"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "condition", b"condition", "model", b"model", "round_id", b"round_id", "trains", b"trains"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Condition(_message.Message):
+    """What a device's machine is doing, measured by the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ON_MAINS_FIELD_NUMBER: _builtins.int
+    IDLE_CPU_FIELD_NUMBER: _builtins.int
+    FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    on_mains: _builtins.bool
+    """True also for a machine without a battery."""
+    idle_cpu: _builtins.float
+    """Share of the processors' time that nothing used since it was last measured, 0 to 1."""
+    free_memory_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        on_mains: _builtins.bool = ...,
+        idle_cpu: _builtins.float = ...,
+        free_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_memory_bytes", b"free_memory_bytes", "idle_cpu", b"idle_cpu", "on_mains", b"on_mains"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Condition: _TypeAlias = Condition  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -560,17 +625,21 @@ class Welcome(_message.Message):
 
     COORDINATOR_VERSION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    RECONNECT_WINDOW_MS_FIELD_NUMBER: _builtins.int
     coordinator_version: _builtins.str
     heartbeat_interval_ms: _builtins.int
+    reconnect_window_ms: _builtins.int
+    """As in Heartbeat."""
     def __init__(
         self,
         *,
         coordinator_version: _builtins.str = ...,
         heartbeat_interval_ms: _builtins.int = ...,
+        reconnect_window_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_version", b"coordinator_version", "heartbeat_interval_ms", b"heartbeat_interval_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_version", b"coordinator_version", "heartbeat_interval_ms", b"heartbeat_interval_ms", "reconnect_window_ms", b"reconnect_window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,16 +651,51 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    CONDITION_FIELD_NUMBER: _builtins.int
+    RECONNECT_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    reconnect_window_ms: _builtins.int
+    """Of the coordinator: a device that loses its link dials again at a random moment within this
+    time, so that a fleet does not come all at once.
+    """
+    @_builtins.property
+    def condition(self) -> Global___Condition:
+        """Of a device: as in Hello."""
+
     def __init__(
         self,
+        *,
+        condition: Global___Condition | None = ...,
+        reconnect_window_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "reconnect_window_ms", b"reconnect_window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class GoingAway(_message.Message):
+    """The coordinator is being stopped; it will be back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECONNECT_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    reconnect_window_ms: _builtins.int
+    """As in Heartbeat."""
+    def __init__(
+        self,
+        *,
+        reconnect_window_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reconnect_window_ms", b"reconnect_window_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GoingAway: _TypeAlias = GoingAway  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):
@@ -756,9 +860,27 @@ class RoundInvite(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
     PRIVATE_UPDATE_FIELD_NUMBER: _builtins.int
+    MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    QUESTION_FIELD_NUMBER: _builtins.int
+    PERSONAL_FIELD_NUMBER: _builtins.int
+    SCAFFOLD_FIELD_NUMBER: _builtins.int
+    MODEL_NAME_FIELD_NUMBER: _builtins.int
+    CAMPAIGN_ID_FIELD_NUMBER: _builtins.int
+    POPULATION_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     model_digest: _builtins.bytes
     """Blob: the global model as safetensors."""
+    min_examples: _builtins.int
+    """A device with fewer examples withdraws; how many it has it does not say."""
+    scaffold: _builtins.bool
+    """With the model travels a control variate, each tensor named as the model's behind `control/`;
+    the update has both. Devices keep their own under the campaign's name.
+    """
+    model_name: _builtins.str
+    campaign_id: _builtins.str
+    population: _builtins.int
+    """How many devices the control variate is a mean over; for the coordinator's own record."""
     @_builtins.property
     def plan(self) -> Global___SecureAggregationPlan:
         """The round is secure: updates are masked."""
@@ -773,6 +895,22 @@ class RoundInvite(_message.Message):
     def private_update(self) -> Global___PrivateUpdate:
         """The update is made private before it is masked or sent; it then weighs 1, whatever the data."""
 
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """The round measures the model: devices do not train."""
+
+    @_builtins.property
+    def question(self) -> Global___Question:
+        """The round asks about data; there is no model. A device answers only if its owner lets it tell
+        of these columns, and never in a plain round.
+        """
+
+    @_builtins.property
+    def personal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tensors whose names match one of these patterns (`*`, `?`) are each device's own: they are
+        neither in the model nor in the update. Devices keep them under the model's name.
+        """
+
     def __init__(
         self,
         *,
@@ -782,14 +920,111 @@ class RoundInvite(_message.Message):
         training: _abc.Mapping[_builtins.str, Global___Value] | None = ...,
         plain_plan: Global___PlainPlan | None = ...,
         private_update: Global___PrivateUpdate | None = ...,
+        min_examples: _builtins.int = ...,
+        evaluation: Global___Evaluation | None = ...,
+        question: Global___Question | None = ...,
+        personal: _abc.Iterable[_builtins.str] | None = ...,
+        scaffold: _builtins.bool = ...,
+        model_name: _builtins.str = ...,
+        campaign_id: _builtins.str = ...,
+        population: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plain_plan", b"plain_plan", "plan", b"plan", "private_update", b"private_update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "plain_plan", b"plain_plan", "plan", b"plan", "private_update", b"private_update", "question", b"question"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_digest", b"model_digest", "plain_plan", b"plain_plan", "plan", b"plan", "private_update", b"private_update", "round_id", b"round_id", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "evaluation", b"evaluation", "min_examples", b"min_examples", "model_digest", b"model_digest", "model_name", b"model_name", "personal", b"personal", "plain_plan", b"plain_plan", "plan", b"plan", "population", b"population", "private_update", b"private_update", "question", b"question", "round_id", b"round_id", "scaffold", b"scaffold", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundInvite: _TypeAlias = RoundInvite  # noqa: Y015
+
+@_typing.final
+class QuestionPart(_message.Message):
+    """Asks about one column. In a device's vector: the share of its rows that have a value; the means,
+    over all rows, of that value, clipped to [low, high] and scaled to [0, 1], and of its square, 0
+    where there is none; and, if there are edges, the share of rows below the first, in each bin, and
+    from the last one on. A bin reaches from one edge up to, but without, the next.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
+    column: _builtins.str
+    low: _builtins.float
+    high: _builtins.float
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        column: _builtins.str = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        edges: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "edges", b"edges", "high", b"high", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuestionPart: _TypeAlias = QuestionPart  # noqa: Y015
+
+@_typing.final
+class Question(_message.Message):
+    """Asks about columns. A device's vector holds the parts' values one after the other; it weighs as
+    much as the device has rows.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuestionPart]: ...
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___QuestionPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Question: _TypeAlias = Question  # noqa: Y015
+
+@_typing.final
+class Evaluation(_message.Message):
+    """Asks for metrics. A device's vector holds their values, clipped to [-clip, clip], 0 for one that
+    it lacks, then for each metric `clip` if it has it, else 0; it weighs as much as the device has
+    examples to measure on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRICS_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    clip: _builtins.float
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sorted, each once."""
+
+    def __init__(
+        self,
+        *,
+        metrics: _abc.Iterable[_builtins.str] | None = ...,
+        clip: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "metrics", b"metrics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
 
 @_typing.final
 class PrivateUpdate(_message.Message):
@@ -1361,6 +1596,7 @@ class Device(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ROUNDS_COUNTED_FIELD_NUMBER: _builtins.int
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     group: _builtins.str
     connected: _builtins.bool
@@ -1374,6 +1610,10 @@ class Device(_message.Message):
     def last_seen_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def model(self) -> Global___ModelReport: ...
+    @_builtins.property
+    def condition(self) -> Global___Condition:
+        """As it last said; absent while it is away."""
+
     def __init__(
         self,
         *,
@@ -1387,10 +1627,11 @@ class Device(_message.Message):
         model: Global___ModelReport | None = ...,
         rounds_counted: _builtins.int = ...,
         agent_version: _builtins.str = ...,
+        condition: Global___Condition | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["enrolled_at", b"enrolled_at", "last_seen_at", b"last_seen_at", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "enrolled_at", b"enrolled_at", "last_seen_at", b"last_seen_at", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "connected", b"connected", "device_id", b"device_id", "enrolled_at", b"enrolled_at", "group", b"group", "last_seen_at", b"last_seen_at", "model", b"model", "revoked", b"revoked", "rounds_counted", b"rounds_counted", "trains", b"trains"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "condition", b"condition", "connected", b"connected", "device_id", b"device_id", "enrolled_at", b"enrolled_at", "group", b"group", "last_seen_at", b"last_seen_at", "model", b"model", "revoked", b"revoked", "rounds_counted", b"rounds_counted", "trains", b"trains"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1838,6 +2079,66 @@ class Privacy(_message.Message):
 Global___Privacy: _TypeAlias = Privacy  # noqa: Y015
 
 @_typing.final
+class Requirements(_message.Message):
+    """What a device must be like to be invited."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHARGING_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    MIN_FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MIN_EXAMPLES_FIELD_NUMBER: _builtins.int
+    charging: _builtins.bool
+    """On mains power."""
+    idle: _builtins.bool
+    """Most of the processors' time is unused."""
+    min_free_memory_bytes: _builtins.int
+    min_examples: _builtins.int
+    """Judged by the device itself."""
+    def __init__(
+        self,
+        *,
+        charging: _builtins.bool = ...,
+        idle: _builtins.bool = ...,
+        min_free_memory_bytes: _builtins.int = ...,
+        min_examples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charging", b"charging", "idle", b"idle", "min_examples", b"min_examples", "min_free_memory_bytes", b"min_free_memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Requirements: _TypeAlias = Requirements  # noqa: Y015
+
+@_typing.final
+class Buffer(_message.Message):
+    """A round ends when so many updates have come; devices that still train, up to the cohort, go on
+    into the next rounds (Nguyen et al. 2022).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    max_staleness: _builtins.int
+    """An update that is more rounds behind is dropped."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        max_staleness: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_staleness", b"max_staleness", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Buffer: _TypeAlias = Buffer  # noqa: Y015
+
+@_typing.final
 class FlowerStrategy(_message.Message):
     """A strategy written for Flower that makes the next model; the coordinator imports none that its own
     settings do not name.
@@ -1891,6 +2192,63 @@ class FlowerStrategy(_message.Message):
 Global___FlowerStrategy: _TypeAlias = FlowerStrategy  # noqa: Y015
 
 @_typing.final
+class ColumnQuery(_message.Message):
+    """What is to be found out of one column: moments, a histogram if there are edges, quantiles."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
+    QUANTILES_FIELD_NUMBER: _builtins.int
+    column: _builtins.str
+    low: _builtins.float
+    high: _builtins.float
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def quantiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        column: _builtins.str = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+        edges: _abc.Iterable[_builtins.float] | None = ...,
+        quantiles: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "edges", b"edges", "high", b"high", "low", b"low", "quantiles", b"quantiles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColumnQuery: _TypeAlias = ColumnQuery  # noqa: Y015
+
+@_typing.final
+class Query(_message.Message):
+    """All that is to be found out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColumnQuery]: ...
+    def __init__(
+        self,
+        *,
+        columns: _abc.Iterable[Global___ColumnQuery] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Query: _TypeAlias = Query  # noqa: Y015
+
+@_typing.final
 class CampaignPlan(_message.Message):
     """What a campaign does."""
 
@@ -1940,6 +2298,13 @@ class CampaignPlan(_message.Message):
     OVER_SELECTION_FIELD_NUMBER: _builtins.int
     ROTATE_FIELD_NUMBER: _builtins.int
     FLOWER_STRATEGY_FIELD_NUMBER: _builtins.int
+    REQUIREMENTS_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    EVALUATE_EVERY_FIELD_NUMBER: _builtins.int
+    PERSONAL_FIELD_NUMBER: _builtins.int
+    SCAFFOLD_FIELD_NUMBER: _builtins.int
+    BUFFER_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
     RULE_FIELD_NUMBER: _builtins.int
     PRIVACY_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
@@ -1972,6 +2337,9 @@ class CampaignPlan(_message.Message):
     """
     rotate: _builtins.bool
     """Updates are rotated at random before they are clipped."""
+    evaluate_every: _builtins.int
+    """The model is measured after so many committed rounds each, and after the last; 0: only then."""
+    scaffold: _builtins.bool
     @_builtins.property
     def training(self) -> _containers.MessageMap[_builtins.str, Global___Value]: ...
     @_builtins.property
@@ -1981,6 +2349,24 @@ class CampaignPlan(_message.Message):
     @_builtins.property
     def flower_strategy(self) -> Global___FlowerStrategy:
         """In the server optimiser's place, if present."""
+
+    @_builtins.property
+    def requirements(self) -> Global___Requirements: ...
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """What devices measure; absent: they measure nothing."""
+
+    @_builtins.property
+    def personal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in RoundInvite."""
+
+    @_builtins.property
+    def buffer(self) -> Global___Buffer:
+        """Rounds do not wait for slow devices; for plain campaigns."""
+
+    @_builtins.property
+    def query(self) -> Global___Query:
+        """The campaign trains nothing: it finds out statistics of data. It has no model."""
 
     @_builtins.property
     def rule(self) -> Global___AggregationRule:
@@ -2016,12 +2402,19 @@ class CampaignPlan(_message.Message):
         over_selection: _builtins.float = ...,
         rotate: _builtins.bool = ...,
         flower_strategy: Global___FlowerStrategy | None = ...,
+        requirements: Global___Requirements | None = ...,
+        evaluation: Global___Evaluation | None = ...,
+        evaluate_every: _builtins.int = ...,
+        personal: _abc.Iterable[_builtins.str] | None = ...,
+        scaffold: _builtins.bool = ...,
+        buffer: Global___Buffer | None = ...,
+        query: Global___Query | None = ...,
         rule: Global___AggregationRule | None = ...,
         privacy: Global___Privacy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["flower_strategy", b"flower_strategy", "privacy", b"privacy", "rule", b"rule", "server_optimizer", b"server_optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "evaluation", b"evaluation", "flower_strategy", b"flower_strategy", "privacy", b"privacy", "query", b"query", "requirements", b"requirements", "rule", b"rule", "server_optimizer", b"server_optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "privacy", b"privacy", "protection", b"protection", "rotate", b"rotate", "rule", b"rule", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "clip", b"clip", "cohort", b"cohort", "colluder_share", b"colluder_share", "evaluate_every", b"evaluate_every", "evaluation", b"evaluation", "expected_dropout", b"expected_dropout", "flower_strategy", b"flower_strategy", "group", b"group", "invite_timeout_s", b"invite_timeout_s", "max_weight", b"max_weight", "min_cohort", b"min_cohort", "model_digest", b"model_digest", "model_name", b"model_name", "num_groups", b"num_groups", "num_rounds", b"num_rounds", "over_selection", b"over_selection", "parent_version", b"parent_version", "personal", b"personal", "privacy", b"privacy", "protection", b"protection", "query", b"query", "requirements", b"requirements", "rotate", b"rotate", "rule", b"rule", "scaffold", b"scaffold", "server_learning_rate", b"server_learning_rate", "server_optimizer", b"server_optimizer", "stage_timeout_s", b"stage_timeout_s", "training", b"training", "training_timeout_s", b"training_timeout_s", "value_bits", b"value_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2216,6 +2609,46 @@ class Round(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class BasesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUND_ID_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
@@ -2232,6 +2665,11 @@ class Round(_message.Message):
     BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     BYTES_SENT_FIELD_NUMBER: _builtins.int
     PLAIN_PLAN_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    BASES_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
     PRIVACY_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     number: _builtins.int
@@ -2242,6 +2680,9 @@ class Round(_message.Message):
     bytes_received: _builtins.int
     """All bytes of the round over devices counted in it, up and down."""
     bytes_sent: _builtins.int
+    work: Global___RoundWork.ValueType
+    model_digest: _builtins.bytes
+    """Blob: the model that it started from."""
     @_builtins.property
     def plan(self) -> Global___SecureAggregationPlan: ...
     @_builtins.property
@@ -2267,6 +2708,20 @@ class Round(_message.Message):
         """Instead of `plan` if the round is plain."""
 
     @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What an evaluation came to: weighted means over the devices."""
+
+    @_builtins.property
+    def bases(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of a buffered round: device -> the round that it was invited to, if that was an earlier one.
+        Devices that are neither survivors nor lost carry over into the next round.
+        """
+
+    @_builtins.property
+    def answer(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """What a question came to: the weighted mean of the devices' vectors."""
+
+    @_builtins.property
     def privacy(self) -> Global___PrivacySpent:
         """What was spent after this round by all rounds with the fleet; absent without noise."""
 
@@ -2289,11 +2744,16 @@ class Round(_message.Message):
         bytes_received: _builtins.int = ...,
         bytes_sent: _builtins.int = ...,
         plain_plan: Global___PlainPlan | None = ...,
+        work: Global___RoundWork.ValueType = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        model_digest: _builtins.bytes = ...,
+        bases: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        answer: _abc.Iterable[_builtins.float] | None = ...,
         privacy: Global___PrivacySpent | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "plain_plan", b"plain_plan", "plan", b"plan", "privacy", b"privacy", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "privacy", b"privacy", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "bases", b"bases", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "cohort", b"cohort", "ended_at", b"ended_at", "invited", b"invited", "lost", b"lost", "metrics", b"metrics", "model_digest", b"model_digest", "number", b"number", "plain_plan", b"plain_plan", "plan", b"plan", "privacy", b"privacy", "reason", b"reason", "round_id", b"round_id", "sharers", b"sharers", "stage", b"stage", "started_at", b"started_at", "survivors", b"survivors", "total_weight", b"total_weight", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

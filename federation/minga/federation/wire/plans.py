@@ -9,6 +9,8 @@ from minga.federation.aggregation.optimizers import (
     ServerOptimizer,
 )
 from minga.federation.aggregation.privacy import PrivateEncoding, num_noisy, size_noise
+from minga.federation.analytics import Question
+from minga.federation.condition import Requirements
 from minga.federation.errors import PeerError
 from minga.federation.flower.config import StrategyName
 from minga.federation.plain import PlainPlan
@@ -17,6 +19,8 @@ from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire.aggregation import encoding_of_invite, privacy_from_wire
 from minga.federation.wire.values import check_digest, config_from_wire, config_to_wire
+from minga.federation.wire.work import evaluation_from_wire, method_of, subject_of_invite
+from minga.federation.work import TRAINING, Evaluation, Training, Work, value_bits
 
 
 def optimizer_to_wire(optimizer: ServerOptimizer) -> pb.ServerOptimizer:
@@ -99,6 +103,36 @@ def is_plain(plan: pb.CampaignPlan) -> bool:
     return plan.protection == pb.PROTECTION_PLAIN
 
 
+def evaluation_of(plan: pb.CampaignPlan) -> Evaluation | None:
+    """Read what a campaign's devices measure; None if they measure nothing.
+
+    Raises:
+        PeerError: it cannot work.
+    """
+    return evaluation_from_wire(plan.evaluation) if plan.HasField("evaluation") else None
+
+
+def requirements_to_wire(requirements: Requirements) -> pb.Requirements:
+    """Write what a campaign asks of devices."""
+    return pb.Requirements(
+        charging=requirements.charging,
+        idle=requirements.idle,
+        min_free_memory_bytes=requirements.min_free_memory_bytes,
+        min_examples=requirements.min_examples,
+    )
+
+
+def requirements_from_wire(plan: pb.CampaignPlan) -> Requirements:
+    """Read what a campaign asks of devices."""
+    asked = plan.requirements
+    return Requirements(
+        charging=asked.charging,
+        idle=asked.idle,
+        min_free_memory_bytes=asked.min_free_memory_bytes,
+        min_examples=asked.min_examples,
+    )
+
+
 def round_plan(
     plan: pb.CampaignPlan,
     *,
@@ -107,23 +141,37 @@ def round_plan(
     training: TrainingConfig,
     num_values: int,
     num_invited: int,
+    work: Work = TRAINING,
 ) -> tuple[RoundPlan | PlainPlan, PrivateEncoding | None]:
     """Derive the plan of one round of a campaign, and how its devices make their updates private.
 
     Devices that are invited beyond the cohort are expected to be lost, like others. Where updates
-    are private all of them weigh 1.
+    are private, or devices have control variates, all of them weigh 1.
+
+    Args:
+        plan: the campaign's numbers.
+        round_id: 32 hexadecimal digits.
+        model_digest: of the model that the round is about.
+        training: what the devices' training is told.
+        num_values: how many values the model has.
+        num_invited: how many devices are invited.
+        work: what they are asked.
 
     Raises:
         ValueError, PeerError: the campaign's numbers cannot work for so many devices.
     """
+    num_values, method = work.num_values(num_values), method_of(plan)
     privacy = privacy_from_wire(plan)
-    max_weight = plan.max_weight if privacy is None else 1
+    # A control variate is the mean over devices, not over examples.
+    is_uniform = isinstance(work, Training) and (privacy is not None or method.scaffold)
+    max_weight = 1 if is_uniform else plan.max_weight
     encoding = None if privacy is None else PrivateEncoding(max_norm=privacy.max_norm)
     if is_plain(plan):
         return PlainPlan(num_values=num_values, max_weight=max_weight), encoding
+    cohort = num_invited // num_groups(plan)
     not_needed = max(0, num_invited - plan.cohort) / max(1, num_invited)
     expected_dropout = 1 - (1 - plan.expected_dropout) * (1 - not_needed)
-    clip, value_bits = plan.clip, plan.value_bits
+    clip, bits = _clip_of(work, plan), value_bits(work, plan.value_bits, cohort)
     if privacy is not None:
         clip = privacy.max_norm
     if privacy is not None and privacy.is_distributed:
@@ -135,32 +183,41 @@ def round_plan(
             min_cohort=plan.min_cohort,
             cohort=num_invited,
         )
-        clip, value_bits = size.clip, size.value_bits
+        clip, bits = size.clip, size.value_bits
         encoding = PrivateEncoding(max_norm=privacy.max_norm, variance=size.variance)
     derived = derive_plan(
         round_id=bytes.fromhex(round_id),
-        context_digest=_context(model_digest, training, encoding),
+        context_digest=_context(work.subject(method.subject(model_digest)), training, encoding),
         num_values=num_values,
-        cohort_size=num_invited // num_groups(plan),
+        cohort_size=cohort,
         clip=clip,
-        value_bits=value_bits,
+        value_bits=bits,
         max_weight=max_weight,
-        rotate=plan.rotate and privacy is None,  # noise is sized for the model's own coordinates
+        # Noise is sized for the model's own coordinates; what is no model has no need of it.
+        rotate=plan.rotate and privacy is None and isinstance(work, Training),
         expected_dropout=expected_dropout,
         colluder_share=plan.colluder_share,
     )
     return derived, encoding
 
 
-def _context(
-    model_digest: bytes, training: TrainingConfig, encoding: PrivateEncoding | None
-) -> bytes:
+def _context(subject: bytes, training: TrainingConfig, encoding: PrivateEncoding | None) -> bytes:
     """Name what a round's members do alike; less noise for some of them would be something else."""
     config = dict(training)
     if encoding is not None:
         config["private_update.max_norm"] = encoding.max_norm
         config["private_update.variance"] = encoding.variance
-    return context_digest(model_digest, config)
+    return context_digest(subject, config)
+
+
+def _clip_of(work: Work, plan: pb.CampaignPlan) -> float:
+    match work:
+        case Evaluation(clip=clip):
+            return clip
+        case Question():
+            return 1.0  # means of shares
+        case Training():
+            return plan.clip
 
 
 def plan_to_wire(plan: RoundPlan) -> pb.SecureAggregationPlan:
@@ -189,7 +246,8 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
     Raises:
         ValueError, PeerError: the plan is not safe, or the invitation contradicts itself.
     """
-    check_digest(invite.model_digest)
+    if not invite.HasField("question"):
+        check_digest(invite.model_digest)
     if invite.HasField("plan") == invite.HasField("plain_plan"):
         raise PeerError("an invitation is to a secure or to a plain round, one of both")
     if invite.HasField("plain_plan"):
@@ -201,7 +259,7 @@ def plan_of_invite(invite: pb.RoundInvite) -> RoundPlan | PlainPlan:
     return RoundPlan(
         round_id=plan.round_id,
         context_digest=_context(
-            invite.model_digest, config_from_wire(invite.training), encoding_of_invite(invite)
+            subject_of_invite(invite), config_from_wire(invite.training), encoding_of_invite(invite)
         ),
         num_values=plan.num_values,
         max_cohort=plan.max_cohort,

@@ -22,6 +22,7 @@ from minga.federation.wire.secagg import (
     shares_to_wire,
 )
 from minga.federation.wire.values import config_to_wire, printable, timestamp
+from minga.federation.wire.work import kind_of_work, put_work
 
 _ROUND_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -110,7 +111,14 @@ def invite_to_wire(order: rounds.RoundOrder) -> pb.RoundInvite:
         round_id=order.round_id,
         model_digest=order.model_digest,
         training=config_to_wire(order.training),
+        min_examples=order.min_examples,
     )
+    invite.personal.extend(order.method.personal)
+    invite.scaffold = order.method.scaffold
+    invite.model_name = order.model_name
+    invite.campaign_id = order.campaign_id
+    invite.population = order.population
+    put_work(invite, order.work)
     _put_plan(invite, order.plan)
     if order.encoding is not None:
         invite.private_update.CopyFrom(encoding_to_wire(order.encoding))
@@ -158,8 +166,8 @@ def instruction_to_wire(round_id: str, instruction: rounds.Instruction) -> pb.Se
             )
 
 
-def round_end(record: pb.Round, device_id: str) -> pb.SessionResponse:
-    """Tell a device how a round ended that is only a record by now."""
+def round_end(record: pb.Round, device_id: str, round_id: str) -> pb.SessionResponse:
+    """Tell a device how a round, as it calls it, ended that is only a record by now."""
     finish = rounds.finish(
         device_id,
         committed=record.stage == pb.ROUND_STAGE_COMMITTED,
@@ -167,7 +175,7 @@ def round_end(record: pb.Round, device_id: str) -> pb.SessionResponse:
         lost=record.lost,
         reason=record.reason,
     )
-    return instruction_to_wire(record.round_id, finish)
+    return instruction_to_wire(round_id, finish)
 
 
 def unknown_round(round_id: str) -> pb.SessionResponse:
@@ -203,15 +211,25 @@ def round_to_wire(round_: rounds.Round, received: int, sent: int) -> pb.Round:
         ended_at=timestamp(round_.ended_at),
         bytes_received=received,
         bytes_sent=sent,
+        work=kind_of_work(round_.order.work),
+        metrics=dict(round_.result.metrics) if round_.result else None,
+        model_digest=round_.order.model_digest,
+        bases=_bases(round_.order),
+        answer=round_.result.answer if round_.result else (),
     )
     _put_plan(record, round_.order.plan)
     return record
+
+
+def _bases(order: rounds.RoundOrder) -> dict[str, str]:
+    bases = order.buffer.bases if order.buffer else {}
+    return {device_id: base.round_id for device_id, base in bases.items()}
 
 
 def without_names(record: pb.Round) -> pb.Round:
     """Copy a round's record without the lists of devices, which are most of it."""
     short = pb.Round()
     short.CopyFrom(record)
-    for name in ("invited", "cohort", "sharers", "survivors", "lost"):
+    for name in ("invited", "cohort", "sharers", "survivors", "lost", "bases", "answer"):
         short.ClearField(name)
     return short

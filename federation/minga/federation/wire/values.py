@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from minga.federation.blobs import DIGEST_BYTES
+from minga.federation.condition import Condition
 from minga.federation.errors import PeerError
 from minga.federation.identity import is_name
 from minga.federation.limits import MAX_REASON_CHARS, MAX_VERSION_CHARS
@@ -52,6 +53,25 @@ def config_from_wire(values: Mapping[str, pb.Value]) -> dict[str, Scalar]:
             raise PeerError(f"training parameter {name!r} has no value")
         config[name] = getattr(value, kind)
     return config
+
+
+def condition_to_wire(condition: Condition) -> pb.Condition:
+    """Write what a device's machine is doing."""
+    return pb.Condition(
+        on_mains=condition.on_mains,
+        idle_cpu=condition.idle_cpu,
+        free_memory_bytes=condition.free_memory_bytes,
+    )
+
+
+def condition_from_wire(message: pb.Hello | pb.Heartbeat) -> Condition | None:
+    """Read what a device says of its machine; None if it says nothing."""
+    if not message.HasField("condition"):
+        return None
+    told = message.condition
+    return Condition(
+        on_mains=told.on_mains, idle_cpu=told.idle_cpu, free_memory_bytes=told.free_memory_bytes
+    )
 
 
 def check_model(name: str, version: str, digest: bytes) -> None:

@@ -4,6 +4,8 @@ r"""A round as a state machine without I/O: events in, state and instructions ou
     plain:                     UPDATES -------------------> AGGREGATE -> COMMITTED
                \________\________\_________\_________\___________\-----> ABORTED
 
+    buffered:  as plain; devices that still train when it ends go on into the next round
+
 The stages of a secure round are those of Bonawitz et al., CCS 2017, figure 4; its masking graph is
 that of Bell et al., CCS 2020. Rules:
 
@@ -21,6 +23,7 @@ that of Bell et al., CCS 2020. Rules:
 What is not here: sockets, disks, clocks (each event brings its time), arithmetic on updates.
 """
 
+from minga.federation.coordinator.rounds.buffered import Base, Buffer, BufferedRound
 from minga.federation.coordinator.rounds.events import (
     Answer,
     AnyUpdate,
@@ -56,6 +59,9 @@ from minga.federation.plain import PlainPlan
 __all__ = [
     "Answer",
     "AnyUpdate",
+    "Base",
+    "Buffer",
+    "BufferedRound",
     "ConfirmSurvivors",
     "DeadlinePassed",
     "DeviceEvent",
@@ -88,5 +94,7 @@ __all__ = [
 
 def open_round(order: RoundOrder, started_at: float) -> Round:
     """Start the kind of round that an order asks for."""
-    kind = PlainRound if isinstance(order.plan, PlainPlan) else SecureRound
+    if not isinstance(order.plan, PlainPlan):
+        return SecureRound(order=order, started_at=started_at)
+    kind = PlainRound if order.buffer is None else BufferedRound
     return kind(order=order, started_at=started_at)

@@ -74,13 +74,17 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumComputed:
-    """The next global model is stored, and what the server optimiser keeps, if it keeps any."""
+    """The round's result is stored: the next global model, and what the server optimiser keeps."""
 
     model_digest: bytes
     total_weight: int
     optimizer_digest: bytes = b""
     rejected: tuple[tuple[str, str], ...] = ()
     """Devices whose updates turned out to be unusable, each with the reason."""
+    metrics: tuple[tuple[str, float], ...] = ()
+    """What an evaluation came to; its model is the one that it measured."""
+    answer: tuple[float, ...] = ()
+    """What a question came to; there is no model then."""
     liars: tuple[str, ...] = ()
     """Devices whose false shares were left out when the sum was unmasked."""
     max_norm: float = 0.0

@@ -17,6 +17,7 @@ from minga.federation.coordinator.rounds.events import (
 from minga.federation.coordinator.rounds.instructions import Instruction, TakePart, finish
 from minga.federation.coordinator.rounds.order import RoundOrder, Stage
 from minga.federation.errors import PeerError
+from minga.federation.work import Training
 
 NOT_NEEDED: Final = "not needed: enough others were faster"
 """Why a device is out of a round that invited more than it needs."""
@@ -58,6 +59,12 @@ class Round(ABC):
     def survivors(self) -> tuple[str, ...]:
         """The devices whose updates are in the sum, sorted."""
         return tuple(sorted(self.updates))
+
+    def counted_with(self, event: SumComputed) -> list[str]:
+        """Give the devices, sorted, whose updates a result has; measuring counts for nothing."""
+        if not isinstance(self.order.work, Training):
+            return []
+        return sorted(set(self.survivors) - dict(event.rejected).keys())
 
     def deadline(self, not_before: float = 0.0) -> float | None:
         """When the stage ends by itself, on the clock of the events; None: not by itself.
@@ -178,10 +185,14 @@ class Round(ABC):
             if missing:
                 if self.stage is not Stage.UPDATES or len(self.updates) < self.order.goal:
                     return
-                self._give_up(missing, NOT_NEEDED)
+                self._give_up_slow(missing)
             self._leave(at)
         if self.stage.ended and self.ended_at is None:
             self.ended_at = at
+
+    def _give_up_slow(self, devices: tuple[str, ...]) -> None:
+        """Go on without those that have not answered, since there is enough."""
+        self._give_up(devices, NOT_NEEDED)
 
     def _give_up(self, devices: Collection[str], reason: str) -> None:
         self.lost.update(dict.fromkeys(devices, reason))
@@ -190,7 +201,20 @@ class Round(ABC):
         self.stage = stage
         self.reason = reason
 
+    def awaits_update(self, device_id: str) -> bool:
+        """True if a device may bring its update now."""
+        return self.stage is Stage.UPDATES and device_id in self.missing()
+
     # --- instructions out ---
+
+    def round_id_of(self, device_id: str) -> str:  # noqa: ARG002 - not so in every kind of round
+        """Give the name under which a device knows this round."""
+        return self.order.round_id
+
+    def occasion(self, device_id: str) -> tuple[str, Stage | None]:
+        """Name what a device is told now: within one occasion that does not change."""
+        is_lost = device_id in self.lost and not self.stage.ended
+        return self.order.round_id, None if is_lost else self.stage
 
     def instruction(self, device_id: str) -> Instruction | None:
         """Say what a device has to do now; None if it has only to wait."""

@@ -3,11 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from minga.federation.aggregation.privacy import PrivateEncoding
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.trainer import Scalar
+from minga.federation.work import TRAINING, USUAL_METHOD, Method, Work
+
+if TYPE_CHECKING:
+    from minga.federation.coordinator.rounds.buffered import Buffer
 
 
 class Stage(Enum):
@@ -65,5 +70,15 @@ class RoundOrder:
     model_digest: bytes
     training: Mapping[str, Scalar]
     timeouts: Timeouts
+    work: Work = TRAINING
+    method: Method = USUAL_METHOD
+    model_name: str = ""
+    campaign_id: str = ""
+    population: int = 0
+    """How many devices a control variate is a mean over, in this round or not."""
+    buffer: "Buffer | None" = None
+    """A plain round does not wait for slow devices, if this is set."""
+    min_examples: int = 0
+    """A device with fewer is to withdraw."""
     encoding: PrivateEncoding | None = None
     """How devices make their updates private; None: not at all."""

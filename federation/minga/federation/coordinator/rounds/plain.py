@@ -22,6 +22,10 @@ class PlainRound(Round):
         """The devices that took part, sorted: those that did not leave before they uploaded."""
         return tuple(sorted(set(self.order.invited) - (self.lost.keys() - self.updates.keys())))
 
+    def factor_of(self, device_id: str) -> float:  # noqa: ARG002 - not so in every plain round
+        """Give the factor that a device's update is scaled by."""
+        return 1.0
+
     def _filing(self, event: Answer) -> tuple[Stage, dict[str, Any], Any]:
         if not isinstance(event, PlainUpdateUploaded):
             raise PeerError(f"{event.device_id} answers as if this plain round were secure")
