@@ -17,8 +17,8 @@ BROKEN = {
     "a field has another type": ("uint32 num_neighbours = 4;", "string num_neighbours = 4;"),
     "a field becomes repeated": ("bytes mask_key = 3;", "repeated bytes mask_key = 3;"),
     "a field leaves its oneof": (
-        "  oneof part {\n    UploadHeader header = 1;\n    bytes chunk = 2;\n  }",
-        "  UploadHeader header = 1;\n  bytes chunk = 2;",
+        "  oneof part {\n    UploadHeader header = 1;\n",
+        "  UploadHeader header = 1;\n  oneof part {\n",
     ),
     "a method is removed": ("  rpc Renew(RenewRequest) returns (RenewResponse);\n", ""),
     "a method answers otherwise": (

@@ -34,7 +34,7 @@ from minga.federation.aggregation.rules import (
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Minority = Annotated[float, Field(gt=0, lt=0.5)]
+Minority = Annotated[float, Field(ge=0.001, lt=0.5)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 
 

@@ -210,14 +210,14 @@ class _Sharing(Rule):
     """A rule that is told how many may lie.
 
     Attributes:
-        liar_share: the share of contributions that may lie, above 0 and below a half.
+        liar_share: the share of contributions that may lie, 0.001 to below a half.
     """
 
     liar_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.liar_share < 0.5:
-            raise ValueError(f"liar_share is {self.liar_share:g}; it must be between 0 and 0.5")
+        if not 0.001 <= self.liar_share < 0.5:
+            raise ValueError(f"liar_share is {self.liar_share:g}; it must be between 0.001 and 0.5")
 
     def num_liars(self, num_contributions: int) -> int:
         """Give the share, rounded down."""
