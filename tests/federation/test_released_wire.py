@@ -30,7 +30,10 @@ BROKEN = {
 KEPT = {
     "nothing": ("", ""),
     "a field is added": ("bool trains = 2;", "bool trains = 2;\n  string site = 99;"),
-    "a message is added": ("message Heartbeat {}", "message Heartbeat {}\nmessage Nap {}"),
+    "a message is added": (
+        "message GetStatusRequest {}",
+        "message GetStatusRequest {}\nmessage Nap {}",
+    ),
     "a method is added": (
         "  rpc Renew(RenewRequest) returns (RenewResponse);",
         "  rpc Renew(RenewRequest) returns (RenewResponse);\n"
