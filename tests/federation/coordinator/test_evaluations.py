@@ -70,7 +70,7 @@ async def test_model_is_measured_as_it_grows(desk: Desk) -> None:
 
 async def test_only_after_the_last_round(desk: Desk) -> None:
     """Unless it is asked for more often, only what the campaign comes to is measured."""
-    plan = plan_of(evaluate_every=0, rotate=True)  # which is for updates alone
+    plan = plan_of(evaluate_every=0, rotate=True, clip=8.0)  # rotation is for updates alone
     campaign = await desk.finish(desk.start_campaign(plan, toy_model()))
     assert kinds(campaign) == [(TRAINED, 1), (TRAINED, 2), (MEASURED, 2)]
     assert_measured(campaign)
