@@ -40,7 +40,8 @@ def test_two_devices_lost_at_a_stage(identities: dict[str, Identity], stage: Sta
     assert set(table.round.survivors) == counted
     mean, weight = table.sum()
     assert weight == sum(weight_of(name) for name in counted)
-    np.testing.assert_allclose(mean, expected_mean(counted), atol=1e-7)
+    # Another device in it would make 1e-2; rounding may move a value by one level now and then.
+    np.testing.assert_allclose(mean, expected_mean(counted), atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
