@@ -86,7 +86,7 @@ def test_what_the_constructor_made_stays() -> None:
     after = SimpleNamespace(rate=1.0, schedule=max, late=None)
     restore(after, dump(before, held))
     assert (after.rate, after.schedule) == (0.5, max)
-    before.late = print
+    before.late = len
     with pytest.raises(StrategyError, match=r"it keeps late \(a builtin_function_or_method\)"):
         restore(after, dump(before, held))
 
