@@ -58,9 +58,13 @@ class _Progress:
         self.offset = offset
 
 
-def digest_of(source: Path | bytes) -> bytes:
+Content = Path | bytes | memoryview
+"""What is sent: a file's content, or bytes."""
+
+
+def digest_of(source: Content) -> bytes:
     """Give the digest of content, or of a file's, that names it as a blob: SHA-256, 32 bytes."""
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         return hashlib.sha256(source).digest()
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
@@ -68,7 +72,7 @@ def digest_of(source: Path | bytes) -> bytes:
 
 async def upload(
     stub: "BlobServiceAsyncStub",
-    source: Path | bytes,
+    source: Content,
     digest: bytes,
     *,
     address: str,
@@ -91,7 +95,7 @@ async def upload(
         LimitError: the blob or the sender's quota is too large.
         AccessError: this blob is not expected from this sender.
     """
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    size = source.stat().st_size if isinstance(source, Path) else len(source)
 
     async def attempt(progress: _Progress) -> None:
         with calling(address):
@@ -116,6 +120,7 @@ async def download(
     address: str,
     max_bytes: int = MAX_BLOB_BYTES,
     compress: bool = False,
+    is_durable: bool = True,
     retry: Retry | None = None,
 ) -> None:
     """Fetch a blob into a file, which appears when it is complete and its digest was checked.
@@ -129,6 +134,7 @@ async def download(
         address: The coordinator's address, for messages.
         max_bytes: Largest blob that is taken.
         compress: Ask for Zstandard frames.
+        is_durable: False if nobody needs the file after a loss of power.
         retry: How patient to be.
 
     Raises:
@@ -148,7 +154,7 @@ async def download(
         try:
             with calling(address):
                 part = await _receive(stub, request, part_path, progress, max_bytes)
-            await asyncio.to_thread(part.finish, path)
+            await asyncio.to_thread(part.finish, path, is_durable=is_durable)
         except PeerError:
             part_path.unlink(missing_ok=True)
             raise
@@ -178,7 +184,7 @@ async def _persist(attempt: Callable[[_Progress], Awaitable[None]], retry: Retry
 async def _send(
     stub: "BlobServiceAsyncStub",
     header: pb.UploadHeader,
-    source: Path | bytes,
+    source: Content,
     packer: Packer | None,
 ) -> None:
     """Send the header, wait until it is accepted or refused, send the rest."""
@@ -207,11 +213,11 @@ def _next_request(
     return pb.UploadRequest(chunk=chunk) if chunk else None
 
 
-def _pieces(source: Path | bytes, offset: int) -> Generator[bytes, None, None]:
+def _pieces(source: Content, offset: int) -> Generator[bytes, None, None]:
     """Cut the content into chunks, from an offset on."""
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         for start in range(offset, len(source), CHUNK_BYTES):
-            yield source[start : start + CHUNK_BYTES]
+            yield bytes(source[start : start + CHUNK_BYTES])
         return
     with source.open("rb") as file:
         file.seek(offset)

@@ -25,10 +25,11 @@ from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.store import Store
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
+from minga.federation.device.trainer_process import TrainedUpdate
 from minga.federation.errors import StorageError, UnreachableError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
-from minga.federation.parameters import Parameters, from_bytes, to_bytes
-from minga.federation.trainer import TrainingConfig, Update
+from minga.federation.parameters import Parameters, from_bytes, read_layout, to_bytes
+from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
 
 PATIENCE_S = 30.0
@@ -83,10 +84,13 @@ class StepTrainer:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
+    async def fit(self, model: Path, config: TrainingConfig) -> TrainedUpdate:
         await self.gate.wait()
-        delta = {name: np.full_like(value, self.step) for name, value in parameters.items()}
-        return Update(delta=delta, num_examples=self.num_examples)
+        layout = read_layout(model)
+        vector = np.full(layout.num_values, self.step, np.float32)
+        return TrainedUpdate(
+            layout=layout, vector=vector, num_examples=self.num_examples, metrics={}
+        )
 
 
 class DeskDevice:
@@ -122,9 +126,9 @@ class DeskDevice:
                 raise self.download_errors.pop()
             path.write_bytes(desk.blobs.read(digest))
 
-        async def upload(digest: bytes, data: bytes) -> None:
+        async def upload(digest: bytes, data: bytes | memoryview) -> None:
             assert desk.campaigns.expects_upload(self.identity.name, digest, len(data))
-            desk.put(digest, data, self.identity.name)
+            desk.put(digest, bytes(data), self.identity.name)
 
         self.leave(None)
         self.participant = Participant(

@@ -55,6 +55,7 @@ from minga.federation.limits import (
     MAX_RENEWALS_PER_MINUTE,
     RENEWAL_CHECK_S,
 )
+from minga.federation.memory import keep_freed_memory
 from minga.federation.operator import OPERATOR_FOLDER, write_address
 from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
@@ -434,6 +435,7 @@ async def run(
     settings: CoordinatorSettings, apply_masks: ApplyMasks = apply_masks_threaded
 ) -> None:
     """Run a coordinator until cancelled."""
+    keep_freed_memory()
     async with Coordinator(settings, apply_masks=apply_masks) as coordinator:
         _log.info("devices: %s (mutual TLS)", coordinator.addresses.device)
         _log.info("enrolment: %s (TLS)", coordinator.addresses.enrol)

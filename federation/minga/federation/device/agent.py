@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,7 @@ class Agent:
             message.invite,
             identity=self._link.identity,
             trainer=self._trainer,
-            download=self._download,
+            download=partial(self._download, is_durable=False),
             upload=self._upload,
             metrics=self._metrics,
             allow_plain=self._allow_plain,
@@ -350,14 +351,19 @@ class Agent:
 
     # --- bulk ---
 
-    async def _download(self, digest: bytes, path: Path) -> None:
+    async def _download(self, digest: bytes, path: Path, *, is_durable: bool = True) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
             await transfer.download(
-                stub, digest, path, address=self._link.address, compress=self._compress
+                stub,
+                digest,
+                path,
+                address=self._link.address,
+                compress=self._compress,
+                is_durable=is_durable,
             )
 
-    async def _upload(self, digest: bytes, data: bytes) -> None:
+    async def _upload(self, digest: bytes, data: bytes | memoryview) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
             await transfer.upload(

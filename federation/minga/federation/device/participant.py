@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from minga.federation import wire
 from minga.federation.aggregation.privacy import clip_length
 from minga.federation.device.metrics import Metrics
-from minga.federation.device.trainer_process import TrainerProcess
+from minga.federation.device.trainer_process import TrainedUpdate, TrainerProcess
 from minga.federation.errors import (
     FederationError,
     PeerError,
@@ -27,18 +27,17 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.identity import CertificateVerifier, Identity
-from minga.federation.parameters import Layout, from_bytes
+from minga.federation.parameters import read_layout
 from minga.federation.plain import update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.fixedpoint import encode_update
 from minga.federation.secagg.plan import RoundPlan
-from minga.federation.trainer import Update
 from minga.federation.transfer import digest_of
 from minga.federation.v1 import federation_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
-Upload = Callable[[bytes, bytes], Awaitable[None]]
+Upload = Callable[[bytes, bytes | memoryview], Awaitable[None]]
 """Sends bytes under their digest, resuming by itself."""
 
 Download = Callable[[bytes, Path], Awaitable[None]]
@@ -87,7 +86,7 @@ class Participant:
         self._turn = asyncio.Lock()
         self._update = asyncio.create_task(self._train())
 
-    def close(self) -> asyncio.Task[Update]:
+    def close(self) -> asyncio.Task[TrainedUpdate]:
         """Forget the round; training that still runs is stopped.
 
         Returns:
@@ -149,7 +148,7 @@ class Participant:
         inbox = [wire.share_from_wire(share) for share in message.shares]
         encode = encode_update if self._encoding is None else self._encoding.encode
         masked = await asyncio.to_thread(session.mask, inbox, delta, weight, encode)
-        digest = digest_of(masked)
+        digest = await asyncio.to_thread(digest_of, masked)
         await self._upload(digest, masked)
         return pb.SessionRequest(
             masked_update=pb.MaskedUpdate(round_id=self.round_id, digest=digest, size=len(masked))
@@ -161,8 +160,8 @@ class Participant:
         delta, weight = await self._contribution()
         if self._encoding is not None:
             delta, _ = clip_length(delta, self._encoding.max_norm)
-        data = update_to_bytes(delta)
-        digest = digest_of(data)
+        data = await asyncio.to_thread(update_to_bytes, delta)
+        digest = await asyncio.to_thread(digest_of, data)
         await self._upload(digest, data)
         return pb.SessionRequest(
             plain_update=pb.PlainUpdate(
@@ -174,29 +173,29 @@ class Participant:
         """Wait for the update: its vector, and how much it counts."""
         update = await self._trained()
         weight = min(update.num_examples, self._plan.max_weight)
-        return Layout.of(update.delta).flatten(update.delta), weight
+        return update.vector, weight
 
-    async def _trained(self) -> Update:
+    async def _trained(self) -> TrainedUpdate:
         """Wait for the update; training that could not fetch its model begins anew."""
         done = self._update.done() and not self._update.cancelled()
         if done and isinstance(self._update.exception(), UnreachableError):
             self._update = asyncio.create_task(self._train())
         return await asyncio.shield(self._update)
 
-    async def _train(self) -> Update:
+    async def _train(self) -> TrainedUpdate:
         with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
             path = Path(folder) / "model.safetensors"
             await self._download(self._model_digest, path)
-            parameters = from_bytes(await asyncio.to_thread(path.read_bytes))
-        layout = Layout.of(parameters)
-        if layout.num_values != self._plan.num_values:
-            raise PeerError(
-                f"the model has {layout.num_values} values, the plan says {self._plan.num_values}"
-            )
-        start = time.perf_counter()
-        update = await self._trainer.fit(parameters, self._training)
-        self._metrics.training.observe(time.perf_counter() - start)
-        if Layout.of(update.delta) != layout:
+            layout = await asyncio.to_thread(read_layout, path)
+            if layout.num_values != self._plan.num_values:
+                raise PeerError(
+                    f"the model has {layout.num_values} values, "
+                    f"the plan says {self._plan.num_values}"
+                )
+            start = time.perf_counter()
+            update = await self._trainer.fit(path, self._training)
+            self._metrics.training.observe(time.perf_counter() - start)
+        if update.layout != layout:
             raise TrainerError("the update has other tensors than the model")
         if update.num_examples < 1:
             raise TrainerError("the device has no examples to learn from")

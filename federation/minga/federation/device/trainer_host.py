@@ -1,8 +1,10 @@
 """The child process in which a device's own training code runs.
 
 The agent stays small and answers the coordinator while the child trains; a crash of user code, or
-memory that it runs out of, ends the child alone. The two speak frames over a pipe: a 4-byte length,
-a JSON header, then `header["size"]` bytes of safetensors. Nothing is pickled.
+memory that it runs out of, ends the child alone. The two speak frames over pipes: a 4-byte length,
+a JSON header, then `header["size"]` bytes. Of a request these are the parameters as safetensors,
+unless the header names a file that holds them; of an answer the update's tensors one after the
+other, in the order of its names. Nothing is pickled.
 
 Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE OPTIONS_JSON`.
 """
@@ -14,11 +16,21 @@ import select
 import struct
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from minga.federation.errors import TrainerError
-from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.parameters import (
+    Layout,
+    Parameters,
+    from_bytes,
+    read_layout,
+    read_tensors,
+)
 from minga.federation.trainer import LocalTrainer, Scalar
 
 _LENGTH = struct.Struct("<I")
@@ -47,8 +59,14 @@ def _read_frame(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     return (head, body) if len(body) == head["size"] else None
 
 
-def _write_frame(stream: BinaryIO, header: Mapping[str, Any], body: bytes = b"") -> None:
-    stream.write(pack_frame(header, body))
+def _write_frame(
+    stream: BinaryIO, header: Mapping[str, Any], body: Sequence[NDArray[np.float32]] = ()
+) -> None:
+    """Write a frame; the tensors go from where they are into the pipe."""
+    head = json.dumps({**header, "size": sum(tensor.nbytes for tensor in body)}).encode()
+    stream.write(_LENGTH.pack(len(head)) + head)
+    for tensor in body:
+        stream.write(memoryview(tensor).cast("B"))
     stream.flush()
 
 
@@ -69,12 +87,25 @@ def load_factory(reference: str) -> Any:
 
 def _answer(
     trainer: LocalTrainer, call: str, parameters: Parameters, config: Mapping[str, Scalar]
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[dict[str, Any], list[NDArray[np.float32]]]:
     if call == "evaluate":
-        return {"metrics": dict(trainer.evaluate(parameters, config))}, b""
+        return {"metrics": dict(trainer.evaluate(parameters, config))}, []
     update = trainer.fit(parameters, config)
-    header = {"num_examples": int(update.num_examples), "metrics": dict(update.metrics)}
-    return header, to_bytes(update.delta)
+    layout = Layout.of(update.delta)
+    header = {
+        "num_examples": int(update.num_examples),
+        "metrics": dict(update.metrics),
+        "names": layout.names,
+        "shapes": layout.shapes,
+    }
+    return header, [np.ascontiguousarray(update.delta[name], np.float32) for name in layout.names]
+
+
+def _parameters(header: Mapping[str, Any], body: bytes) -> Parameters:
+    if "file" not in header:
+        return from_bytes(body)
+    path = Path(header["file"])
+    return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
 
 
 def serve(trainer: LocalTrainer, requests: BinaryIO, answers: BinaryIO) -> None:
@@ -82,11 +113,12 @@ def serve(trainer: LocalTrainer, requests: BinaryIO, answers: BinaryIO) -> None:
     while (frame := _read_frame(requests)) is not None:
         header, body = frame
         try:
-            answer, data = _answer(trainer, header["call"], from_bytes(body), header["config"])
+            parameters = _parameters(header, body)
+            answer, tensors = _answer(trainer, header["call"], parameters, header["config"])
         except Exception as error:  # noqa: BLE001 - user code may raise anything; the agent is told
             _write_frame(answers, {"error": f"{type(error).__name__}: {error}"})
         else:
-            _write_frame(answers, answer, data)
+            _write_frame(answers, answer, tensors)
 
 
 def _end_with_agent() -> None:
