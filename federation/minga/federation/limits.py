@@ -29,6 +29,9 @@ MAX_NAME_LENGTH: Final = 63
 MAX_CERTIFICATE_BYTES: Final = 4 * KIB
 """A P-256 certificate of the authority takes about 600 bytes."""
 
+VERIFIED_CERTIFICATES: Final = 1024
+"""Certificates whose signatures a process remembers to be good; a few KiB each."""
+
 MAX_REQUEST_BYTES: Final = 4 * KIB
 """A certificate signing request with a P-256 key takes about 250 bytes."""
 

@@ -77,6 +77,7 @@ async def upload(
     *,
     address: str,
     compress: bool = False,
+    is_new: bool = False,
     retry: Retry | None = None,
 ) -> None:
     """Send a blob, from where the coordinator has it on; returns when it is stored there.
@@ -87,6 +88,7 @@ async def upload(
         digest: SHA-256 of the content, 32 bytes.
         address: The coordinator's address, for messages.
         compress: Send Zstandard frames, as long as they are smaller than what they hold.
+        is_new: True if it is not likely to have any of it yet: it is asked only if it refuses.
         retry: How patient to be.
 
     Raises:
@@ -98,12 +100,15 @@ async def upload(
     size = source.stat().st_size if isinstance(source, Path) else len(source)
 
     async def attempt(progress: _Progress) -> None:
+        is_guess = is_new and not progress.failures and not progress.is_restarted
         with calling(address):
-            known = await stub.GetUploadOffset(
-                pb.GetUploadOffsetRequest(digest=digest), timeout=CALL_TIMEOUT_S
-            )
+            known = pb.GetUploadOffsetResponse()
+            if not is_guess:
+                known = await stub.GetUploadOffset(
+                    pb.GetUploadOffsetRequest(digest=digest), timeout=CALL_TIMEOUT_S
+                )
             progress.note(known.offset)
-            progress.is_resumed = known.offset > 0
+            progress.is_resumed = is_guess or known.offset > 0
             if not known.complete:
                 offset = min(known.offset, size)
                 header = pb.UploadHeader(digest=digest, size=size, offset=offset)

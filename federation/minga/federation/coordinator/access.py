@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Final
 
 import grpc
@@ -25,7 +26,7 @@ from minga.federation.identity import (
     verify_certificate,
 )
 from minga.federation.interception import Context, Handler, around, reading_anything
-from minga.federation.limits import REFUSAL_GRACE_S
+from minga.federation.limits import REFUSAL_GRACE_S, VERIFIED_CERTIFICATES
 
 
 class Everybody(Enum):
@@ -155,9 +156,6 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 def principal_of_call(context: Context) -> Principal:
     """Give the caller of a call that passed the interceptor.
 
-    Read from the certificate each time: that is cheaper than keeping it anywhere, and cannot go
-    stale.
-
     Raises:
         IdentityError: the caller has shown no certificate.
     """
@@ -187,6 +185,7 @@ def _certificate_pem_of(context: Context) -> bytes | None:
     return next(iter(context.auth_context().get("x509_pem_cert", ())), None)
 
 
+@lru_cache(maxsize=VERIFIED_CERTIFICATES)
 def _load(certificate_pem: bytes | None) -> x509.Certificate:
     if certificate_pem is None:
         raise IdentityError("this call needs a client certificate; enrol first")

@@ -367,7 +367,12 @@ class Agent:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
             await transfer.upload(
-                stub, data, digest, address=self._link.address, compress=self._compress
+                stub,
+                data,
+                digest,
+                address=self._link.address,
+                compress=self._compress,
+                is_new=True,
             )
 
     # --- models ---
