@@ -37,12 +37,10 @@ class Processes:
     def __enter__(self) -> Self:
         """Start the coordinator, enrol the devices, start them."""
         with ExitStack() as stack:
-            self.coordinator = self._start(stack, "coordinator", *self._coordinator())
-            address = self.state / OPERATOR_FOLDER / ADDRESS_FILE
-            wait_until(address.exists, "the coordinator does not start", self.coordinator)
+            self.coordinator = start_coordinator(stack, self.state, self.folder)
             asyncio.run(self._enrol())
             for device in range(self._num_devices):
-                self._start(stack, name_of(device), *self._device(device))
+                start_minga(stack, self.folder / f"{name_of(device)}.log", *self._device(device))
             asyncio.run(self._connected())
             self._stack = stack.pop_all()
         return self
@@ -56,28 +54,10 @@ class Processes:
         """End all processes."""
         self._stack.close()
 
-    def _coordinator(self) -> tuple[str, ...]:
-        ports = ("--port", "0", "--enrol-port", "0", "--metrics-port", "0")
-        return ("coordinator", "run", "--state", str(self.state), *ports)
-
     def _device(self, device: int) -> tuple[str, ...]:
         trains = ("--trainer", "rounds_trainer:make", "--option.device", str(device))
         folder = self.folder / name_of(device)
         return ("device", "run", "--folder", str(folder), "--port", "0", "--allow-plain", *trains)
-
-    def _start(self, stack: ExitStack, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        log = stack.enter_context((self.folder / f"{name}.log").open("wb"))
-        path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minga.cli", *arguments],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        stack.callback(stop, process)
-        return process
 
     async def _enrol(self) -> None:
         async with connect(self.state) as operator:
@@ -92,6 +72,32 @@ class Processes:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"not all devices connect; see {self.folder}")
                 await asyncio.sleep(0.2)
+
+
+def start_coordinator(stack: ExitStack, state: Path, logs: Path) -> subprocess.Popen[bytes]:
+    """Start a coordinator on free ports and wait until it listens; it ends with the stack."""
+    ports = ("--port", "0", "--enrol-port", "0", "--metrics-port", "0")
+    arguments = ("coordinator", "run", "--state", str(state), *ports)
+    process = start_minga(stack, logs / "coordinator.log", *arguments)
+    address = state / OPERATOR_FOLDER / ADDRESS_FILE
+    wait_until(address.exists, f"the coordinator does not start; see {logs}", process)
+    return process
+
+
+def start_minga(stack: ExitStack, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a `minga` command; it ends with the stack."""
+    file = stack.enter_context(log.open("wb"))
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minga.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    stack.callback(stop, process)
+    return process
 
 
 def name_of(device: int) -> str:

@@ -125,6 +125,10 @@ HEARTBEAT_INTERVAL_S: Final = 15.0
 MIN_HEARTBEAT_INTERVAL_S: Final = 0.1
 """A device beats no more often than this, whatever it is told."""
 
+HEARTBEATS_PER_S: Final = 100
+"""All devices together beat about this often: a beat and its answer take the coordinator a third of
+a millisecond, so a fleet of 10,000 is told to beat every 100 seconds."""
+
 SILENT_HEARTBEATS: Final = 3
 """Either side gives a stream up on which nothing came for so many heartbeats: TCP and its probes
 say nothing of a peer whose program hangs, or of one that a router in between speaks for."""
@@ -150,6 +154,10 @@ DETAILED_ROUNDS: Final = 100
 
 WATCH_DETAIL_BYTES: Final = 64 * KIB
 """Records of rounds with all their devices' names in one message to who watches a campaign."""
+
+WATCH_PAUSE_S: Final = 0.02
+"""Who watches a campaign hears of it at most this often: in a large round every device's answer is
+a change."""
 
 STATUS_DETAIL_BYTES: Final = 2 * MIB
 """The same, in an answer that is asked for once."""

@@ -49,4 +49,4 @@ def update_to_bytes(delta: NDArray[np.float32]) -> memoryview:
         raise UpdateError(
             "the update holds NaN or infinity; training diverged: lower its learning rate"
         )
-    return memoryview(np.ascontiguousarray(delta, VALUE)).cast("B")
+    return np.ascontiguousarray(delta, VALUE).view(np.uint8).data

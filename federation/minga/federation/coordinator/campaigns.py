@@ -46,6 +46,7 @@ from minga.federation.limits import (
     STATUS_DETAIL_BYTES,
     STORAGE_RETRY_S,
     WATCH_DETAIL_BYTES,
+    WATCH_PAUSE_S,
 )
 from minga.federation.parameters import read_layout
 from minga.federation.secagg.coordinator import check_advert, check_confirmation
@@ -73,7 +74,7 @@ class Campaigns:
         strategies: Sequence[str] = (),
         apply_masks: ApplyMasks = apply_masks_threaded,
     ) -> None:
-        self.changed = Signal()
+        self.changed, self._moved = Signal(), Signal()  # any change; one that the loop acts upon
         self._store = store
         self._blobs = blobs
         self._hub = hub
@@ -135,7 +136,7 @@ class Campaigns:
             self._store.add_campaign(row)
             campaign_audit.campaign_started(self._audit, campaign, by)
         self._campaigns[campaign.campaign_id] = campaign
-        self.changed.fire()
+        self._fire()
         return campaign
 
     def get(self, campaign_id: str) -> Campaign:
@@ -161,6 +162,7 @@ class Campaigns:
         while not campaign.is_over:
             change = self.changed.next()
             yield campaign.describe(WATCH_DETAIL_BYTES)
+            await asyncio.sleep(WATCH_PAUSE_S)
             await change.wait()
         yield campaign.describe()
 
@@ -287,7 +289,7 @@ class Campaigns:
                 return
         _log.error("campaign %s stands still: %s", campaign.campaign_id, error)
         campaign.reason = str(error)
-        self.changed.fire()
+        self._fire()
 
     async def _step(self, campaign: Campaign) -> None:
         if campaign.open_round is not None:
@@ -323,7 +325,7 @@ class Campaigns:
             )
         )
         campaign.open_round = open_round(order, now)
-        self.changed.fire()
+        self._fire()
 
     async def _gather(self, campaign: Campaign) -> Sequence[str]:
         """Wait for the cohort, or after the invitation's time for the minimum, and draw it."""
@@ -335,13 +337,12 @@ class Campaigns:
             left_s = waited_until - self._clock()
             wanted = campaign.num_wanted
             if len(present) >= wanted or (left_s <= 0 and len(present) >= plan.min_cohort):
-                secrets.SystemRandom().shuffle(present)
                 campaign.reason = ""
-                return present[:wanted]
+                return secrets.SystemRandom().sample(present, min(wanted, len(present)))
             reason = f"waiting for devices: {len(present)} of {wanted} are connected"
             if reason != campaign.reason:
                 campaign.reason = reason
-                self.changed.fire()
+                self._fire()
                 continue
             await wait_for_any(changes, left_s if left_s > 0 else None)
         return ()
@@ -431,14 +432,11 @@ class Campaigns:
         round_.apply(event, now)
         campaign.reason = ""
         if round_.stage is not stage:
-            _log.info(
-                "round %d of campaign %s: %s -> %s",
-                round_.order.number,
-                campaign.campaign_id,
-                stage.name,
-                round_.stage.name,
-            )
+            name, number = campaign.campaign_id, round_.order.number
+            _log.info("round %d of %s: %s -> %s", number, name, stage.name, round_.stage.name)
         self.changed.fire()
+        if round_.stage is not stage or isinstance(event, DeviceLost):
+            self._moved.fire()  # one more answer of those that are awaited is nothing to do
 
     def _close_round(self, campaign: Campaign, round_: Round) -> None:
         """Tell how a round ended and drop what only it needed."""
@@ -457,7 +455,7 @@ class Campaigns:
         self._herald.forget()
         self._uploads.clear()
         self._metrics.observe_round(record)
-        self.changed.fire()
+        self._fire()
 
     def _end(self, campaign: Campaign, state: int, reason: str, by: str = "") -> None:
         with self._store.transaction():
@@ -466,7 +464,7 @@ class Campaigns:
         campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
         self._drop_unused({campaign.optimizer_digest})
-        self.changed.fire()
+        self._fire()
 
     def _drop_unused(self, digests: set[bytes]) -> None:
         """Delete what no campaign needs any more; what stays nevertheless is collected later."""
@@ -480,7 +478,11 @@ class Campaigns:
 
     def _changes(self) -> list[asyncio.Event]:
         """Give what happens next: to a campaign, or to the list of connected devices."""
-        return [self.changed.next(), self._hub.changed.next()]
+        return [self._moved.next(), self._hub.changed.next()]
+
+    def _fire(self) -> None:
+        self.changed.fire()
+        self._moved.fire()
 
     def _running(self) -> Campaign | None:
         return next((c for c in self._campaigns.values() if c.is_running), None)

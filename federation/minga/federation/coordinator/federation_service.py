@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
+from typing import Final
 
 import grpc
 
@@ -18,13 +19,15 @@ from minga.federation.coordinator.rounds import DeviceLost
 from minga.federation.coordinator.store import Store
 from minga.federation.errors import FederationError, IdentityError, PeerError
 from minga.federation.identity import Principal
-from minga.federation.limits import SILENT_HEARTBEATS
+from minga.federation.limits import HEARTBEATS_PER_S, SILENT_HEARTBEATS
 from minga.federation.secagg.plan import ROUND_ID_BYTES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.federation.wire import printable
 
 _log = logging.getLogger(__name__)
+
+VERSION: Final = version("minga")
 
 
 class FederationService(pb_grpc.FederationServiceServicer):
@@ -58,12 +61,8 @@ class FederationService(pb_grpc.FederationServiceServicer):
     ) -> AsyncIterator[pb.SessionResponse]:
         """Serve one device until it leaves or falls silent, is revoked, or opens another stream."""
         principal = principal_of_call(context)
-        device_id = principal.name
-        requests = self._heard(device_id, request_iterator)
-        first = await anext(requests, None)
-        if first is None or first.WhichOneof("body") != "hello":
-            raise PeerError("a session starts with a hello")
-        opening, connection = self._welcome(principal, first.hello)
+        requests = aiter(request_iterator)
+        opening, connection = self._welcome(principal, await self._hello(principal, requests))
         reader = asyncio.create_task(self._read(connection, requests))
         try:
             for first_message in opening:
@@ -73,7 +72,21 @@ class FederationService(pb_grpc.FederationServiceServicer):
         finally:
             reader.cancel()
             self._hub.leave(connection)
-            self._store.note_seen(device_id, connection.heard_at)
+            self._store.note_seen(connection.device_id, connection.heard_at)
+
+    async def _hello(
+        self, principal: Principal, requests: AsyncIterator[pb.SessionRequest | None]
+    ) -> pb.Hello:
+        """Wait for what a session starts with."""
+        patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+        try:
+            async with asyncio.timeout(patience_s):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise PeerError(f"{principal.name} was silent for {patience_s:g} s") from None
+        if first is None or first.WhichOneof("body") != "hello":
+            raise PeerError("a session starts with a hello")
+        return first.hello
 
     def _welcome(
         self, principal: Principal, hello: pb.Hello
@@ -92,53 +105,72 @@ class FederationService(pb_grpc.FederationServiceServicer):
         )
         if hello.HasField("model"):
             self._models.note_report(device_id, hello.model)
-        welcome = pb.Welcome(
-            coordinator_version=version("minga"),
-            heartbeat_interval_ms=round(self._heartbeat_interval_s * 1000),
-        )
+        interval_s = self._interval_s()
         opening = [
-            pb.SessionResponse(welcome=welcome),
+            _welcome(interval_s),
             *self._models.offers_to(device.group, hello.model),
             *self._campaigns.greeting(device_id, hello.round_id),
         ]
         task = asyncio.current_task()
         assert task is not None
         connection = Connection(
-            device_id, device.group, hello.trains, now, cut=task.cancel, serial=principal.serial
+            device_id,
+            device.group,
+            hello.trains,
+            now,
+            cut=task.cancel,
+            serial=principal.serial,
+            heartbeat_interval_s=interval_s,
+            patience_s=SILENT_HEARTBEATS * interval_s,
+            heard_last=asyncio.get_running_loop().time(),
         )
         self._hub.join(connection)
         return opening, connection
 
-    async def _heard(
-        self, device_id: str, requests: AsyncIterator[pb.SessionRequest | None]
-    ) -> AsyncIterator[pb.SessionRequest | None]:
-        """Give what a device says, until it says nothing for several heartbeats.
+    def _interval_s(self) -> float:
+        """Say how often a device should beat: the more there are, the less often each."""
+        return max(self._heartbeat_interval_s, len(self._hub) / HEARTBEATS_PER_S)
 
-        What cannot be read is None: it shows that the device is alive, if nothing else.
+    def _answer_beat(self, connection: Connection) -> pb.SessionResponse:
+        """Answer a heartbeat; with a new interval, if the fleet has grown or shrunk since."""
+        before, now = connection.heartbeat_interval_s, self._interval_s()
+        if 0.75 * before <= now <= 1.25 * before:
+            connection.patience_s = SILENT_HEARTBEATS * before
+            return pb.SessionResponse(heartbeat=pb.Heartbeat())
+        # Its next beat may still come after the interval from before.
+        connection.heartbeat_interval_s = now
+        connection.patience_s = SILENT_HEARTBEATS * max(before, now)
+        return _welcome(now)
 
-        Raises:
-            PeerError: it fell silent.
+    async def close_silent(self) -> None:
+        """Close streams on which nothing came for several heartbeats, until cancelled.
+
+        All are looked at together: a timer for each would be set anew at every message.
         """
-        patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+        loop = asyncio.get_running_loop()
         while True:
-            try:
-                async with asyncio.timeout(patience_s):
-                    request = await anext(requests)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise PeerError(f"{device_id} was silent for {patience_s:g} s") from None
-            yield request
+            await asyncio.sleep(self._heartbeat_interval_s)
+            for connection in self._hub.connected():
+                silent_s = loop.time() - connection.heard_last
+                if silent_s > connection.patience_s and not connection.is_closed:
+                    _log.warning(
+                        "closing the stream of %s: silent for %.3g s",
+                        connection.device_id,
+                        silent_s,
+                    )
+                    connection.close()
 
     async def _read(
         self, connection: Connection, requests: AsyncIterator[pb.SessionRequest | None]
     ) -> None:
         """Take the device's messages; a bad one is refused and the stream goes on."""
+        time = asyncio.get_running_loop().time
         try:
             async for request in requests:
                 if connection.is_closed:
                     return
                 connection.heard_at = self._clock()
+                connection.heard_last = time()
                 self._take(connection, request)
         except grpc.RpcError:
             pass  # the link broke; the device comes back by itself
@@ -157,7 +189,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
                 raise PeerError("the message cannot be read: it is none of a device's")
             match request.WhichOneof("body"):
                 case "heartbeat":
-                    connection.send(pb.SessionResponse(heartbeat=pb.Heartbeat()))
+                    connection.send(self._answer_beat(connection))
                 case "model_report":
                     self._models.note_report(device_id, request.model_report)
                 case _:
@@ -182,3 +214,11 @@ class FederationService(pb_grpc.FederationServiceServicer):
                 _log.warning("refused a message of %s: %s", device_id, reason)
             refusal = pb.Refusal(round_id=round_id, reason=reason)
             connection.send(pb.SessionResponse(refusal=refusal))
+
+
+def _welcome(interval_s: float) -> pb.SessionResponse:
+    """Greet a device; in the middle of a stream this tells it how often to beat from now on."""
+    welcome = pb.Welcome(
+        coordinator_version=VERSION, heartbeat_interval_ms=round(interval_s * 1000)
+    )
+    return pb.SessionResponse(welcome=welcome)

@@ -163,6 +163,7 @@ class Coordinator:
             self._driver,
             asyncio.create_task(self._keep_clean()),
             asyncio.create_task(self._keep_valid()),
+            asyncio.create_task(self._federation.close_silent()),
         ):
             stack.callback(task.cancel)
 
@@ -281,7 +282,7 @@ class Coordinator:
         pb_grpc.add_IdentityServiceServicer_to_server(
             IdentityServicer(renewer, self._audit, self._renewals), device_server
         )
-        federation = FederationService(
+        self._federation = FederationService(
             store=self._store,
             hub=self._hub,
             campaigns=self._campaigns,
@@ -291,7 +292,7 @@ class Coordinator:
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
             audit=self._audit,
         )
-        pb_grpc.add_FederationServiceServicer_to_server(federation, device_server)
+        pb_grpc.add_FederationServiceServicer_to_server(self._federation, device_server)
         blobs = BlobServicer(
             self._blobs,
             may_upload=self._may_upload,

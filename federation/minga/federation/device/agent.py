@@ -88,6 +88,7 @@ class Agent:
         self._pending_bytes = 0
         self._model_turn = asyncio.Lock()
         self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        self._resting_s = HEARTBEAT_INTERVAL_S  # until the next beat, which sets this anew
         self._outbox: Outbox = asyncio.Queue()
         metrics.certificate_end.set_function(link.valid_until)
 
@@ -174,7 +175,7 @@ class Agent:
         """Open one stream and serve it until it ends."""
         outbox = self._outbox = asyncio.Queue()
         self._send(pb.SessionRequest(hello=self._hello()))
-        self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        self._heartbeat_interval_s = self._resting_s = HEARTBEAT_INTERVAL_S
         heart: asyncio.Task[None] | None = None
         try:
             async with self._link.channel() as channel:
@@ -195,11 +196,14 @@ class Agent:
     def _take_welcome(self, message: pb.SessionResponse | None) -> None:
         if message is None or message.WhichOneof("body") != "welcome":
             raise PeerError(f"the coordinator at {self._link.address} did not greet this device")
-        if message.welcome.heartbeat_interval_ms:
-            interval_s = message.welcome.heartbeat_interval_ms / 1000
-            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
+        self._take_interval(message.welcome)
         self._metrics.connected.set(1)
         _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
+
+    def _take_interval(self, welcome: pb.Welcome) -> None:
+        if welcome.heartbeat_interval_ms:
+            interval_s = welcome.heartbeat_interval_ms / 1000
+            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
 
     async def _heard(self, call: "SessionCall") -> AsyncIterator[pb.SessionResponse]:
         """Give what the coordinator says, until it says nothing for several heartbeats.
@@ -210,7 +214,7 @@ class Agent:
         """
         while True:
             message: Any
-            patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+            patience_s = SILENT_HEARTBEATS * max(self._heartbeat_interval_s, self._resting_s)
             try:
                 async with asyncio.timeout(patience_s):
                     message = await call.read()
@@ -237,14 +241,17 @@ class Agent:
 
     async def _beat(self, outbox: Outbox) -> None:
         while True:
-            await asyncio.sleep(self._heartbeat_interval_s)
+            self._resting_s = self._heartbeat_interval_s
+            await asyncio.sleep(self._resting_s)
             outbox.put_nowait(pb.SessionRequest(heartbeat=pb.Heartbeat()))
 
     def _take(self, message: pb.SessionResponse) -> None:
         """Start what a message asks for; the stream is read on meanwhile."""
         match message.WhichOneof("body"):
-            case "heartbeat" | "welcome":
+            case "heartbeat":
                 pass
+            case "welcome":
+                self._take_interval(message.welcome)
             case "model_offer":
                 self._spawn(self._take_model(message.model_offer), message.ByteSize())
             case "round_end":

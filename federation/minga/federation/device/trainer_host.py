@@ -66,7 +66,7 @@ def _write_frame(
     head = json.dumps({**header, "size": sum(tensor.nbytes for tensor in body)}).encode()
     stream.write(_LENGTH.pack(len(head)) + head)
     for tensor in body:
-        stream.write(memoryview(tensor).cast("B"))
+        stream.write(tensor.reshape(-1).view(np.uint8).data)
     stream.flush()
 
 

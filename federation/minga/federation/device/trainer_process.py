@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,6 @@ from minga.federation.trainer import Scalar
 
 _PIPE_BYTES: Final = MIB
 """What the pipe for answers holds; Linux' own 64 KiB would make 16 times as many steps of it."""
-
-_Buffer = TypeVar("_Buffer", bytearray, NDArray[np.float32])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,17 +189,16 @@ class _Child:
             TrainerError: the child reports an error.
             EOFError: the child died.
         """
-        prefix = await self._read(bytearray(PREFIX_BYTES))
-        header = json.loads(await self._read(bytearray(head_size(prefix))))
+        prefix = await self._read(PREFIX_BYTES)
+        header = json.loads((await self._read(head_size(prefix.tobytes()))).tobytes())
         if "error" in header:
             raise TrainerError(header["error"])
-        vector = np.empty(header["size"] // np.dtype(np.float32).itemsize, np.float32)
-        await self._read(vector)
-        return header, vector
+        return header, (await self._read(header["size"])).view(np.float32)
 
-    async def _read(self, buffer: _Buffer) -> _Buffer:
-        """Fill a buffer."""
-        left = memoryview(buffer).cast("B")
+    async def _read(self, size: int) -> NDArray[np.uint8]:
+        """Read so many bytes."""
+        data = np.empty(size, np.uint8)
+        left = data.data
         while left:
             try:
                 count = os.readv(self._answers, [left])
@@ -211,7 +208,7 @@ class _Child:
             if not count:
                 raise EOFError("the child closed its end")
             left = left[count:]
-        return buffer
+        return data
 
     async def _readable(self) -> None:
         """Wait until there is something to read."""
