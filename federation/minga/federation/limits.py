@@ -155,9 +155,9 @@ DETAILED_ROUNDS: Final = 100
 WATCH_DETAIL_BYTES: Final = 64 * KIB
 """Records of rounds with all their devices' names in one message to who watches a campaign."""
 
-WATCH_PAUSE_S: Final = 0.02
-"""Who watches a campaign hears of it at most this often: in a large round every device's answer is
-a change."""
+WATCH_PAUSE_S: Final = 4e-5
+"""Who watches a campaign hears nothing for this long after each message, times the devices in it:
+in a large round each of their answers is a change, and telling it takes time with all of them."""
 
 STATUS_DETAIL_BYTES: Final = 2 * MIB
 """The same, in an answer that is asked for once."""

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from minga.federation.compression import Packer, unpack
-from minga.federation.errors import LimitError, PeerError, UnreachableError
+from minga.federation.errors import FederationError, LimitError, PeerError, UnreachableError
 from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES
 from minga.federation.part_file import PartFile
 from minga.federation.transport import calling
@@ -88,7 +89,7 @@ async def upload(
         digest: SHA-256 of the content, 32 bytes.
         address: The coordinator's address, for messages.
         compress: Send Zstandard frames, as long as they are smaller than what they hold.
-        is_new: True if it is not likely to have any of it yet: it is asked only if it refuses.
+        is_new: True if it is not likely to have any of it yet: it is asked only if that fails.
         retry: How patient to be.
 
     Raises:
@@ -99,21 +100,24 @@ async def upload(
     """
     size = source.stat().st_size if isinstance(source, Path) else len(source)
 
-    async def attempt(progress: _Progress) -> None:
-        is_guess = is_new and not progress.failures and not progress.is_restarted
-        with calling(address):
-            known = pb.GetUploadOffsetResponse()
-            if not is_guess:
-                known = await stub.GetUploadOffset(
-                    pb.GetUploadOffsetRequest(digest=digest), timeout=CALL_TIMEOUT_S
-                )
-            progress.note(known.offset)
-            progress.is_resumed = is_guess or known.offset > 0
-            if not known.complete:
-                offset = min(known.offset, size)
-                header = pb.UploadHeader(digest=digest, size=size, offset=offset)
-                await _send(stub, header, source, Packer() if compress else None)
+    async def send(offset: int) -> None:
+        header = pb.UploadHeader(digest=digest, size=size, offset=offset)
+        await _send(stub, header, source, Packer() if compress else None)
 
+    async def attempt(progress: _Progress) -> None:
+        with calling(address):
+            known = await stub.GetUploadOffset(
+                pb.GetUploadOffsetRequest(digest=digest), timeout=CALL_TIMEOUT_S
+            )
+            progress.note(known.offset)
+            progress.is_resumed = known.offset > 0
+            if not known.complete:
+                await send(min(known.offset, size))
+
+    if is_new:
+        with suppress(FederationError), calling(address):
+            await send(0)
+            return
     await _persist(attempt, retry or Retry())
 
 

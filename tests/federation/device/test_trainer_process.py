@@ -1,9 +1,12 @@
 """The child process that trains: frames, errors, death."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
+import termios
+from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import TrainerError
 
 FOLDER = Path(__file__).parent
+MIN_UNREAD_BYTES = 4096
+"""More than a frame's header."""
 PARAMETERS = {"w": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 
 
@@ -130,7 +135,7 @@ async def test_cancelled_in_a_large_answer() -> None:
     trainer = TrainerProcess("constant_trainer:make", {})
     call = asyncio.create_task(trainer.fit({"w": np.zeros(2_000_000, np.float32)}, {}))
     async with asyncio.timeout(60):
-        while not has_stalled(trainer):
+        while not unread_bytes(trainer):
             await asyncio.sleep(0)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -138,7 +143,10 @@ async def test_cancelled_in_a_large_answer() -> None:
     assert trainer.pid is None
 
 
-def has_stalled(trainer: TrainerProcess) -> bool:
-    """Tell whether asyncio has stopped reading from the child, since nobody takes what is there."""
-    process = trainer._process
-    return process is not None and process.stdout is not None and process.stdout._paused
+def unread_bytes(trainer: TrainerProcess) -> int:
+    """Count what the child has written of an answer that nobody has read yet."""
+    if trainer._child is None:
+        return 0
+    count = array("i", [0])
+    fcntl.ioctl(trainer._child._answers, termios.FIONREAD, count)
+    return count[0] if count[0] >= MIN_UNREAD_BYTES else 0

@@ -162,7 +162,7 @@ class Campaigns:
         while not campaign.is_over:
             change = self.changed.next()
             yield campaign.describe(WATCH_DETAIL_BYTES)
-            await asyncio.sleep(WATCH_PAUSE_S)
+            await asyncio.sleep(WATCH_PAUSE_S * campaign.num_wanted)
             await change.wait()
         yield campaign.describe()
 

@@ -148,7 +148,7 @@ class Participant:
         inbox = [wire.share_from_wire(share) for share in message.shares]
         encode = encode_update if self._encoding is None else self._encoding.encode
         masked = await asyncio.to_thread(session.mask, inbox, delta, weight, encode)
-        digest = await asyncio.to_thread(digest_of, masked)
+        digest = digest_of(masked)
         await self._upload(digest, masked)
         return pb.SessionRequest(
             masked_update=pb.MaskedUpdate(round_id=self.round_id, digest=digest, size=len(masked))
@@ -160,8 +160,8 @@ class Participant:
         delta, weight = await self._contribution()
         if self._encoding is not None:
             delta, _ = clip_length(delta, self._encoding.max_norm)
-        data = await asyncio.to_thread(update_to_bytes, delta)
-        digest = await asyncio.to_thread(digest_of, data)
+        data = update_to_bytes(delta)
+        digest = digest_of(data)
         await self._upload(digest, data)
         return pb.SessionRequest(
             plain_update=pb.PlainUpdate(
