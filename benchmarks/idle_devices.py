@@ -33,6 +33,16 @@ RETRY_S: Final = 2.0
 """After this time at most a device that could not connect tries again."""
 
 
+class Pulse:
+    """How often a device beats, as it was last told."""
+
+    interval_s = 0.0
+
+    def take(self, welcome: pb.Welcome) -> None:
+        """Do as told from the next beat on."""
+        self.interval_s = welcome.heartbeat_interval_ms / 1000
+
+
 class Crowd:
     """All devices of this process."""
 
@@ -48,16 +58,17 @@ class Crowd:
 
     async def _live(self, identity: Identity) -> None:
         async with transport.open_channel(self._address, identity) as channel:
-            call, interval_s = await self._connect(channel)
+            pulse = Pulse()
+            call = await self._connect(channel, pulse)
             self.num_connected += 1
-            beating = asyncio.create_task(self._beat(call, interval_s))
+            beating = asyncio.create_task(self._beat(call, pulse))
             try:
-                await self._listen(call, identity)
+                await self._listen(call, identity, pulse)
             finally:
                 beating.cancel()
                 self.num_ended += 1
 
-    async def _connect(self, channel: grpc.aio.Channel) -> tuple[Any, float]:
+    async def _connect(self, channel: grpc.aio.Channel, pulse: "Pulse") -> Any:
         """Open the stream, as often as it takes: a handshake among thousands may be too slow."""
         while True:
             call = pb_grpc.FederationServiceStub(channel).Session()
@@ -70,20 +81,24 @@ class Crowd:
                 self.num_retries += 1
                 await asyncio.sleep(RETRY_S * random.random())
             else:
-                return call, first.welcome.heartbeat_interval_ms / 1000
+                pulse.take(first.welcome)
+                return call
 
-    async def _beat(self, call: Any, interval_s: float) -> None:
-        await asyncio.sleep(interval_s * random.random())
+    async def _beat(self, call: Any, pulse: "Pulse") -> None:
+        await asyncio.sleep(pulse.interval_s * random.random())
         while True:
             await call.write(pb.SessionRequest(heartbeat=pb.Heartbeat()))
             self.num_beats += 1
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(pulse.interval_s)
 
-    async def _listen(self, call: Any, identity: Identity) -> None:
+    async def _listen(self, call: Any, identity: Identity, pulse: "Pulse") -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
-            if message.WhichOneof("body") == "invite":
-                self.num_invited += 1
-                await call.write(answer_to(message.invite, identity))
+            match message.WhichOneof("body"):
+                case "welcome":
+                    pulse.take(message.welcome)
+                case "invite":
+                    self.num_invited += 1
+                    await call.write(answer_to(message.invite, identity))
 
     def describe(self) -> dict[str, int]:
         """Say how it stands."""

@@ -85,6 +85,9 @@ BLOB_GRACE_S: Final = 600.0
 
 # -- connections ------------------------------------------------------------------------------
 
+TLS_RECORD_BYTES: Final = 4 * KIB
+"""Largest TLS record that a coordinator sends."""
+
 KEEPALIVE_INTERVAL_S: Final = 60.0
 """An idle connection is probed this often: below the 5 minutes after which address translators
 forget it, and only 170 probes a second for 10,000 idle devices."""

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -28,6 +28,8 @@ from minga.federation.wire import printable
 _log = logging.getLogger(__name__)
 
 VERSION: Final = version("minga")
+
+Stream: TypeAlias = "grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse]"
 
 
 class FederationService(pb_grpc.FederationServiceServicer):
@@ -54,39 +56,42 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._heartbeat_interval_s = heartbeat_interval_s
         self._audit = audit
 
-    async def Session(
+    async def Session(  # type: ignore[override] # gRPC takes a coroutine as well
         self,
-        request_iterator: AsyncIterator[pb.SessionRequest | None],
-        context: grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse],
-    ) -> AsyncIterator[pb.SessionResponse]:
-        """Serve one device until it leaves or falls silent, is revoked, or opens another stream."""
+        request_iterator: object,
+        context: Stream,
+    ) -> None:
+        """Serve one device until it leaves or falls silent, is revoked, or opens another stream.
+
+        It reads and writes through the context: iterators and generators would take some KiB more
+        for each device that waits.
+        """
         principal = principal_of_call(context)
-        requests = aiter(request_iterator)
-        opening, connection = self._welcome(principal, await self._hello(principal, requests))
-        reader = asyncio.create_task(self._read(connection, requests))
+        opening, connection = self._welcome(principal, await self._hello(principal, context))
+        reader = asyncio.create_task(self._read(connection, context))
         try:
             for first_message in opening:
-                yield first_message
+                await context.write(first_message)
             while (message := await connection.outbox.get()) is not None:
-                yield message
+                await context.write(message)
         finally:
             reader.cancel()
             self._hub.leave(connection)
             self._store.note_seen(connection.device_id, connection.heard_at)
 
-    async def _hello(
-        self, principal: Principal, requests: AsyncIterator[pb.SessionRequest | None]
-    ) -> pb.Hello:
+    async def _hello(self, principal: Principal, context: Stream) -> pb.Hello:
         """Wait for what a session starts with."""
         patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
         try:
             async with asyncio.timeout(patience_s):
-                first = await anext(requests, None)
+                first: Any = await context.read()
         except TimeoutError:
             raise PeerError(f"{principal.name} was silent for {patience_s:g} s") from None
-        if first is None or first.WhichOneof("body") != "hello":
+        is_message = first is not None and first is not grpc.aio.EOF
+        if not is_message or first.WhichOneof("body") != "hello":
             raise PeerError("a session starts with a hello")
-        return first.hello
+        hello: pb.Hello = first.hello
+        return hello
 
     def _welcome(
         self, principal: Principal, hello: pb.Hello
@@ -160,13 +165,12 @@ class FederationService(pb_grpc.FederationServiceServicer):
                     )
                     connection.close()
 
-    async def _read(
-        self, connection: Connection, requests: AsyncIterator[pb.SessionRequest | None]
-    ) -> None:
+    async def _read(self, connection: Connection, context: Stream) -> None:
         """Take the device's messages; a bad one is refused and the stream goes on."""
         time = asyncio.get_running_loop().time
         try:
-            async for request in requests:
+            read: Callable[[], Awaitable[Any]] = context.read  # gives None for what is no message
+            while (request := await read()) is not grpc.aio.EOF:
                 if connection.is_closed:
                     return
                 connection.heard_at = self._clock()
