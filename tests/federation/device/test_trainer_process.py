@@ -15,6 +15,7 @@ import pytest
 
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import TrainerError
+from minga.federation.parameters import to_bytes
 
 FOLDER = Path(__file__).parent
 MIN_UNREAD_BYTES = 4096
@@ -40,6 +41,20 @@ async def test_fit_in_child(trainer: TrainerProcess) -> None:
     assert update.num_examples == 7
     assert update.metrics == {"step": 0.25}
     np.testing.assert_array_equal(update.delta["w"], np.full((2, 3), 0.25, np.float32))
+
+
+async def test_fit_from_a_file(trainer: TrainerProcess, tmp_path: Path) -> None:
+    """The child reads a model from a file, and may write into what it was given."""
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(to_bytes({"scalar": np.float32(1), "void": np.ones((0, 3)), **PARAMETERS}))
+    update = await trainer.fit(model, {})
+    assert {name: part.shape for name, part in update.delta.items()} == {
+        "b": (4,),
+        "scalar": (),
+        "void": (0, 3),
+        "w": (2, 3),
+    }
+    np.testing.assert_array_equal(update.vector, np.full(11, 0.25, np.float32))
 
 
 async def test_evaluate_reuses_the_child(trainer: TrainerProcess) -> None:
