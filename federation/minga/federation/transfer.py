@@ -11,6 +11,7 @@ import glob
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from minga.federation.compression import Packer, unpack
-from minga.federation.errors import LimitError, PeerError, UnreachableError
+from minga.federation.errors import FederationError, LimitError, PeerError, UnreachableError
 from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES
 from minga.federation.part_file import PartFile
 from minga.federation.transport import calling
@@ -58,9 +59,13 @@ class _Progress:
         self.offset = offset
 
 
-def digest_of(source: Path | bytes) -> bytes:
+Content = Path | bytes | memoryview
+"""What is sent: a file's content, or bytes."""
+
+
+def digest_of(source: Content) -> bytes:
     """Give the digest of content, or of a file's, that names it as a blob: SHA-256, 32 bytes."""
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         return hashlib.sha256(source).digest()
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
@@ -68,11 +73,12 @@ def digest_of(source: Path | bytes) -> bytes:
 
 async def upload(
     stub: "BlobServiceAsyncStub",
-    source: Path | bytes,
+    source: Content,
     digest: bytes,
     *,
     address: str,
     compress: bool = False,
+    is_new: bool = False,
     retry: Retry | None = None,
 ) -> None:
     """Send a blob, from where the coordinator has it on; returns when it is stored there.
@@ -83,6 +89,7 @@ async def upload(
         digest: SHA-256 of the content, 32 bytes.
         address: The coordinator's address, for messages.
         compress: Send Zstandard frames, as long as they are smaller than what they hold.
+        is_new: True if it is not likely to have any of it yet: it is asked only if that fails.
         retry: How patient to be.
 
     Raises:
@@ -91,7 +98,11 @@ async def upload(
         LimitError: the blob or the sender's quota is too large.
         AccessError: this blob is not expected from this sender.
     """
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    size = source.stat().st_size if isinstance(source, Path) else len(source)
+
+    async def send(offset: int) -> None:
+        header = pb.UploadHeader(digest=digest, size=size, offset=offset)
+        await _send(stub, header, source, Packer() if compress else None)
 
     async def attempt(progress: _Progress) -> None:
         with calling(address):
@@ -101,10 +112,12 @@ async def upload(
             progress.note(known.offset)
             progress.is_resumed = known.offset > 0
             if not known.complete:
-                offset = min(known.offset, size)
-                header = pb.UploadHeader(digest=digest, size=size, offset=offset)
-                await _send(stub, header, source, Packer() if compress else None)
+                await send(min(known.offset, size))
 
+    if is_new:
+        with suppress(FederationError), calling(address):
+            await send(0)
+            return
     await _persist(attempt, retry or Retry())
 
 
@@ -116,6 +129,7 @@ async def download(
     address: str,
     max_bytes: int = MAX_BLOB_BYTES,
     compress: bool = False,
+    is_durable: bool = True,
     retry: Retry | None = None,
 ) -> None:
     """Fetch a blob into a file, which appears when it is complete and its digest was checked.
@@ -129,6 +143,7 @@ async def download(
         address: The coordinator's address, for messages.
         max_bytes: Largest blob that is taken.
         compress: Ask for Zstandard frames.
+        is_durable: False if nobody needs the file after a loss of power.
         retry: How patient to be.
 
     Raises:
@@ -148,7 +163,7 @@ async def download(
         try:
             with calling(address):
                 part = await _receive(stub, request, part_path, progress, max_bytes)
-            await asyncio.to_thread(part.finish, path)
+            await asyncio.to_thread(part.finish, path, is_durable=is_durable)
         except PeerError:
             part_path.unlink(missing_ok=True)
             raise
@@ -178,7 +193,7 @@ async def _persist(attempt: Callable[[_Progress], Awaitable[None]], retry: Retry
 async def _send(
     stub: "BlobServiceAsyncStub",
     header: pb.UploadHeader,
-    source: Path | bytes,
+    source: Content,
     packer: Packer | None,
 ) -> None:
     """Send the header, wait until it is accepted or refused, send the rest."""
@@ -207,11 +222,11 @@ def _next_request(
     return pb.UploadRequest(chunk=chunk) if chunk else None
 
 
-def _pieces(source: Path | bytes, offset: int) -> Generator[bytes, None, None]:
+def _pieces(source: Content, offset: int) -> Generator[bytes, None, None]:
     """Cut the content into chunks, from an offset on."""
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         for start in range(offset, len(source), CHUNK_BYTES):
-            yield source[start : start + CHUNK_BYTES]
+            yield bytes(source[start : start + CHUNK_BYTES])
         return
     with source.open("rb") as file:
         file.seek(offset)

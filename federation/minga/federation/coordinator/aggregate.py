@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 
 from minga.federation import wire
 from minga.federation.aggregation.combination import Combined, combine
-from minga.federation.aggregation.contributions import Contribution, VectorContribution
+from minga.federation.aggregation.contributions import (
+    Contribution,
+    FileContribution,
+    VectorContribution,
+)
 from minga.federation.aggregation.noise import RandomBytes, add_gaussian
 from minga.federation.aggregation.optimizers import (
     ServerOptimizer,
@@ -112,13 +116,14 @@ class StoredUploads:
         """Devices whose false shares had to be left out so far."""
         self._apply_masks = apply_masks
 
-    def contributions(self, round_: PlainRound) -> list[VectorContribution]:
+    def contributions(self, round_: PlainRound) -> list[FileContribution]:
         """Give the updates of a plain round where they lie."""
         updates = [round_.updates[name] for name in round_.survivors]
         return [
-            VectorContribution(
+            FileContribution(
                 name=update.device_id,
-                values=np.memmap(self.blobs.path(update.digest), VALUE, mode="r"),
+                path=self.blobs.path(update.digest),
+                num_values=update.size // VALUE.itemsize,
                 weight=update.num_examples,
                 factor=round_.factor_of(update.device_id),
             )

@@ -7,6 +7,7 @@ local model goes on answering meanwhile.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class Agent:
         self._pending_bytes = 0
         self._model_turn = asyncio.Lock()
         self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        self._resting_s = HEARTBEAT_INTERVAL_S  # until the next beat, which sets this anew
         self._outbox: Outbox = asyncio.Queue()
         metrics.certificate_end.set_function(link.valid_until)
 
@@ -166,7 +168,7 @@ class Agent:
         """Open one stream and serve it until it ends."""
         outbox = self._outbox = asyncio.Queue()
         self._send(pb.SessionRequest(hello=self._hello()))
-        self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        self._heartbeat_interval_s = self._resting_s = HEARTBEAT_INTERVAL_S
         heart: asyncio.Task[None] | None = None
         try:
             async with self._link.channel() as channel:
@@ -187,12 +189,15 @@ class Agent:
     def _take_welcome(self, message: pb.SessionResponse | None) -> None:
         if message is None or message.WhichOneof("body") != "welcome":
             raise PeerError(f"the coordinator at {self._link.address} did not greet this device")
-        if message.welcome.heartbeat_interval_ms:
-            interval_s = message.welcome.heartbeat_interval_ms / 1000
-            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
-        self._redial.note_window(message.welcome.reconnect_window_ms)
+        self._take_times(message.welcome)
         self._metrics.connected.set(1)
         _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
+
+    def _take_times(self, welcome: pb.Welcome) -> None:
+        self._redial.note_window(welcome.reconnect_window_ms)
+        if welcome.heartbeat_interval_ms:
+            interval_s = welcome.heartbeat_interval_ms / 1000
+            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
 
     async def _heard(self, call: "SessionCall") -> AsyncIterator[pb.SessionResponse]:
         """Give what the coordinator says, until it says nothing for several heartbeats.
@@ -203,7 +208,7 @@ class Agent:
         """
         while True:
             message: Any
-            patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+            patience_s = SILENT_HEARTBEATS * max(self._heartbeat_interval_s, self._resting_s)
             try:
                 async with asyncio.timeout(patience_s):
                     message = await call.read()
@@ -236,15 +241,18 @@ class Agent:
 
     async def _beat(self, outbox: Outbox) -> None:
         while True:
-            await asyncio.sleep(self._heartbeat_interval_s)
+            self._resting_s = self._heartbeat_interval_s
+            await asyncio.sleep(self._resting_s)
             beat = pb.Heartbeat(condition=wire.condition_to_wire(self._look()))
             outbox.put_nowait(pb.SessionRequest(heartbeat=beat))
 
     def _take(self, message: pb.SessionResponse) -> None:
         """Start what a message asks for; the stream is read on meanwhile."""
         match message.WhichOneof("body"):
-            case "heartbeat" | "welcome" | "going_away" as kind:
+            case "heartbeat" | "going_away" as kind:
                 self._redial.note_window(getattr(message, kind).reconnect_window_ms)
+            case "welcome":
+                self._take_times(message.welcome)
             case "model_offer":
                 self._spawn(self._take_model(message.model_offer), message.ByteSize())
             case "round_end":
@@ -321,7 +329,7 @@ class Agent:
             message.invite,
             identity=self._link.identity,
             trainer=self._trainer,
-            download=self._download,
+            download=partial(self._download, is_durable=False),
             upload=self._upload,
             metrics=self._metrics,
             keepsakes=self._keepsakes,
@@ -355,18 +363,28 @@ class Agent:
 
     # --- bulk ---
 
-    async def _download(self, digest: bytes, path: Path) -> None:
+    async def _download(self, digest: bytes, path: Path, *, is_durable: bool = True) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
             await transfer.download(
-                stub, digest, path, address=self._link.address, compress=self._compress
+                stub,
+                digest,
+                path,
+                address=self._link.address,
+                compress=self._compress,
+                is_durable=is_durable,
             )
 
-    async def _upload(self, digest: bytes, data: bytes) -> None:
+    async def _upload(self, digest: bytes, data: bytes | memoryview) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
             await transfer.upload(
-                stub, data, digest, address=self._link.address, compress=self._compress
+                stub,
+                data,
+                digest,
+                address=self._link.address,
+                compress=self._compress,
+                is_new=True,
             )
 
     # --- models ---

@@ -77,6 +77,7 @@ class Fleet:
         task: Task,
         population: Population,
         config: SimulationConfig,
+        *,
         parts: Parts,
         crew: Crew,
         seed: int,

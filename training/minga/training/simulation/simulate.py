@@ -1,22 +1,21 @@
 """`simulate`: a campaign on virtual devices, from its first model to its last."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from torch import nn
 
 from minga.federation.config import FederationConfig
-from minga.federation.coordinator.aggregate import Recipe
+from minga.federation.coordinator.campaign import require_possible
 from minga.federation.errors import CampaignError
-from minga.federation.parameters import Parameters
+from minga.federation.parameters import Layout, Parameters
+from minga.federation.parts import split_personal
 from minga.federation.planning import campaign_plan
 from minga.federation.v1 import federation_pb2 as pb
-from minga.training.errors import TaskError
 from minga.training.evaluate import evaluate
 from minga.training.history import Record
 from minga.training.network import build_network, load_parameters, parameters_of
@@ -113,8 +112,160 @@ def simulate(
     start = simulation.start or parameters_of(network)
     load_parameters(network, start)
     parts = Parts.of(start, plan.personal, scaffold=plan.scaffold)
+    require_possible(plan, Layout.of(split_personal(start, plan.personal)[0]))
     with _crew(simulation, population, reference) as crew:
-        fleet = Fleet.of(task, population, config, parts, crew, seed)
+        fleet = Fleet.of(task, population, config, parts=parts, crew=crew, seed=seed)
         running = VirtualCampaign(plan, fleet, parts.first(start, plan.personal), seed)
         player = _Player(simulation, running, network, state)
         return player.play(on_round)
+
+
+def _params(simulation: Simulation) -> dict[str, Any]:
+    """Give what a network is built with: the table's training overrides hyper-parameters."""
+    return {
+        **simulation.task.defaults,
+        **simulation.params,
+        **simulation.federation.training,
+        "seed": simulation.seed,
+    }
+
+
+def _plan(simulation: Simulation, population: Population) -> pb.CampaignPlan:
+    """Write the plan of the campaign, as `minga federate` does; refuse what cannot work."""
+    federation, task = simulation.federation, simulation.task
+    if federation.flower.client_app or federation.flower.strategy:
+        raise CampaignError(
+            "apps and strategies of Flower are not simulated; leave [federation.flower] out, or "
+            "run it on real devices: minga federate"
+        )
+    if len(population) < federation.min_cohort:
+        raise CampaignError(
+            f"{len(population)} virtual devices are fewer than min_cohort {federation.min_cohort}; "
+            "raise [simulation.partition] devices"
+        )
+    plan = campaign_plan(
+        federation,
+        model_name=task.name,
+        parent_version="",
+        training={**simulation.task.defaults, **simulation.params, "seed": simulation.seed},
+        metrics=("loss", task.objective.metric),
+    )
+    plan.model_digest = bytes(32)
+    return plan
+
+
+@contextmanager
+def _crew(
+    simulation: Simulation, population: Population, reference: TaskReference | None
+) -> Iterator[Crew]:
+    config, told = simulation.config, _params(simulation)
+    if reference is None or config.workers == 1:
+        yield Worker(simulation.task, population, told, vectorise=config.vectorise)
+        return
+    with RayCrew(
+        reference,
+        population,
+        told,
+        num_workers=config.workers,
+        vectorise=config.vectorise,
+    ) as crew:
+        yield crew
+
+
+class _Player:
+    """Plays rounds, measures the model, and writes down where it is."""
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        running: VirtualCampaign,
+        network: nn.Module,
+        state: Path | None,
+    ) -> None:
+        self._simulation = simulation
+        self._running = running
+        self._network = network
+        self._file = state
+        self._history: list[Record] = []
+        self._written_at = time.monotonic()
+        self._writing_s = 0.0
+
+    def play(self, on_round: OnRound | None) -> Simulated:
+        """Play all rounds that are left."""
+        running, num_rounds, is_ended = self._running, 0, False
+        if self._file is not None and self._file.exists():
+            self._history = read_state(self._file, running)
+        started_at = time.perf_counter()
+        try:
+            while not is_ended and (record := running.next_round()) is not None:
+                num_rounds += 1
+                found = self._note(record)
+                is_ended = found is not None and on_round is not None and on_round(found)
+                self._write_now_and_then()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._keep()) from None
+        seconds = time.perf_counter() - started_at
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+        return Simulated(
+            campaign=running.campaign.describe(),
+            history=tuple(self._history),
+            parameters=self._parameters(),
+            num_devices=len(running.fleet.population),
+            one_by_one=running.fleet.crew.one_by_one,
+            seconds=seconds,
+            num_rounds=num_rounds,
+            finished=not is_ended,
+        )
+
+    def _note(self, record: pb.Round) -> Record | None:
+        """Put a round into the history; give what is new to know of it."""
+        if record.stage != pb.ROUND_STAGE_COMMITTED:
+            return None
+        if record.work == pb.ROUND_WORK_EVALUATION:
+            measured = {f"devices_{name}": value for name, value in record.metrics.items()}
+            self._history[-1] |= measured
+            return {"epoch": record.number, **measured}
+        found: Record = {
+            "epoch": record.number,
+            "devices": len(record.survivors),
+            "examples": record.total_weight,
+            "simulated_s": self._running.now,
+        }
+        if record.HasField("privacy"):
+            found["epsilon"] = record.privacy.epsilon
+        every = self._simulation.config.measure_every
+        if record.number % every == 0 or record.number == self._simulation.federation.num_rounds:
+            load_parameters(self._network, self._parameters())
+            found |= evaluate(
+                self._simulation.task, self._network, self._simulation.splits.validation
+            )
+        self._history.append(found)
+        return found
+
+    def _parameters(self) -> Parameters:
+        """Give the whole network's parameters; tensors that did not travel are as at first."""
+        parts = self._running.fleet.parts
+        shared = parts.shared(self._running.travelling)
+        values = parts.network.flatten(parameters_of(self._network))
+        values[parts.is_shared] = shared
+        return parts.network.unflatten(values)
+
+    def _write_now_and_then(self) -> None:
+        """Write the state down, if enough time went by for what that takes."""
+        since = time.monotonic() - self._written_at
+        if self._file is not None and since > max(STATE_EVERY_S, self._writing_s / STATE_SHARE):
+            self._keep()
+
+    def _keep(self) -> str:
+        """Write the state down, and say what is kept."""
+        if self._file is None:
+            return ""
+        before = time.monotonic()
+        write_state(self._file, self._running, self._history)
+        self._written_at = time.monotonic()
+        self._writing_s = self._written_at - before
+        return (
+            f"{self._running.campaign.num_committed} rounds are kept; the same command goes on "
+            "from there"
+        )

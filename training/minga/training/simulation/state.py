@@ -54,7 +54,8 @@ def read_state(file: Path, running: VirtualCampaign) -> list[Record]:
     """Take a campaign that has just begun to where `write_state` left it; give its history."""
     with safetensors.safe_open(file, framework="numpy") as opened:
         said = json.loads(opened.metadata()["minga"])
-        arrays: dict[str, Vector] = {name: opened.get_tensor(name) for name in opened.keys()}
+        names: list[str] = list(opened.keys())
+        arrays: dict[str, Vector] = {name: opened.get_tensor(name) for name in names}
     for text in said["records"]:
         running.campaign.add_record(pb.Round.FromString(base64.b64decode(text)))
     running.resume(
