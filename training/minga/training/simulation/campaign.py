@@ -38,6 +38,7 @@ from minga.federation.work import Training, Work
 from minga.training.simulation.fleet import Fleet, Reply, Upload
 from minga.training.simulation.handshake import answers
 from minga.training.simulation.lesson import Vector
+from minga.training.simulation.state import State
 from minga.training.simulation.uploads import HeldUploads
 
 COHORT, DEVICES, NOISE = 4, 5, 6
@@ -127,20 +128,28 @@ class VirtualCampaign:
         self._settle(round_)
         return record
 
-    def resume(
-        self,
-        *,
-        travelling: Vector,
-        optimizer_state: dict[str, Vector],
-        now: float,
-        spent: dict[str, str],
-        replies: list[tuple[float, int, Reply]],
-    ) -> None:
-        """Go on from an earlier state; the rounds' records are there already."""
-        self.travelling, self.optimizer_state, self.now = travelling, optimizer_state, now
-        self.spent.entries, self.replies = spent, replies
-        self.campaign.model_digest = sha256(travelling.data).digest()
+    def state(self) -> State:
+        """Give what the campaign goes on from, between two rounds."""
+        return State(
+            travelling=self.travelling,
+            optimizer_state=self.optimizer_state,
+            now=self.now,
+            replies=list(self.replies),
+            spent=self.spent.privacy_spent(),
+            kept=self.fleet.kept.copy(),
+            records=list(self.campaign.records),
+        )
+
+    def resume(self, state: State) -> None:
+        """Take a campaign that has just begun to where another one was."""
+        self.travelling, self.optimizer_state = state.travelling, dict(state.optimizer_state)
+        self.now, self.replies = state.now, list(state.replies)
         heapify(self.replies)
+        self.spent.entries = dict(state.spent)
+        self.fleet.kept = state.kept.copy()
+        for record in state.records:
+            self.campaign.add_record(record)
+        self.campaign.model_digest = sha256(state.travelling.data).digest()
 
     # --- who is invited ---
 
@@ -243,7 +252,7 @@ class VirtualCampaign:
         """Tell devices how the round ended, and drop what only it needed."""
         going = self.campaign.carried()
         counted = round_.survivors if round_.stage is Stage.COMMITTED else ()
-        over = [name for name in self.fleet.staged if name not in going]
+        over = [name for name in self.fleet.kept.staged if name not in going]
         if isinstance(round_.order.work, Training):
             self.fleet.settle(over, counted)
         self._uploads.clear()

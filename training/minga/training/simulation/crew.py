@@ -66,7 +66,10 @@ class Worker:
         params = {**task.defaults, **without_names(config)}
         network = build_network(task, params, population.train, seed=int(config.get("seed", 0)))
         self._population = population
-        self._single = OneByOne(task, Layout.of(parameters_of(network)), population)
+        layout = Layout.of(parameters_of(network))
+        self.num_values = layout.num_values
+        """Of the network."""
+        self._single = OneByOne(task, layout, population)
         self._stack: Stack | None = None
         self._is_checked = False
         self.one_by_one = "" if vectorise else "vectorise is off in [simulation]"

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minga.federation.aggregation.privacy import clip_length
 from minga.federation.coordinator.rounds import RoundOrder
@@ -18,7 +20,7 @@ from minga.training.federated import TaskTrainer
 from minga.training.simulation.config import SimulationConfig
 from minga.training.simulation.crew import Crew
 from minga.training.simulation.lesson import Learnt, Lesson, Matrix, Vector
-from minga.training.simulation.partition import Population
+from minga.training.simulation.partition import Places, Population
 from minga.training.simulation.parts import Parts
 from minga.training.task import Task
 
@@ -35,7 +37,7 @@ FAILED = "training failed on the device"
 class Upload:
     """What a device sends: a vector, or its levels in a secure round, and how much it counts."""
 
-    values: Vector
+    values: NDArray[Any]
     weight: int
 
 
@@ -50,15 +52,32 @@ class Reply:
     reason: str = ""
 
 
-@dataclass(slots=True, kw_only=True)
-class Fleet:
-    """All devices of a simulation.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keepings:
+    """What devices keep from round to round, as `device.keepsakes` does on real ones.
 
     Attributes:
         controls: each device's control variate, once it has one (SCAFFOLD).
         personal: each device's own values, once it has trained them.
         staged: what takes effect if the round counts the device's update.
     """
+
+    controls: dict[str, Vector] = field(default_factory=dict)
+    personal: dict[str, Vector] = field(default_factory=dict)
+    staged: dict[str, tuple[Vector | None, Vector | None]] = field(default_factory=dict)
+
+    def copy(self) -> "Keepings":
+        """Copy it; the vectors themselves are never changed."""
+        return Keepings(
+            controls=dict(self.controls),
+            personal=dict(self.personal),
+            staged=dict(self.staged),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Fleet:
+    """All devices of a simulation."""
 
     task: Task
     population: Population
@@ -67,9 +86,7 @@ class Fleet:
     crew: Crew
     speeds: Vector
     number_of: dict[str, int]
-    controls: dict[str, Vector] = field(default_factory=dict)
-    personal: dict[str, Vector] = field(default_factory=dict)
-    staged: dict[str, tuple[Vector | None, Vector | None]] = field(default_factory=dict)
+    kept: Keepings = field(default_factory=Keepings)
 
     @classmethod
     def of(
@@ -193,31 +210,31 @@ class Fleet:
             moved: Vector | None = None
             if lesson.own is not None:
                 moved = lesson.own[row] + learnt.deltas[row, ~parts.is_shared]
-            self.staged[name] = (own[row] if parts.scaffold else None, moved)
+            self.kept.staged[name] = (own[row] if parts.scaffold else None, moved)
         return changed
 
     def settle(self, names: Sequence[str], counted: Sequence[str]) -> None:
         """Let devices keep what a round made of them that counted their updates."""
         for name in names:
-            control, personal = self.staged.pop(name, (None, None))
+            control, personal = self.kept.staged.pop(name, (None, None))
             if name in counted:
                 if control is not None:
-                    self.controls[name] = control
+                    self.kept.controls[name] = control
                 if personal is not None:
-                    self.personal[name] = personal
+                    self.kept.personal[name] = personal
 
-    def _examples(self, name: str) -> Sequence[int]:
+    def _examples(self, name: str) -> Places:
         return self.population.train_of[self.number_of[name]]
 
     def _control_of(self, name: str) -> Vector:
-        kept = self.controls.get(name)
+        kept = self.kept.controls.get(name)
         return np.zeros(self.parts.num_shared, np.float32) if kept is None else kept
 
     def _personal_of(self, name: str, order: RoundOrder) -> Vector:
         """Give a device's own values; new ones, prepared for its own data, before its first."""
         if not self.parts.has_personal:
             return np.zeros(0, np.float32)
-        kept = self.personal.get(name)
+        kept = self.kept.personal.get(name)
         if kept is not None:
             return kept
         splits = self.population.splits_of(self.number_of[name])
@@ -253,19 +270,6 @@ class Fleet:
             upload = protect(order, asked.vector_of(found[name]), weight, rng)
             replies.append(Reply(device_id=name, after_s=0.0, upload=upload))
         return replies
-
-    # --- what an interrupted simulation goes on from ---
-
-    def kept(self) -> dict[str, Vector]:
-        """Give all that devices keep, by a name for each vector."""
-        found = {f"control/{name}": value for name, value in self.controls.items()}
-        return found | {f"personal/{name}": value for name, value in self.personal.items()}
-
-    def restore(self, kept: dict[str, Vector]) -> None:
-        """Take back what `kept` gave."""
-        for key, value in kept.items():
-            kind, _, name = key.partition("/")
-            (self.controls if kind == "control" else self.personal)[name] = value
 
 
 def protect(

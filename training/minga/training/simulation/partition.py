@@ -146,7 +146,7 @@ def _by_mix(
 
 def _sizes(
     table: EqualTable | DirichletTable, num_examples: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
+) -> Places:
     """Say how many examples each device has: equally many, or log-normally spread."""
     if not table.examples and num_examples < table.devices:
         raise DataError(
@@ -155,10 +155,12 @@ def _sizes(
         )
     weights = np.exp(table.size_spread * rng.standard_normal(table.devices))
     if table.examples:
-        return np.maximum(1, np.rint(weights * table.examples)).astype(np.int64)
+        drawn: Places = np.maximum(1, np.rint(weights * table.examples)).astype(np.int64)
+        return drawn
     # Each has one; the rest goes by weight, and what rounding leaves to the first ones.
     ends = np.cumsum(weights / weights.sum()) * (num_examples - table.devices)
-    return 1 + np.diff(np.rint(ends).astype(np.int64), prepend=0)
+    divided: Places = 1 + np.diff(np.rint(ends).astype(np.int64), prepend=0)
+    return divided
 
 
 def _dirichlet(

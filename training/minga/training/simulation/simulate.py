@@ -25,7 +25,7 @@ from minga.training.simulation.crew import Crew, RayCrew, Worker
 from minga.training.simulation.fleet import Fleet
 from minga.training.simulation.partition import Population, populate
 from minga.training.simulation.parts import Parts
-from minga.training.simulation.state import read_state, write_state
+from minga.training.simulation.state import State, read_state, write_state
 from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 
@@ -194,16 +194,19 @@ class _Player:
         """Play all rounds that are left."""
         running, num_rounds, is_ended = self._running, 0, False
         if self._file is not None and self._file.exists():
-            self._history = read_state(self._file, running)
+            state, self._history = read_state(self._file)
+            running.resume(state)
         started_at = time.perf_counter()
+        state, history = running.state(), list(self._history)
         try:
             while not is_ended and (record := running.next_round()) is not None:
                 num_rounds += 1
                 found = self._note(record)
                 is_ended = found is not None and on_round is not None and on_round(found)
-                self._write_now_and_then()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self._keep()) from None
+                state, history = running.state(), list(self._history)
+                self._write_now_and_then(state, history)
+        except KeyboardInterrupt:  # the round under way is played again
+            raise KeyboardInterrupt(self._keep(state, history)) from None
         seconds = time.perf_counter() - started_at
         if self._file is not None:
             self._file.unlink(missing_ok=True)
@@ -251,21 +254,18 @@ class _Player:
         values[parts.is_shared] = shared
         return parts.network.unflatten(values)
 
-    def _write_now_and_then(self) -> None:
+    def _write_now_and_then(self, state: State, history: list[Record]) -> None:
         """Write the state down, if enough time went by for what that takes."""
         since = time.monotonic() - self._written_at
         if self._file is not None and since > max(STATE_EVERY_S, self._writing_s / STATE_SHARE):
-            self._keep()
+            self._keep(state, history)
 
-    def _keep(self) -> str:
+    def _keep(self, state: State, history: list[Record]) -> str:
         """Write the state down, and say what is kept."""
         if self._file is None:
             return ""
         before = time.monotonic()
-        write_state(self._file, self._running, self._history)
+        write_state(self._file, state, history)
         self._written_at = time.monotonic()
         self._writing_s = self._written_at - before
-        return (
-            f"{self._running.campaign.num_committed} rounds are kept; the same command goes on "
-            "from there"
-        )
+        return f"{len(history)} rounds are kept; the same command goes on from there"
