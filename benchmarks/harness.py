@@ -114,8 +114,14 @@ def pinned(package: str) -> str:
     raise RivalError(f"constraints.txt pins no {package}")
 
 
-def rival_python(package: str) -> Path:
+def rival_python(package: str, *beside: str) -> Path:
     """Make an environment that holds a rival and nothing of ours, unless it is there already.
+
+    Args:
+        package: the rival: a name, in the version that constraints.txt pins, or a requirement with
+            a version, such as `pfl==0.6.0`.
+        beside: what else it needs, as names; with them pip chooses what nobody names, since a rival
+            may need other versions than we do.
 
     Returns:
         Its Python.
@@ -123,15 +129,15 @@ def rival_python(package: str) -> Path:
     Raises:
         RivalError: it cannot be installed.
     """
-    requirement = pinned(package)
+    requirement = package if "==" in package else pinned(package)
     folder = CACHE / f"{requirement}-python{sys.version_info.major}.{sys.version_info.minor}"
     python, stamp = folder / "bin" / "python", folder / ".installed"
     if not stamp.exists():
         print(f"installing {requirement} into {folder}", file=sys.stderr)
         _call(sys.executable, "-m", "venv", "--clear", str(folder))
-        constraints = str(ROOT / "constraints.txt")
+        constraints = () if beside else ("--constraint", str(ROOT / "constraints.txt"))
         pip = (str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        _call(*pip, "--constraint", constraints, requirement)
+        _call(*pip, *constraints, requirement, *map(pinned, beside))
         stamp.touch()
     return python
 

@@ -157,10 +157,11 @@ class RayCrew:
         actor: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=3, **share)(
             _RemoteWorker
         )
-        stored = ray.put(population)
+        # In a list it is no argument that Ray fetches before a worker starts anew, and may lose.
+        self._stored = [ray.put(population)]
         self._population = population
         self._workers = [
-            actor.remote(reference, stored, dict(config), vectorise) for _ in range(count)
+            actor.remote(reference, self._stored, dict(config), vectorise) for _ in range(count)
         ]
         self.one_by_one = ""
 
@@ -235,10 +236,13 @@ class _RemoteWorker:
     def __init__(
         self,
         reference: TaskReference,
-        population: Population,
+        stored: Sequence[Any],
         config: Mapping[str, Scalar],
         vectorise: bool,
     ) -> None:
+        import ray
+
+        population = ray.get(stored[0])
         self._worker = Worker(reference.load(), population, config, vectorise=vectorise)
 
     def fit(self, devices: Sequence[int], lesson: Lesson, start: Vector) -> tuple[Learnt, str]:

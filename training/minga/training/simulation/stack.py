@@ -258,8 +258,12 @@ class Stack:
             if stack is None:
                 deltas[where, columns] = 0.0
                 continue
-            values = stack.detach().cpu().numpy().reshape(len(rows), -1)
-            deltas[where, columns] = values - lesson.starts(columns)
+            values, start = stack.detach().cpu().numpy(), lesson.starts(columns)
+            values = values.reshape(len(rows), -1)
+            if isinstance(where, slice):
+                np.subtract(values, start, out=deltas[where, columns])
+            else:
+                deltas[where, columns] = values - start
 
 
 def _twins(network: nn.Module) -> dict[str, str]:
@@ -281,8 +285,8 @@ def _span(rows: Places) -> slice | Places:
 
 def _clip_rows(gradients: Sequence[Tensor], max_norm: float) -> None:
     """Scale each device's gradient down to a norm, as `nn.utils.clip_grad_norm_` does for one."""
-    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
-    factors = max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)
+    norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
+    factors = max_norm / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)
     if bool((factors < 1).any()):
         factors.clamp_(max=1.0)
         for gradient in gradients:

@@ -81,6 +81,11 @@ class Round(ABC):
         expected, answered = self._expected_and_answered()
         return tuple(sorted(set(expected) - set(answered) - self.lost.keys()))
 
+    def _is_waiting(self) -> bool:
+        """True while anybody is missing: a cohort answers one by one, so this is asked often."""
+        expected, answered = self._expected_and_answered()
+        return any(name not in answered and name not in self.lost for name in expected)
+
     # --- events in ---
 
     def changed_by(self, event: Event) -> bool:
@@ -181,11 +186,10 @@ class Round(ABC):
     def _advance(self, at: float) -> None:
         """Leave every stage that is complete."""
         while not self.stage.ended and self.stage is not Stage.AGGREGATE:
-            missing = self.missing()
-            if missing:
+            if self._is_waiting():
                 if self.stage is not Stage.UPDATES or len(self.updates) < self.order.goal:
                     return
-                self._give_up_slow(missing)
+                self._give_up_slow(self.missing())
             self._leave(at)
         if self.stage.ended and self.ended_at is None:
             self.ended_at = at
