@@ -52,6 +52,11 @@ class StackedLoss:
             except ValueError:
                 self._dense = None
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the network is computed by batched products."""
+        return self._dense is not None
+
     def __call__(
         self, stacks: Mapping[str, Tensor], shared: Mapping[str, Tensor], batches: Batches
     ) -> Tensor:
