@@ -223,6 +223,8 @@ class Coordinator:
             authority=self._authority.certificate,
             is_revoked=self._is_revoked,
             clock=self._certificate_clock,
+            root=self._authority.root,
+            key_on_record=self._key_on_record,
         )
         interceptors = [
             transport.ErrorInterceptor(),
@@ -255,7 +257,8 @@ class Coordinator:
             store=AuditedTokens(TokenTable(self._store.connection), self._store, self._audit),
             enrol_address=self.addresses.enrol,
             device_address=self.addresses.device,
-            authority_der=self._authority.certificate_der,
+            authority_der=self._authority.pinned_der,
+            intermediate_der=self._authority.intermediate_der,
             clock=self._certificate_clock,
         )
         self._add_services(device_server, enrol_server, tokens)

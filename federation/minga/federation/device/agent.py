@@ -117,9 +117,7 @@ class Agent:
             while True:
                 opened_at = clock()
                 try:
-                    self._link.require_valid()
-                    await self._link.try_to_renew()
-                    await self._stay()
+                    await self._connect()
                     _log.info("the coordinator closed the stream")
                 except (AccessError, IdentityError):
                     raise
@@ -131,6 +129,18 @@ class Agent:
                 await self._redial.pause(in_round=self._participant is not None)
         finally:
             await self._close()
+
+    async def _connect(self) -> None:
+        """Serve a stream; a coordinator whose issuer is not known may have a newer one."""
+        self._link.require_valid()
+        await self._link.try_to_renew()
+        try:
+            await self._stay()
+        except AccessError:
+            raise
+        except IdentityError:
+            if not await self._link.follow():
+                raise
 
     async def _close(self) -> None:
         self._drop_participant()
