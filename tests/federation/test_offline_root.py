@@ -250,7 +250,8 @@ async def test_a_revoked_device_does_not_come_back_by_a_replacement(
 
 
 async def test_the_operator_s_identity_follows(fleet: Fleet, root: Root, tmp_path: Path) -> None:
-    """The one in the state folder at once; a copy from before is refused and says so."""
+    """The one in the state folder at once; a copy, and a token, from before are refused."""
+    token = (await fleet.operator.create_token("default", 600)).token
     copy = tmp_path / "copy"
     shutil.copytree(fleet.folder / "coordinator" / "operator", copy)
     await fleet.stop_coordinator()
@@ -259,3 +260,5 @@ async def test_the_operator_s_identity_follows(fleet: Fleet, root: Root, tmp_pat
     async with connect(copy) as operator:
         with pytest.raises(IdentityError, match="does not trust"):
             await operator.status()
+    with pytest.raises(IdentityError, match="does not trust"):
+        await enrol(token, tmp_path / "press-1", "press-1")

@@ -140,6 +140,7 @@ class Coordinator:
         self._hub = Hub(self._clock)
         self._metrics = Metrics()
         self._metrics.connected.set_function(self._hub.__len__)
+        self._metrics.authority_end.set(self._authority.certificate.not_valid_after_utc.timestamp())
         self._campaigns = Campaigns(
             store=self._store,
             blobs=self._blobs,
