@@ -8,7 +8,7 @@ Rules:
    serial number counts: of two intermediates of a root the larger number is the newer one.
 3. A chain, on the wire or in a file, is the leaf and behind it its intermediate, if there is one.
    The authority itself never travels: whoever verifies has it from elsewhere.
-4. A certificate counts only while it and all above it are valid.
+4. A leaf counts only while it is valid and its issuer has not ended.
 
 Not here: whom a certificate names and what its key signed (`identity`), issuing
 (`coordinator.authority`, `coordinator.root`).
@@ -190,7 +190,7 @@ def issuer_of(
 ) -> x509.Certificate:
     """Give the certificate whose key issues leaves: the authority's own, or an intermediate's.
 
-    Whether it is valid at a moment is for `check_issuer_validity`.
+    Whether it is valid at a moment is for `check_not_ended`.
 
     Args:
         intermediate: What came with the leaf.
@@ -255,35 +255,31 @@ def check_validity(certificate: x509.Certificate, now: datetime) -> None:
     Raises:
         IdentityError: it does not, or this machine's clock is wrong.
     """
-    _check_start("certificate", certificate, now)
-    end = certificate.not_valid_after_utc
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now < start:
+        raise IdentityError(
+            f"the certificate is valid from {start:%Y-%m-%d %H:%M} UTC on and it is "
+            f"{now:%Y-%m-%d %H:%M} now; check this machine's clock"
+        )
     if now > end:
         raise IdentityError(
             f"the certificate expired on {end:%Y-%m-%d %H:%M} UTC; enrol again with a new token"
         )
 
 
-def check_issuer_validity(issuer: x509.Certificate, now: datetime) -> None:
-    """Check that an authority, or the intermediate that it issues through, holds now.
+def check_not_ended(issuer: x509.Certificate, now: datetime) -> None:
+    """Check that an authority, or the intermediate that it issues through, has not ended.
+
+    When it began does not matter: a clock that was set back makes no valid signature a forged one.
 
     Raises:
-        IdentityError: it does not, or this machine's clock is wrong.
+        IdentityError: it has ended, or this machine's clock is wrong.
     """
-    _check_start("authority's certificate", issuer, now)
     end = issuer.not_valid_after_utc
     if now > end:
         raise IdentityError(
             f"the authority's certificate expired on {end:%Y-%m-%d %H:%M} UTC; "
             "the coordinator's operator has to replace it"
-        )
-
-
-def _check_start(what: str, certificate: x509.Certificate, now: datetime) -> None:
-    start = certificate.not_valid_before_utc
-    if now < start:
-        raise IdentityError(
-            f"the {what} is valid from {start:%Y-%m-%d %H:%M} UTC on and it is "
-            f"{now:%Y-%m-%d %H:%M} now; check this machine's clock"
         )
 
 

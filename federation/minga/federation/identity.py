@@ -37,7 +37,7 @@ from minga.federation.certificates import (
     chain_to_der,
     chain_to_pem,
     check_issuer,
-    check_issuer_validity,
+    check_not_ended,
     check_usages,
     check_validity,
     is_newer,
@@ -360,7 +360,7 @@ def _verify(
 ) -> tuple[x509.Certificate, Principal]:
     certificate, principal = _verified(certificate_der, issuer)
     check_validity(certificate, now)
-    check_issuer_validity(issuer, now)
+    check_not_ended(issuer, now)
     return certificate, principal
 
 

@@ -329,11 +329,11 @@ def test_only_the_audit_key_signs(authority: Authority, tmp_path: Path, forge: F
         verify(chain(forge(authority, tmp_path)), authority.certificate)
 
 
-def test_old_checkpoints_hold(tmp_path: Path) -> None:
+def test_old_checkpoints_hold(authority: Authority) -> None:
     """A certificate counts as it was when it signed: logs outlive certificates by years."""
     past = utc_now() - timedelta(days=400)
-    authority = Authority.open(tmp_path / "authority", clock=lambda: past)
-    signer = auditor_of(authority)
+    then = Authority(certificate=authority.certificate, key=authority.key, clock=lambda: past)
+    signer = auditor_of(then)
     entry = Entry.following(0, NOTHING, time=past, kind="a", subject="b", details={})
     checkpoint = Checkpoint.signed(signer, sequence=1, digest=entry.hash, time=past, previous=0)
     assert verify([entry, checkpoint], authority.certificate).signed_until == 1

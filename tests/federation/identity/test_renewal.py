@@ -84,7 +84,7 @@ class Office:
         self.now = utc_now() - AGE
         self.folder = folder
         self.authority = Authority.open(
-            folder / "office", lifetimes=Lifetimes(device=LIFETIME), clock=self.clock
+            folder / "authority", lifetimes=Lifetimes(device=LIFETIME), clock=self.clock
         )
         self.store = Store(folder / "coordinator.db")
         auditor = OwnIdentity(self.authority, folder / AUDITOR, Role.SERVICE, AUDITOR)

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from minga.federation import durable
 from minga.federation.certificates import (
-    check_issuer_validity,
+    check_not_ended,
     is_newer,
     is_offline_root,
     issuer_of,
@@ -59,7 +59,7 @@ def request(folder: Path, root: x509.Certificate, now: datetime) -> bytes:
             "the certificate is no offline root's; make one with: minga root create"
         )
     trust_domain_of(root)
-    check_issuer_validity(root, now)
+    check_not_ended(root, now)
     if (folder / ROOT_FILE).exists():
         if load_certificate(folder / ROOT_FILE) != root:
             raise IdentityError(f"the federation in {folder} has another root; ask that one")
@@ -118,7 +118,7 @@ def install(folder: Path, intermediate: x509.Certificate, now: datetime) -> None
             f"{folder} waits for no intermediate; begin with: minga coordinator request"
         )
     issuer_of(intermediate, load_certificate(folder / ROOT_FILE))
-    check_issuer_validity(intermediate, now)
+    check_not_ended(intermediate, now)
     path = folder / CERTIFICATE_FILE
     current = load_certificate(path) if path.exists() else None
     if current != intermediate:
@@ -172,5 +172,5 @@ def load(
         load_certificate(folder / CERTIFICATE_FILE),
     )
     issuer_of(intermediate, root)
-    check_issuer_validity(intermediate, now)
+    check_not_ended(intermediate, now)
     return root, intermediate, load_key(folder / KEY_FILE)

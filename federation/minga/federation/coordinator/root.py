@@ -31,7 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from minga.federation import durable
 from minga.federation.certificates import (
-    check_issuer_validity,
+    check_not_ended,
     is_offline_root,
     load_certificate,
     trust_domain_of,
@@ -127,7 +127,7 @@ class Root:
         key = _load_key(folder / KEY_FILE, passphrase)
         if certificate.public_key() != key.public_key():
             raise IdentityError(f"{folder / KEY_FILE} is not the key of its certificate")
-        check_issuer_validity(certificate, clock())
+        check_not_ended(certificate, clock())
         return cls(folder=folder, certificate=certificate, key=key, clock=clock)
 
     def sign(self, csr: bytes, lifetime: timedelta = INTERMEDIATE_LIFETIME) -> x509.Certificate:
