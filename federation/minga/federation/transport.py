@@ -52,6 +52,9 @@ Options = Sequence[tuple[str, Any]]
 
 ERROR_KEY: Final = "minga-error"
 
+ACCEPTED_KEY: Final = "minga-accepted"
+"""Key in the initial metadata of an upload whose chunks are welcome."""
+
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)

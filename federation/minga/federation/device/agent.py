@@ -295,7 +295,10 @@ class Agent:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, UnreachableError):
+            _log.warning("%s", error)  # a round that still needs it asks again
+        elif error is not None:
             _log.error("%s: %s", type(error).__name__, error, exc_info=error)
 
     # --- rounds ---
