@@ -19,8 +19,8 @@ from tests.federation.fleet import Fleet, campaign_plan
 from tests.federation.proxy import open_proxy
 
 FAR, NEAR = "far", "near"
-SLOW_S = 0.02
-"""What 64 KiB take on the slow link: it carries 3 MB/s."""
+SLOW_S = 0.04
+"""What 64 KiB take on the slow link: it carries 1.6 MB/s."""
 
 SPARSE = np.random.default_rng(0).normal(size=(500, 400)).astype(np.float32)
 SPARSE[np.random.default_rng(1).random(SPARSE.shape) < 0.7] = 0
