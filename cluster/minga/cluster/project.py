@@ -18,6 +18,7 @@ from minga.serving.config import ServingConfig
 from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainConfig
 from minga.training.data import read_splits
 from minga.training.progress import OnProgress, silent
+from minga.training.simulation.config import SimulationConfig
 from minga.training.task import Splits, Task, TaskReference
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Project(BaseModel):
     gates: GateConfig = GateConfig()
     serving: ServingConfig = Field(default_factory=lambda: ServingConfig.model_validate({}))
     federation: FederationConfig = FederationConfig()
+    simulation: SimulationConfig = SimulationConfig()
 
     _directory: Path = PrivateAttr()
     _checked: "DataReport | None" = PrivateAttr(default=None)

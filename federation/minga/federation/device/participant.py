@@ -104,7 +104,7 @@ class Participant:
             round_id=self.round_id,
             campaign_id=invite.campaign_id,
             model_name=invite.model_name,
-            clip=_clip_of(self._plan),
+            clip=control_clip(self._plan),
             metrics=metrics,
         )
         self._download = download
@@ -268,6 +268,6 @@ class Participant:
         return wire.withdrawal(self.round_id, reason)
 
 
-def _clip_of(plan: RoundPlan | PlainPlan) -> float | None:
+def control_clip(plan: RoundPlan | PlainPlan) -> float | None:
     """Say how far masking lets a coordinate go; after a rotation that is none of the update's."""
     return plan.clip if isinstance(plan, RoundPlan) and not plan.rotate else None
