@@ -111,6 +111,8 @@ class Task(ABC):
         search_space: domains of the hyper-parameters to search; each has a default.
         objective: the metric that search, checkpoints and gates go by.
         columns: names of the inputs' columns, for messages and profiles.
+        categories: column -> the values that it may have, in an order that never changes. Texts
+            stand for the numbers 0, 1, 2 and so on.
     """
 
     name: ClassVar[str]
@@ -118,6 +120,7 @@ class Task(ABC):
     search_space: ClassVar[Mapping[str, Domain]] = {}
     objective: ClassVar[Objective]
     columns: ClassVar[tuple[str, ...]] = ()
+    categories: ClassVar[Mapping[str, tuple[str | float, ...]]] = {}
 
     @abstractmethod
     def data(self, source: str) -> Splits:
@@ -163,7 +166,7 @@ class Task(ABC):
         """Describe valid data; inferred from the training split unless overridden."""
         from minga.training.schema import infer_schema
 
-        return infer_schema(train, self.columns)
+        return infer_schema(train, self.columns, self.categories)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
