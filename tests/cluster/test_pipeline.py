@@ -108,6 +108,8 @@ def test_runs_are_recorded(finished, project):
     assert training.data.metrics["test_average_precision"] > 0.9
     epochs = tracker.client.get_metric_history(training.info.run_id, "average_precision")
     assert [metric.step for metric in epochs] == [1, 2, 3, 4, 5, 6]
+    (events,) = project.tensorboard_folder.glob(f"train-{training.info.run_id[:8]}/*")
+    assert events.read_bytes().count(b"average_precision") == 6
 
 
 def test_later_data_is_checked_against_the_champion(project):

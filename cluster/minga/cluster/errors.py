@@ -1,6 +1,7 @@
 """What is wrong with a project, or with what Minga runs on this machine.
 
     ProjectError (ValueError)    minga.toml, its folder, or what is asked of them cannot be used
+    BusyError                    another process works in the project
     StackError                   a process of the local stack does not start, or ended
     DemoError                    a step of the demo did not give what it must
 
@@ -11,6 +12,10 @@ of their own: `minga.training.errors`, `minga.serving.errors`, `minga.federation
 
 class ProjectError(ValueError):
     """A project folder or its minga.toml cannot be used."""
+
+
+class BusyError(Exception):
+    """Another process searches or trains in the project."""
 
 
 class StackError(Exception):

@@ -7,17 +7,16 @@ needs from an earlier one is an argument. An interrupted search or training goes
 step is called again for the same code, data and settings.
 """
 
-import hashlib
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minga.cluster.learning import finished_search, search, train_model
+from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
@@ -41,6 +40,19 @@ from minga.training.trials import SearchResult
 
 if TYPE_CHECKING:
     from minga.training.train import Trained
+
+__all__ = [
+    "Registered",
+    "RunReport",
+    "check_data",
+    "evaluate",
+    "finished_search",
+    "promote",
+    "register_candidate",
+    "run",
+    "search",
+    "train_model",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +112,7 @@ def run(
         # Before Ray is started, which takes seconds.
         probe(project.loaded_task, project.loaded_task.defaults, project.splits)
         on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
-    with local_ray():
+    with occupied(project), local_ray():
         with clock.step("search"):
             found = search(project, on_progress, fresh=fresh_search)
         with clock.step("train"):
@@ -157,103 +169,6 @@ def check_data(project: Project, source: str | None = None) -> DataReport:
         violations=data.check(splits, expected, reference, project.data),
         reference=f"version {champion.version}" if champion else "itself",
     )
-
-
-def search(
-    project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
-) -> SearchResult:
-    """Search the Task's hyper-parameters.
-
-    A finished search is kept; the same code, data and settings give it again without a trial.
-
-    Args:
-        project: the project.
-        on_progress: hears of every epoch of every trial.
-        fresh: search anew, even if there is a finished or an interrupted search.
-
-    Raises:
-        ShapeError: one training step does not work; nothing was started.
-        TrainingError: every trial failed.
-        KeyboardInterrupt: the user stopped it; the same call goes on.
-    """
-    if not fresh and (kept := finished_search(project)) is not None:
-        total = len(kept.trials)
-        note = "kept from an earlier search of the same code, data and settings"
-        on_progress(Progress(step="search", done=total, total=total, note=note))
-        return kept
-    probe(project.loaded_task, project.loaded_task.defaults, project.splits)
-    folder = _search_folder(project)
-    if fresh:
-        _discard(folder)
-    tracker = project.tracker(on_progress)
-    on_progress(Progress(step="search", done=0, total=project.search.num_trials))
-    tags = {"minga.step": "search", "minga.data_sha256": digest_of(project.splits)}
-    with tracker.run("search", tags=tags) as run_id, local_ray():
-        # Ray reads its settings when it is imported, so not before it is started.
-        from minga.training.search import search as run_search  # noqa: PLC0415
-
-        found = run_search(
-            project.reference,
-            project.loaded_task,
-            project.splits,
-            config=project.search,
-            seed=project.seed,
-            folder=folder,
-            on_progress=on_progress,
-        )
-        tracker.log(run_id, params=found.params, metrics=found.metrics)
-        for trial in found.trials:
-            with tracker.run(f"trial {trial.number}", parent=run_id) as trial_id:
-                status = {"minga.status": trial.status}
-                tracker.log(trial_id, params=trial.params, history=trial.history, tags=status)
-    found.write(_search_file(project))
-    _discard(folder)
-    return found
-
-
-def finished_search(project: Project) -> SearchResult | None:
-    """Give the result of a finished search of the same code, data and settings, if there is one."""
-    file = _search_file(project)
-    if not file.exists():
-        return None
-    return SearchResult.read(file)
-
-
-def train_model(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained":
-    """Train with given hyper-parameters, as the `[training]` table says.
-
-    Args:
-        project: the project.
-        params: complete hyper-parameters, such as `SearchResult.params`.
-        on_progress: hears of every epoch.
-
-    Raises:
-        ShapeError: one training step does not work; nothing was started.
-        TrainingError: it failed more often than it may.
-        KeyboardInterrupt: the user stopped it; the same call goes on.
-    """
-    probe(project.loaded_task, params, project.splits)
-    tracker = project.tracker(on_progress)
-    tags = {"minga.step": "train", "minga.data_sha256": digest_of(project.splits)}
-    with tracker.run("train", tags=tags) as run_id, local_ray():
-        # Ray reads its settings when it is imported, so not before it is started.
-        from minga.training.train import train  # noqa: PLC0415
-
-        tracker.log(run_id, params={**params, "seed": project.seed})
-        tracker.log_settings(run_id, project.model_dump(mode="json"))
-        trained = train(
-            project.reference,
-            project.loaded_task,
-            project.splits,
-            params,
-            config=project.training,
-            seed=project.seed,
-            folder=project.ray_storage
-            / f"train-{_fingerprint(project, (project.training, dict(params)))}",
-            on_progress=on_progress,
-        )
-        tracker.log(run_id, history=trained.history)
-    return replace(trained, run_id=run_id)
 
 
 def register_candidate(
@@ -414,27 +329,6 @@ def _read_champion(project: Project, version: Version) -> Champion:
         onnx=(folder / MODEL).read_bytes(),
         schema=Schema.read(folder / SCHEMA),
     )
-
-
-def _search_folder(project: Project) -> Path:
-    return project.ray_storage / f"search-{_fingerprint(project, project.search)}"
-
-
-def _search_file(project: Project) -> Path:
-    return _search_folder(project).with_suffix(".json")
-
-
-def _fingerprint(project: Project, settings: object) -> str:
-    """Name work by all that decides its result: code beside the Task, data, seed and settings."""
-    digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
-    for file in sorted(project.reference.file.parent.glob("*.py")):
-        digest.update(file.name.encode() + file.read_bytes())
-    digest.update(digest_of(project.splits).encode())
-    return digest.hexdigest()[:16]
-
-
-def _discard(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _describe(report: DataReport) -> str:

@@ -111,6 +111,11 @@ class Project(BaseModel):
         )
 
     @property
+    def tensorboard_folder(self) -> Path:
+        """Where searches and trainings draw their curves: `tensorboard --logdir` shows them."""
+        return self.work_folder / "tensorboard"
+
+    @property
     def ray_storage(self) -> Path:
         """Where unfinished work is kept: MINGA_RAY_STORAGE, or a folder in the project."""
         return Path(Settings().ray_storage or self.work_folder / "ray")

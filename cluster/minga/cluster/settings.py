@@ -19,3 +19,7 @@ class Settings(BaseSettings):
     ray_storage: str = ""
     """Folder of unfinished searches and trainings, shared by all of Ray's machines; by default
     `.minga/ray`."""
+
+    ray_address: str = ""
+    """The Ray cluster that searches and trains, such as `auto` on one of its machines; by default a
+    Ray of this machine alone, for as long as the command lasts."""

@@ -1,8 +1,8 @@
 """The tables of `minga.toml` that the central path reads."""
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -49,11 +49,33 @@ class TrainConfig(Table):
     """How the chosen parameters are trained."""
 
     num_workers: Count = 2
-    """Processes that share each batch; each takes one CPU."""
+    """Processes that share each batch; each takes one CPU, or one GPU."""
+    min_workers: Annotated[int, Field(ge=0)] = 0
+    """Training goes on with so few workers when machines are lost, and grows again when they come
+    back; 0: it waits for num_workers."""
     epochs: Count = 10
     """Passes over the training split; the best one on the validation split is kept."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Training ends when so many epochs in a row gained nothing; 0: it never ends early."""
+    min_gain: Annotated[float, Field(ge=0)] = 0.0
+    """An epoch gains if the objective is better than ever before by more than this."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU for each worker if Ray has so many, else CPUs."""
+    precision: Literal["float32", "mixed"] = "float32"
+    """mixed: GPUs compute in bfloat16, or float16 where they lack that; weights stay float32, and
+    CPUs compute in float32 all the same."""
+    keep_checkpoints: Count = 2
+    """So many of the best epochs' checkpoints are kept while training lasts, beside the last."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced before training gives up."""
+
+    @model_validator(mode="after")
+    def _fewest_are_not_more(self) -> Self:
+        if self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}"
+            )
+        return self
 
 
 class GateConfig(Table):

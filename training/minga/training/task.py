@@ -8,7 +8,7 @@ import importlib.util
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -39,10 +39,16 @@ SplitName = Literal["train", "validation", "test"]
 
 
 class Batch(NamedTuple):
-    """The examples of one training step, first axis the batch."""
+    """The examples of one training step, first axis the batch; `weights` if they count unalike."""
 
     inputs: "torch.Tensor"
     targets: "torch.Tensor"
+    weights: "torch.Tensor | None" = None
+
+    def each(self, change: "Callable[[torch.Tensor], torch.Tensor]") -> "Batch":
+        """Change each of the tensors."""
+        weights = None if self.weights is None else change(self.weights)
+        return Batch(change(self.inputs), change(self.targets), weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +104,9 @@ class Task(ABC):
 
     Attributes:
         name: the registered model's name: lower-case letters, digits and dashes.
-        defaults: hyper-parameters used where nothing was searched. `lr`, `batch_size` and
-            `max_grad_norm` are understood by the defaults of this class and by the training loop.
+        defaults: hyper-parameters used where nothing was searched. `lr`, `batch_size`,
+            `max_grad_norm`, `accumulate`, `schedule`, `warmup` and `class_weights` are understood
+            by the defaults of this class and by the training loop.
         search_space: domains of the hyper-parameters to search; each has a default.
         objective: the metric that search, checkpoints and gates go by.
         columns: names of the inputs' columns, for messages and profiles.
@@ -143,9 +150,22 @@ class Task(ABC):
 
         return torch.optim.Adam(model.parameters(), lr=float(params.get("lr", 1e-3)))
 
+    def schedule(
+        self, optimiser: "torch.optim.Optimizer", params: Params, num_steps: int
+    ) -> "torch.optim.lr_scheduler.LRScheduler | None":
+        """Build what moves the learning rate after each step; see `minga.training.schedules`."""
+        from minga.training.schedules import schedule_of
+
+        return schedule_of(optimiser, params, num_steps)
+
     def step(self, model: "torch.nn.Module", batch: Batch) -> "torch.Tensor":
         """Give the loss of one training step; the loop does the rest."""
-        return self.loss(model(batch.inputs), batch.targets)
+        outputs = model(batch.inputs)
+        if batch.weights is None:
+            return self.loss(outputs, batch.targets)
+        from minga.training.weighting import weighted_loss
+
+        return weighted_loss(self.loss, outputs, batch.targets, batch.weights)
 
     def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:  # noqa: ARG002
         """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail."""

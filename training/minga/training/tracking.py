@@ -26,6 +26,7 @@ import mlflow.onnx
 import onnx
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from onnx.helper import tensor_dtype_to_np_dtype
@@ -34,6 +35,11 @@ for _noisy in ("alembic", "mlflow"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 PARENT_TAG = "mlflow.parentRunId"
+
+QUOTED_PARENT = f"`{PARENT_TAG}`"
+
+MAX_RUNS = 10_000
+"""The most nested runs that are looked at: more than MLflow gives at once by default."""
 
 BATCH_METRICS = 1000
 """The most values that MLflow takes at once."""
@@ -76,10 +82,26 @@ class Tracker:
 
     @contextmanager
     def run(
-        self, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
+        self,
+        name: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        parent: str | None = None,
+        kept: Path | None = None,
     ) -> Iterator[str]:
-        """Open a run and give its id; it ends as finished, killed or failed."""
-        run_id = self.start(name, tags=tags, parent=parent)
+        """Open a run and give its id; it ends as finished, killed or failed.
+
+        Args:
+            name: of the run.
+            tags: of the run.
+            parent: the run that it is nested under.
+            kept: a file that names the run until it is finished: after an interruption, a kill or
+                a failure the same call goes on with the run that the file names.
+        """
+        run_id = self._unfinished(kept) or self.start(name, tags=tags, parent=parent)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(run_id, encoding="utf-8")
         try:
             yield run_id
         except KeyboardInterrupt:
@@ -89,6 +111,22 @@ class Tracker:
             self.end(run_id, "FAILED")
             raise
         self.end(run_id, "FINISHED")
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+
+    def _unfinished(self, kept: Path | None) -> str | None:
+        """Take the run that a file names up again; None if there is none in this experiment."""
+        if kept is None or not kept.exists():
+            return None
+        run_id = kept.read_text(encoding="utf-8").strip()
+        try:
+            info = self.client.get_run(run_id).info
+        except MlflowException:
+            return None
+        if info.experiment_id != self.experiment_id or info.lifecycle_stage != "active":
+            return None
+        self.client.update_run(run_id, status="RUNNING")
+        return run_id
 
     def start(
         self, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
@@ -136,6 +174,18 @@ class Tracker:
         )
         for start in range(BATCH_METRICS, len(values), BATCH_METRICS):
             self.client.log_batch(run_id, metrics=values[start : start + BATCH_METRICS])
+
+    def last_epoch(self, run_id: str) -> int:
+        """Give the last epoch whose loss a run has; 0 if it has none."""
+        losses = self.client.get_metric_history(run_id, "train_loss")
+        return max((loss.step for loss in losses), default=0)
+
+    def children(self, run_id: str) -> dict[str, str]:
+        """Give the runs nested under one: name -> id."""
+        found = self.client.search_runs(
+            [self.experiment_id], f"tags.{QUOTED_PARENT} = '{run_id}'", max_results=MAX_RUNS
+        )
+        return {run.info.run_name: run.info.run_id for run in found}
 
     def log_settings(self, run_id: str, settings: dict[str, Any]) -> None:
         """Keep the resolved settings with a run, as its artifact `minga.json`."""
