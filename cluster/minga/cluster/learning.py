@@ -18,11 +18,16 @@ from minga.cluster.stack import local_ray
 from minga.training.data import digest_of
 from minga.training.probe import probe
 from minga.training.progress import OnProgress, Progress, silent
+from minga.training.search.picture import search_page
 from minga.training.space import Params
 from minga.training.trials import SearchResult
 
 if TYPE_CHECKING:
+    from minga.training.tracking import Tracker
     from minga.training.train import Trained
+
+PAGE = "search.html"
+"""The picture of a search, among the files of its run."""
 
 
 def search(
@@ -54,26 +59,46 @@ def search(
     tracker = project.tracker(on_progress)
     on_progress(Progress(step="search", done=0, total=project.search.num_trials))
     tags = {"minga.step": "search", "minga.data_sha256": digest_of(project.splits)}
-    with tracker.run("search", tags=tags) as run_id, local_ray():
-        # Ray reads its settings when it is imported, so not before it is started.
-        from minga.training.search import search as run_search  # noqa: PLC0415
-
-        found = run_search(
-            project.reference,
-            project.loaded_task,
-            project.splits,
-            config=project.search,
-            seed=project.seed,
-            folder=folder,
-            on_progress=on_progress,
-        )
-        tracker.log(run_id, params=found.params, metrics=found.metrics)
-        for trial in found.trials:
-            with tracker.run(f"trial {trial.number}", parent=run_id) as trial_id:
-                status = {"minga.status": trial.status}
-                tracker.log(trial_id, params=trial.params, history=trial.history, tags=status)
+    with (
+        occupied(project),
+        tracker.run("search", tags=tags, kept=folder.with_suffix(".run")) as run_id,
+        local_ray(),
+    ):
+        found = _search(project, tracker, run_id, folder, on_progress)
     found.write(_search_file(project))
     _discard(folder)
+    return found
+
+
+def _search(
+    project: Project, tracker: "Tracker", run_id: str, folder: Path, on_progress: OnProgress
+) -> SearchResult:
+    """Search, with a nested run for each trial."""
+    # Ray reads its settings when it is imported, so not before it is started.
+    from minga.training.recording import recording  # noqa: PLC0415
+    from minga.training.search.runs import TrialRuns, earlier_points  # noqa: PLC0415
+    from minga.training.search.tuning import search as run_search  # noqa: PLC0415
+
+    task, config = project.loaded_task, project.search
+    tracker.log_settings(run_id, project.model_dump(mode="json"))
+    points = earlier_points(tracker, task, config.warm_start) if config.warm_start else ()
+    with recording(tracker, project.tensorboard_folder / f"search-{run_id[:8]}") as recorder:
+        runs = TrialRuns(tracker, recorder, run_id, task.objective)
+        found = run_search(
+            project.reference,
+            task,
+            project.splits,
+            config=config,
+            seed=project.seed,
+            folder=folder,
+            points=points,
+            on_progress=on_progress,
+            on_epoch=runs.note,
+        )
+    runs.end(found.trials)
+    tracker.log(run_id, params=found.params, metrics=found.metrics)
+    page = search_page(found, task.objective, title=f"{task.name}: search")
+    tracker.client.log_text(run_id, page, PAGE)
     return found
 
 

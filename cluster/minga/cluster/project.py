@@ -113,7 +113,7 @@ class Project(BaseModel):
     @property
     def tensorboard_folder(self) -> Path:
         """Where searches and trainings draw their curves: `tensorboard --logdir` shows them."""
-        return self.work_folder / "tensorboard"
+        return Path(Settings().ray_storage or self.work_folder) / "tensorboard"
 
     @property
     def ray_storage(self) -> Path:

@@ -42,8 +42,10 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[None]:
     Raises:
         StackError: nobody answers at MINGA_RAY_ADDRESS.
     """
+    address = Settings().ray_address
     for name, value in ray_environment().items():
-        os.environ.setdefault(name, value)
+        if not (address and name.startswith("RAY_AUTH_")):  # a cluster has a token of its own
+            os.environ.setdefault(name, value)
     import ray  # noqa: PLC0415 - it reads those settings when it is imported
 
     if ray.is_initialized():
@@ -51,7 +53,6 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[None]:
         return
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    address = Settings().ray_address
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     with handlers_restored():
         if address:

@@ -33,16 +33,36 @@ class DataConfig(Table):
 class SearchConfig(Table):
     """How hyper-parameters are searched."""
 
+    searcher: Literal["random", "grid", "tpe"] = "random"
+    """What is tried: random points, all points of a grid, or what Optuna's TPE makes of the trials
+    so far (Bergstra et al. 2011)."""
+    scheduler: Literal["halving", "population", "none"] = "halving"
+    """halving: trials that are behind are cut (ASHA, Li et al. 2020). population: the weakest take
+    over the weights of the strongest (PBT, Jaderberg et al. 2017). none: all trials run to their
+    end."""
     num_trials: Count = 8
-    """Points of the search space that are tried."""
+    """Points of the search space that are tried, the Task's defaults first."""
+    budget_s: Annotated[float, Field(ge=0)] = 0.0
+    """The search ends after so many seconds, interruptions not counted; trials stop after the epoch
+    that they are in. 0: no limit."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """The search ends when so many trials in a row gained nothing; 0: it never ends early."""
+    warm_start: Annotated[int, Field(ge=0)] = 0
+    """So many of the best points of earlier searches of this Task are tried after the defaults."""
     max_epochs: Count = 8
     """Epochs of a trial that is never cut."""
     max_concurrent: Count = 2
     """Trials that run at a time; each takes one CPU."""
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs, or a share of one, that each trial takes as well."""
     grace_epochs: Count = 1
     """Epochs that every trial gets before it may be cut."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """At each rung one of this many trials goes on (ASHA, Li et al. 2020)."""
+    """At each rung one of this many trials goes on."""
+    grid_points: Count = 3
+    """Values of each range in a grid; of a choice it has all."""
+    perturbation_epochs: Count = 2
+    """Epochs of a generation of population based training."""
 
 
 class TrainConfig(Table):

@@ -88,6 +88,19 @@ class Learner:
         self._schedule_state = state["schedule"]
         self.history = list(state["history"])
 
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Go on from another learner's weights, with this one's own rates."""
+        own = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimiser.param_groups
+        ]
+        self.load(state)
+        for group, settings in zip(self.optimiser.param_groups, own, strict=True):
+            group.update(settings)
+        if self._schedule_state is not None:
+            rates = [group["lr"] for group in own]
+            self._schedule_state = {**self._schedule_state, "base_lrs": rates}
+
     def plan(self, num_steps: int) -> None:
         """Make the schedule for so many steps in all, where the last one was left."""
         self.schedule = self.task.schedule(self.optimiser, self.params, num_steps)

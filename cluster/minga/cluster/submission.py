@@ -1,0 +1,228 @@
+"""A project's work on a Ray cluster, sent there through Ray Jobs.
+
+What travels is the project folder, without what Minga keeps in it, keys, and what `.gitignore`
+names; and the code of this Minga, as a wheel would hold it but without its requirements: those are
+the cluster's. Ray installs a wheel with all its requirements anew on each machine, so the code
+travels as folders.
+
+What the job makes, it writes where the cluster and this machine both see it: to the tracking
+database, the artifacts and the storage of unfinished work that the environment names. A cluster on
+this very machine uses the project's own.
+"""
+
+import asyncio
+import contextlib
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from minga.cluster.errors import SubmissionError
+from minga.cluster.project import Project
+from minga.cluster.settings import Settings
+
+Verb = Literal["run", "tune", "train"]
+
+KEPT_BACK: Final = [
+    "/.minga/", "/devices/", "/coordinator/", ".git/", ".venv/", "__pycache__/",
+    "*.key", "*.pem", ".env",
+]  # fmt: skip
+"""What never travels: what Minga keeps, what identities are made of, what is made anew."""
+
+SHARED: Final = ("tracking_uri", "artifact_root", "ray_storage")
+"""Settings that name what the cluster and this machine both must see."""
+
+PACKAGE: Final = "minga"
+STOPPED_BY_USER: Final = 130
+POLL_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job on a cluster; `exit_code` is None until it has ended by itself."""
+
+    id: str
+    status: str
+    command: str
+    message: str
+    exit_code: int | None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing of it runs any more."""
+        return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class Cluster:
+    """The jobs of one Ray cluster."""
+
+    def __init__(self, address: str) -> None:
+        """Connect to a cluster.
+
+        Args:
+            address: of its dashboard, such as `http://127.0.0.1:8265`.
+
+        Raises:
+            SubmissionError: nobody answers there, or it refuses the token.
+        """
+        from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - takes a second
+
+        self._address = address
+        try:
+            self._client = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SubmissionError(
+                f"no Ray cluster at {address}: {reason}; start one with: ray start --head, or name "
+                "its dashboard with --address"
+            ) from error
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the cluster is on this machine."""
+        return urlsplit(self._address).hostname in ("127.0.0.1", "localhost", "::1")
+
+    def submit(self, project: Project, verb: Verb, words: list[str]) -> str:
+        """Send a command on a project to the cluster and give the job's id.
+
+        Args:
+            project: whose folder travels.
+            verb: the command.
+            words: more of its words, such as `--fresh`.
+
+        Raises:
+            SubmissionError: the cluster cannot write to where results are kept, or refuses the job.
+        """
+        python = sys.executable if self.is_here else "python3"
+        command = [python, "-m", "minga.cli", verb, "--project", ".", *words]
+        with _code() as modules:
+            environment = {
+                "working_dir": str(project.directory),
+                "py_modules": [str(module) for module in modules],
+                "excludes": KEPT_BACK,
+                "env_vars": self._settings(project),
+            }
+            return str(
+                self._ask(
+                    self._client.submit_job,
+                    entrypoint=shlex.join(command),
+                    runtime_env=environment,
+                    metadata={"minga.task": project.task},
+                )
+            )
+
+    def jobs(self) -> list[Job]:
+        """Give all jobs that the cluster still knows, the latest first."""
+        found = [job for job in self._ask(self._client.list_jobs) if job.submission_id]
+        found.sort(key=lambda job: job.start_time or 0, reverse=True)
+        return [_job(job) for job in found]
+
+    def job(self, job_id: str) -> Job:
+        """Give one job.
+
+        Raises:
+            SubmissionError: the cluster does not know it.
+        """
+        return _job(self._ask(self._client.get_job_info, job_id))
+
+    def follow(self, job_id: str, write: Callable[[str], object]) -> Job:
+        """Hand on what a job writes until it has ended.
+
+        Raises:
+            SubmissionError: the cluster does not know it, or does not answer any more.
+        """
+        self.job(job_id)
+
+        async def tail() -> None:
+            async for text in self._client.tail_job_logs(job_id):
+                write(text)
+
+        with contextlib.suppress(RuntimeError):  # the connection broke: the status tells
+            asyncio.run(tail())
+        while not (job := self.job(job_id)).has_ended:
+            time.sleep(POLL_S)
+        return job
+
+    def cancel(self, job_id: str) -> Job:
+        """Stop a job and wait until it has ended; what it has done is kept."""
+        self._ask(self._client.stop_job, job_id)
+        while not (job := self.job(job_id)).has_ended:
+            time.sleep(POLL_S)
+        return job
+
+    def _settings(self, project: Project) -> dict[str, str]:
+        """Give the environment of the job: where it works, and where its results go."""
+        own = Settings()
+        given = {name: str(getattr(own, name)) for name in SHARED}
+        missing = [f"MINGA_{name.upper()}" for name in SHARED if not given[name]]
+        if missing and not self.is_here:
+            raise SubmissionError(
+                f"the cluster at {self._address} cannot write into this folder; set "
+                f"{', '.join(missing)} to what its machines and this one see"
+            )
+        defaults = {
+            "tracking_uri": project.tracking_uri,
+            "artifact_root": project.artifact_root,
+            "ray_storage": str(project.ray_storage),
+        }
+        settings = {f"MINGA_{name.upper()}": given[name] or defaults[name] for name in SHARED}
+        return settings | {
+            "MINGA_RAY_ADDRESS": "auto",
+            # Reports wait for the next health check; 2 s by default.
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _ask(self, call: Callable[..., Any], *words: Any, **settings: Any) -> Any:
+        try:
+            return call(*words, **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            lines = [line for line in str(error).strip().splitlines() if line.strip()]
+            reason = lines[-1] if lines else type(error).__name__
+            raise SubmissionError(f"the cluster at {self._address} refused: {reason}") from error
+
+
+def exit_code_of(job: Job) -> int:
+    """Give the code with which the command that waits for a job should end."""
+    if job.status == "STOPPED":
+        return STOPPED_BY_USER
+    if job.exit_code is not None:
+        return job.exit_code
+    return 0 if job.status == "SUCCEEDED" else 1
+
+
+@contextlib.contextmanager
+def _code() -> Iterator[list[Path]]:
+    """Put this Minga's code together from its source roots: `minga/` and what names its version."""
+    import minga  # noqa: PLC0415 - the namespace as a whole, wherever its parts are
+
+    own = distribution(PACKAGE)
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / PACKAGE
+        for root in reversed(list(minga.__path__)):
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(root, package, dirs_exist_ok=True, ignore=ignored)
+        label = Path(scratch) / f"{PACKAGE}-{own.version}.dist-info"
+        label.mkdir()
+        label.joinpath("METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {own.version}\n", encoding="utf-8"
+        )
+        yield [package, label]
+
+
+def _job(found: Any) -> Job:
+    fields: Mapping[str, Any] = found.model_dump() if hasattr(found, "model_dump") else vars(found)
+    return Job(
+        id=str(fields["submission_id"]),
+        status=str(getattr(fields["status"], "value", fields["status"])),
+        command=str(fields["entrypoint"]),
+        message=str(fields["message"] or ""),
+        exit_code=fields.get("driver_exit_code"),
+    )
