@@ -87,7 +87,8 @@ class TrainConfig(Table):
     keep_checkpoints: Count = 2
     """So many of the best epochs' checkpoints are kept while training lasts, beside the last."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """How often lost workers are replaced before training gives up."""
+    """How often lost workers are replaced before training gives up. A lost machine may count twice:
+    for its workers, and for the try to replace them."""
 
     @model_validator(mode="after")
     def _fewest_are_not_more(self) -> Self:

@@ -45,7 +45,7 @@ class Course:
     points: Sequence[Params] = ()
     entries: dict[tuple[int, int], Entry] = field(init=False)
     resumed: bool = field(init=False)
-    _first: list[Params] = field(init=False)
+    _first: Sequence[Params] = field(init=False)
     _waiting: list[tuple[int, int]] = field(init=False)
     _halving: Halving | None = field(init=False)
     _began: float = field(init=False)

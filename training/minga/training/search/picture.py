@@ -133,7 +133,7 @@ class _Axis:
             self._names = [str(value) for value in sorted(few)]
             self._is_log, self._low, self._high = False, 0.0, float(len(self._names) - 1)
         elif all(type(value) in (int, float) for value in values):
-            low, high = float(min(values)), float(max(values))  # type: ignore[type-var]
+            low, high = float(min(values)), float(max(values))
             self._is_log = low > 0 and high / low > 30
             self._low, self._high = (math.log(low), math.log(high)) if self._is_log else (low, high)
         else:
