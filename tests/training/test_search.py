@@ -110,7 +110,7 @@ def test_search_goes_on_after_ctrl_c_and_a_killed_driver(run_search, tmp_path):
 
 def test_population_based_training(run_search):
     """The weak go on with weights and rates of the strong; later generations have their past."""
-    found = run_search(scheduler="population", perturbation_epochs=2, max_concurrent=4)
+    found = run_search(scheduler="population", perturbation_epochs=2, max_concurrent=2)
     assert [trial.epochs for trial in found.trials] == [4, 4, 4, 4]
     assert {trial.status for trial in found.trials} == {"finished"}
     ledger = Ledger(run_search.folder / "search").read()
