@@ -13,10 +13,12 @@ import pytest
 
 from minga.cluster import pipeline, template
 from minga.cluster.federate import federate, personal_of
+from minga.cluster.learning import picture_of
 from minga.cluster.project import load
 from minga.federation.flower.folder import TRAINER, client_app_of
 from minga.federation.parts import split_personal
 from minga.federation.v1 import federation_pb2 as pb
+from minga.training import choice
 from minga.training.bundle import LINEAGE, read_parameters
 from minga.training.errors import GateError
 from minga.training.lineage import Campaign, Lineage
@@ -104,12 +106,32 @@ def test_runs_are_recorded(finished, project):
     runs = tracker.client.search_runs([tracker.experiment_id])
     names = sorted(run.info.run_name for run in runs)
     assert names[:5] == ["search", "train", "trial 1", "trial 2", "trial 3"]
+    search = next(run.info.run_id for run in runs if run.info.run_name == "search")
+    assert tracker.children(search).keys() == {"trial 1", "trial 2", "trial 3"}
+    assert [file.path for file in tracker.client.list_artifacts(search)] == [
+        "minga.json",
+        "search.html",
+    ]
+    assert "3 trials" in picture_of(project).read_text()
     training = tracker.client.get_run(finished[1]["run_id"])
     assert training.data.metrics["test_average_precision"] > 0.9
     epochs = tracker.client.get_metric_history(training.info.run_id, "average_precision")
     assert [metric.step for metric in epochs] == [1, 2, 3, 4, 5, 6]
     (events,) = project.tensorboard_folder.glob(f"train-{training.info.run_id[:8]}/*")
     assert events.read_bytes().count(b"average_precision") == 6
+
+
+def test_best_points_of_earlier_searches_are_found(project):
+    """A warm start takes the best trials that MLflow has, as far as they lie in the space."""
+    from minga.training.search.runs import earlier_points
+
+    task, trials = project.loaded_task, pipeline.finished_search(project).trials
+    best = max(trials, key=lambda trial: trial.metrics["average_precision"])
+    points = earlier_points(project.tracker(), task, 2)
+    assert len(points) == 2
+    assert points[0] == {name: best.params[name] for name in task.search_space}
+    narrow = type("Narrow", (type(task),), {"search_space": {"hidden": choice([3, 5])}})()
+    assert earlier_points(project.tracker(), narrow, 2) == []
 
 
 def test_later_data_is_checked_against_the_champion(project):

@@ -76,7 +76,7 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
         json: Print JSON.
     """
     loaded = _load(project)
-    from minga.cluster.pipeline import search
+    from minga.cluster.learning import picture_of, search
 
     with show_progress() as show:
         found = search(loaded, show, fresh=fresh)
@@ -99,6 +99,8 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
         empty="the Task has no search_space; its defaults are used",
     )
     print_line(f"best: {_words(found.params)}")
+    if found.trials:
+        print_note(f"picture: {picture_of(loaded)}")
 
 
 def train(*, project: Path = Path(), params: Path | None = None, json: bool = False) -> None:

@@ -99,6 +99,7 @@ def _search(
     tracker.log(run_id, params=found.params, metrics=found.metrics)
     page = search_page(found, task.objective, title=f"{task.name}: search")
     tracker.client.log_text(run_id, page, PAGE)
+    picture_of(project).write_text(page, encoding="utf-8")
     return found
 
 
@@ -108,6 +109,11 @@ def finished_search(project: Project) -> SearchResult | None:
     if not file.exists():
         return None
     return SearchResult.read(file)
+
+
+def picture_of(project: Project) -> Path:
+    """Name the page that shows the search of the same code, data and settings, once it is over."""
+    return _search_file(project).with_suffix(".html")
 
 
 def train_model(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained":

@@ -12,6 +12,7 @@ this very machine uses the project's own.
 
 import asyncio
 import contextlib
+import logging
 import shlex
 import shutil
 import sys
@@ -42,6 +43,9 @@ SHARED: Final = ("tracking_uri", "artifact_root", "ray_storage")
 PACKAGE: Final = "minga"
 STOPPED_BY_USER: Final = 130
 POLL_S: Final = 0.5
+READY_S: Final = 60.0
+NOT_READY: Final = "No available agent"
+"""What a cluster says for some seconds after its start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,7 @@ class Cluster:
         from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - takes a second
 
         self._address = address
+        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
         try:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -181,12 +186,20 @@ class Cluster:
         }
 
     def _ask(self, call: Callable[..., Any], *words: Any, **settings: Any) -> Any:
-        try:
-            return call(*words, **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            lines = [line for line in str(error).strip().splitlines() if line.strip()]
-            reason = lines[-1] if lines else type(error).__name__
-            raise SubmissionError(f"the cluster at {self._address} refused: {reason}") from error
+        """Ask the cluster; one that has just started is given time to get ready."""
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                return call(*words, **settings)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                if NOT_READY in str(error) and time.monotonic() < deadline:
+                    time.sleep(POLL_S)
+                    continue
+                lines = [line for line in str(error).strip().splitlines() if line.strip()]
+                reason = lines[-1] if lines else type(error).__name__
+                raise SubmissionError(
+                    f"the cluster at {self._address} refused: {reason}"
+                ) from error
 
 
 def exit_code_of(job: Job) -> int:

@@ -41,8 +41,10 @@ def to_onnx(network: nn.Module, example: NDArray[Any]) -> bytes:
     try:
         program = _export(network, inputs)
     except Exception as error:
+        # The exporter's own words are of its steps; what stopped it is the cause.
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise TaskError(
-            f"the network does not export to ONNX: {str(error).strip().splitlines()[0]}; "
+            f"the network does not export to ONNX: {reason}; "
             "keep the shapes in `forward` static except for the batch"
         ) from error
     finally:
