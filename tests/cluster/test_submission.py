@@ -77,10 +77,16 @@ def two_machines(monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, value))
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": True,
+        "dashboard_port": free_port(),
+        # Another Ray on this machine may have the usual port, and jobs go through this one.
+        "dashboard_agent_listen_port": free_port(),
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, dashboard_agent_listen_port=free_port())
         yield cluster, f"http://127.0.0.1:{head['dashboard_port']}"
     finally:
         cluster.shutdown()
