@@ -219,9 +219,11 @@ def _code() -> Iterator[list[Path]]:
     own = distribution(PACKAGE)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / PACKAGE
-        for root in reversed(list(minga.__path__)):
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-            shutil.copytree(root, package, dirs_exist_ok=True, ignore=ignored)
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        for part in (part for root in minga.__path__ for part in Path(root).iterdir()):
+            # Of two installations the first is what Python imports: it is not mixed with the other.
+            if part.is_dir() and not (package / part.name).exists():
+                shutil.copytree(part, package / part.name, ignore=ignored)
         label = Path(scratch) / f"{PACKAGE}-{own.version}.dist-info"
         label.mkdir()
         label.joinpath("METADATA").write_text(
