@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minga.cluster.checking import require_valid_data
 from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
@@ -43,6 +44,7 @@ def search(
         fresh: search anew, even if there is a finished or an interrupted search.
 
     Raises:
+        SchemaError: the data breaks its schema; nothing was started.
         ShapeError: one training step does not work; nothing was started.
         TrainingError: every trial failed.
         KeyboardInterrupt: the user stopped it; the same call goes on.
@@ -52,6 +54,7 @@ def search(
         note = "kept from an earlier search of the same code, data and settings"
         on_progress(Progress(step="search", done=total, total=total, note=note))
         return kept
+    require_valid_data(project)
     probe(project.loaded_task, project.loaded_task.defaults, project.splits)
     folder = _search_folder(project)
     if fresh:
@@ -125,10 +128,12 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
         on_progress: hears of every epoch.
 
     Raises:
+        SchemaError: the data breaks its schema; nothing was started.
         ShapeError: one training step does not work; nothing was started.
         TrainingError: it failed more often than it may.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
+    require_valid_data(project)
     probe(project.loaded_task, params, project.splits)
     tracker = project.tracker(on_progress)
     folder = _training_folder(project, params)
@@ -161,19 +166,19 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
 
 
 def _training_folder(project: Project, params: Params) -> Path:
-    work = _fingerprint(project, (project.training, dict(params)))
+    work = fingerprint(project, (project.training, dict(params)))
     return project.ray_storage / f"train-{work}"
 
 
 def _search_folder(project: Project) -> Path:
-    return project.ray_storage / f"search-{_fingerprint(project, project.search)}"
+    return project.ray_storage / f"search-{fingerprint(project, project.search)}"
 
 
 def _search_file(project: Project) -> Path:
     return _search_folder(project).with_suffix(".json")
 
 
-def _fingerprint(project: Project, settings: object) -> str:
+def fingerprint(project: Project, settings: object) -> str:
     """Name work by all that decides its result: code beside the Task, data, seed and settings."""
     digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
     for file in sorted(project.reference.file.parent.glob("*.py")):

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minga.cluster.learning import finished_search, search, train_model
+from minga.cluster.checking import find_champion, require_valid_data
+from minga.cluster.learning import fingerprint, finished_search, search, train_model
 from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
-from minga.training.bundle import MODEL, PROFILE, SCHEMA, Bundle
+from minga.training.bundle import MODEL, SCHEMA, Bundle
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
@@ -30,9 +31,8 @@ from minga.training.history import Record
 from minga.training.lineage import Campaign, Lineage, trace
 from minga.training.network import build_network, load_parameters
 from minga.training.probe import probe
-from minga.training.profile import Profile
 from minga.training.progress import OnProgress, Progress, silent
-from minga.training.registry import CHALLENGER, CHAMPION, Version
+from minga.training.registry import CHALLENGER, Version
 from minga.training.schema import Schema
 from minga.training.space import Params
 from minga.training.task import SplitName
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Registered",
     "RunReport",
-    "check_data",
     "evaluate",
+    "fingerprint",
     "finished_search",
     "promote",
     "register_candidate",
@@ -101,14 +101,13 @@ def run(
     """Check data, search, train, judge, register, and promote if all gates passed.
 
     Raises:
-        DataError: the data breaks its schema.
+        SchemaError: the data breaks its schema.
         TrainingError: search or training failed; its subclasses say how.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
     clock = _Clock()
     with clock.step("data"):
-        report = check_data(project)
-        report.require_valid()
+        report = require_valid_data(project)
         # Before Ray is started, which takes seconds.
         probe(project.loaded_task, project.loaded_task.defaults, project.splits)
         on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
@@ -134,40 +133,6 @@ def run(
         registered=registered,
         promoted=registered.report.blessed,
         seconds=clock.seconds,
-    )
-
-
-def check_data(project: Project, source: str | None = None) -> DataReport:
-    """Check data against the champion's schema and profile, or its own if there is no champion.
-
-    Args:
-        project: whose Task reads the data.
-        source: other data than the project's; a relative path is taken from the project folder.
-
-    Raises:
-        DataError: the Task cannot read the source.
-    """
-    task = project.loaded_task
-    if source is None:
-        name, splits = project.source, project.splits
-    else:
-        name = project.reference.resolve(source)
-        splits = data.read_splits(task, name)
-    schema, profile = task.schema(splits.train), data.profile_of(task, splits.train)
-    champion = _find_champion(project)
-    expected, reference = schema, profile
-    if champion is not None:
-        folder = project.registry().fetch(champion.name, champion.version)
-        expected, reference = Schema.read(folder / SCHEMA), Profile.read(folder / PROFILE)
-    return DataReport(
-        task=task.name,
-        source=name,
-        digest=digest_of(splits),
-        num_examples={part: len(splits[part]) for part in data.SPLIT_NAMES},
-        data_schema=schema,
-        profile=profile,
-        violations=data.check(splits, expected, reference, project.data),
-        reference=f"version {champion.version}" if champion else "itself",
     )
 
 
@@ -255,7 +220,7 @@ def _assess(project: Project, parameters: Parameters, params: Params) -> tuple[C
     network = build_network(task, params, splits.train, seed=project.seed)
     load_parameters(network, parameters)
     schema = task.schema(splits.train)
-    champion = _find_champion(project)
+    champion = find_champion(project)
     candidate = assess(
         task,
         network,
@@ -313,13 +278,6 @@ def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
         bundle_path=registry.fetch(version.name, version.version),
         metrics=report.metrics,
     )
-
-
-def _find_champion(project: Project) -> Version | None:
-    """Give the champion without making a database only to find none in it."""
-    if not project.has_registry:
-        return None
-    return project.registry().find(project.loaded_task.name, CHAMPION)
 
 
 def _read_champion(project: Project, version: Version) -> Champion:
