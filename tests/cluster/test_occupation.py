@@ -37,7 +37,7 @@ def test_second_command_is_refused(tmp_path, capsys):
         with pytest.raises(SystemExit) as left:
             main(["run", "--project", str(project.directory)])
         holder.kill()
-    assert left.value.code == 40
+    assert left.value.code == 42
     assert f"process {holder.pid}" in capsys.readouterr().err
     with occupied(project), occupied(project):
         pass

@@ -22,8 +22,8 @@ EXTRAS = {"tensorflow_metadata": "'minga[tfdv]'"}
 EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
     "minga.cluster.errors.ProjectError": 10,
-    "minga.cluster.errors.BusyError": 40,
-    "minga.cluster.errors.SubmissionError": 41,
+    "minga.cluster.errors.BusyError": 42,
+    "minga.cluster.errors.SubmissionError": 43,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
     # minga.training.errors
