@@ -27,8 +27,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": ("minga.cli.project:tune", "Search hyper-parameters with Ray Tune."),
     "train": ("minga.cli.project:train", "Train once with given parameters and register."),
     "simulate": ("minga.cli.simulate:simulate", "Play a federation on virtual devices."),
-    "submit": ("minga.cli.submit:submit", "Send run, tune or train to a Ray cluster."),
-    "job": ("minga.cli.submit:app", "List, follow and cancel jobs on a Ray cluster."),
     "data": ("minga.cli.data:app", "Check data against its schema."),
     "model": ("minga.cli.model:app", "List, show, promote registered model versions."),
     "serve": ("minga.cli.serve:serve", "Serve registered models over the Open Inference Protocol."),

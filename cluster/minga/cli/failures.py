@@ -23,7 +23,6 @@ EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
     "minga.cluster.errors.ProjectError": 10,
     "minga.cluster.errors.BusyError": 42,
-    "minga.cluster.errors.SubmissionError": 43,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
     # minga.training.errors
