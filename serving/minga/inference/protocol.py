@@ -60,6 +60,11 @@ class InferRequest:
     id: str | None = None
     binary_outputs: bool = False
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs that the caller named."""
+        return tuple(output.name for output in self.outputs)
+
     def wants_binary(self, output: str) -> bool:
         """Tell whether this output goes back as raw bytes."""
         for requested in self.outputs:
