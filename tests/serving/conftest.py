@@ -18,6 +18,7 @@ from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ClientError
+from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
@@ -178,12 +179,12 @@ def make_app(write_model) -> Callable[..., InferenceApp]:
 
 
 @contextlib.contextmanager
-def serving(app: InferenceApp) -> Iterator[str]:
+def serving(app: InferenceApp, *, grpc: bool = False) -> Iterator[str]:
     """Run a real server on a free loopback port, in a loop of its own, and give its URL."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(app, port=0)
+    server = GrpcServer(app.service, port=0) if grpc else Server(app, port=0)
     try:
         asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
         yield server.url

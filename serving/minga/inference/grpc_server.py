@@ -45,9 +45,14 @@ class GrpcServer:
         self._server: grpc.aio.Server | None = None
 
     @property
-    def address(self) -> str:
+    def url(self) -> str:
         """Where clients reach the server, as `grpc://host:port`; only after `start`."""
         return f"grpc://{url_host(self._host)}:{self._port}"
+
+    @property
+    def is_started(self) -> bool:
+        """Whether requests are answered."""
+        return self._server is not None
 
     async def start(self) -> None:
         """Listen, and return once requests are answered.

@@ -16,6 +16,7 @@ from minga.inference.engine import PLATFORM, OnnxModel
 from minga.inference.errors import BadRequestError, InferenceError
 from minga.inference.grpc_wire import (
     SERVICE,
+    STATUS_KEY,
     read_request,
     status_of,
     write_response,
@@ -72,7 +73,8 @@ class GrpcService:
                 message = await self._service.beside(len(data), _parse, kind, data)
                 response: bytes = (await method(message)).SerializeToString()
             except InferenceError as error:
-                await context.abort(status_of(error), str(error))
+                trailers = ((STATUS_KEY, str(error.status)),)
+                await context.abort(status_of(error), str(error), trailers)
             except Exception as error:
                 if isinstance(error, grpc.aio.AbortError):
                     raise

@@ -38,21 +38,24 @@ STATUSES: Final = {
     503: grpc.StatusCode.UNAVAILABLE,
 }
 """HTTP status -> gRPC status."""
+STATUS_KEY: Final = "minga-status"
+"""The trailer of an error that says its HTTP status, of which gRPC's is a rougher form."""
 
 _FIELDS: Final = {
-    Datatype.BOOL: "bool_contents",
-    Datatype.INT8: "int_contents",
-    Datatype.INT16: "int_contents",
-    Datatype.INT32: "int_contents",
-    Datatype.INT64: "int64_contents",
-    Datatype.UINT8: "uint_contents",
-    Datatype.UINT16: "uint_contents",
-    Datatype.UINT32: "uint_contents",
-    Datatype.UINT64: "uint64_contents",
-    Datatype.FP32: "fp32_contents",
-    Datatype.FP64: "fp64_contents",
-    Datatype.BYTES: "bytes_contents",
+    Datatype.BOOL: ("bool_contents", np.bool_),
+    Datatype.INT8: ("int_contents", np.int32),
+    Datatype.INT16: ("int_contents", np.int32),
+    Datatype.INT32: ("int_contents", np.int32),
+    Datatype.INT64: ("int64_contents", np.int64),
+    Datatype.UINT8: ("uint_contents", np.uint32),
+    Datatype.UINT16: ("uint_contents", np.uint32),
+    Datatype.UINT32: ("uint_contents", np.uint32),
+    Datatype.UINT64: ("uint64_contents", np.uint64),
+    Datatype.FP32: ("fp32_contents", np.float32),
+    Datatype.FP64: ("fp64_contents", np.float64),
+    Datatype.BYTES: ("bytes_contents", np.object_),
 }
+"""Where a datatype's elements are in `InferTensorContents`, and their type there."""
 
 
 def status_of(error: InferenceError) -> grpc.StatusCode:
@@ -184,9 +187,9 @@ def _read_tensor(tensor: Any, content: bytes | None) -> Array:
 def _read_typed(
     contents: pb.InferTensorContents, datatype: Datatype, shape: tuple[int, ...], name: str
 ) -> Array:
-    field = _FIELDS.get(datatype)
-    if field is None:
+    if datatype not in _FIELDS:
         raise BadRequestError(f"tensor '{name}': {datatype} has no typed form; send it raw")
+    field, listed = _FIELDS[datatype]
     strange = [
         descriptor.name for descriptor, _ in contents.ListFields() if descriptor.name != field
     ]
@@ -199,7 +202,7 @@ def _read_typed(
         )
     if datatype is Datatype.BYTES:
         return _strings(values, name).reshape(shape)
-    wide = np.array(values, dtype=np.float64 if datatype is Datatype.FP64 else None)
+    wide = np.array(values, dtype=listed)
     if len(values) and datatype.dtype.kind in "iu":
         bounds = np.iinfo(datatype.dtype)
         if wide.min() < bounds.min or wide.max() > bounds.max:
