@@ -202,7 +202,7 @@ def _read_typed(
         )
     if datatype is Datatype.BYTES:
         return _strings(values, name).reshape(shape)
-    wide = np.array(values, dtype=listed)
+    wide: Array = np.array(values, dtype=listed)
     if len(values) and datatype.dtype.kind in "iu":
         bounds = np.iinfo(datatype.dtype)
         if wide.min() < bounds.min or wide.max() > bounds.max:

@@ -225,7 +225,7 @@ def _schemas() -> dict[str, Any]:
                 }
             )
         ),
-        "Options": _object({}, parameters=_PARAMETERS),
+        "Options": _object({}, parameters=_PARAMETERS | {"maxProperties": 0}),
     }
 
 
