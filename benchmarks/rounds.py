@@ -121,7 +121,8 @@ async def run_campaign(processes: Processes, case: Case, protection: str, num_ro
     if last.state != pb.CAMPAIGN_STATE_COMPLETED:
         raise RuntimeError(f"the campaign failed: {last.reason}")
     for record in last.rounds:  # nobody got away with sending nothing
-        assert len(record.survivors) == case.num_devices
+        if len(record.survivors) != case.num_devices:
+            raise RuntimeError(f"round {record.round_id} lost devices: {dict(record.lost)}")
         least = case.num_devices * case.model_bytes // (1 if protection == "plain" else 2)
         assert record.bytes_received >= least, record
     right = expected(case, num_rounds)
@@ -267,8 +268,11 @@ def targets(results: Sequence[Result]) -> Iterator[Target]:
 
 def main() -> None:
     """Measure, print, write."""
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--case", choices=[str(case) for case in FULL.cases], help="this one alone")
+    options = parser.parse_args()
     scale = QUICK if options.quick else FULL
+    cases = [case for case in FULL.cases if str(case) == options.case] or scale.cases
     under = conditions(["grpcio", "cryptography", "numpy"])
     with ending_cleanly(), ExitStack() as stack:
         flower = None
@@ -280,7 +284,7 @@ def main() -> None:
         print_conditions(under)
         limit = stack.enter_context(Rival(Path(sys.executable), "bare_rounds"))
         try:
-            results = [measure(case, scale, limit, flower) for case in scale.cases]
+            results = [measure(case, scale, limit, flower) for case in cases]
         except RivalError as error:
             sys.exit(f"\na rival failed: {error}; see what we reach with --ours-only")
     print(file=sys.stderr)

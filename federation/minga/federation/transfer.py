@@ -10,8 +10,9 @@ import asyncio
 import glob
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import suppress
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +45,31 @@ class Retry:
 
 
 @dataclass(slots=True)
+class Moved:
+    """What a transfer took, broken attempts included."""
+
+    content_bytes: int = 0
+    """Of the blob, unpacked."""
+    wire_bytes: int = 0
+    """What its chunks took on the link; packed ones take less."""
+    seconds: float = 0.0
+    """From the first chunk that was asked for or sent to the end."""
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Count the time that the body takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+@dataclass(slots=True)
 class _Progress:
     """What one transfer has seen so far."""
 
+    moved: Moved
     offset: int = 0
     failures: int = 0
     is_resumed: bool = False
@@ -80,7 +103,7 @@ async def upload(
     compress: bool = False,
     is_new: bool = False,
     retry: Retry | None = None,
-) -> None:
+) -> Moved:
     """Send a blob, from where the coordinator has it on; returns when it is stored there.
 
     Args:
@@ -92,6 +115,9 @@ async def upload(
         is_new: True if it is not likely to have any of it yet: it is asked only if that fails.
         retry: How patient to be.
 
+    Returns:
+        What it took.
+
     Raises:
         UnreachableError: the link stayed broken.
         PeerError: the content does not have that digest.
@@ -99,10 +125,11 @@ async def upload(
         AccessError: this blob is not expected from this sender.
     """
     size = source.stat().st_size if isinstance(source, Path) else len(source)
+    moved = Moved()
 
     async def send(offset: int) -> None:
         header = pb.UploadHeader(digest=digest, size=size, offset=offset)
-        await _send(stub, header, source, Packer() if compress else None)
+        await _send(stub, header, source, Packer() if compress else None, moved)
 
     async def attempt(progress: _Progress) -> None:
         with calling(address):
@@ -117,8 +144,9 @@ async def upload(
     if is_new:
         with suppress(FederationError), calling(address):
             await send(0)
-            return
-    await _persist(attempt, retry or Retry())
+            return moved
+    await _persist(attempt, retry or Retry(), moved)
+    return moved
 
 
 async def download(
@@ -131,7 +159,7 @@ async def download(
     compress: bool = False,
     is_durable: bool = True,
     retry: Retry | None = None,
-) -> None:
+) -> Moved:
     """Fetch a blob into a file, which appears when it is complete and its digest was checked.
 
     What came so far waits beside the file under a name with the digest, also for another process.
@@ -146,6 +174,9 @@ async def download(
         is_durable: False if nobody needs the file after a loss of power.
         retry: How patient to be.
 
+    Returns:
+        What it took.
+
     Raises:
         UnreachableError: the link stayed broken.
         MissingBlobError: the coordinator has no such blob.
@@ -155,6 +186,7 @@ async def download(
     """
     part_path = path.with_name(f".{path.name}.{digest.hex()}.part")
     _remove_other_parts(path, part_path)
+    moved = Moved()
 
     async def attempt(progress: _Progress) -> None:
         offset = part_path.stat().st_size if part_path.exists() else 0
@@ -168,12 +200,15 @@ async def download(
             part_path.unlink(missing_ok=True)
             raise
 
-    await _persist(attempt, retry or Retry())
+    await _persist(attempt, retry or Retry(), moved)
+    return moved
 
 
-async def _persist(attempt: Callable[[_Progress], Awaitable[None]], retry: Retry) -> None:
+async def _persist(
+    attempt: Callable[[_Progress], Awaitable[None]], retry: Retry, moved: Moved
+) -> None:
     """Try until it is done, the link stays broken, or the other side refuses."""
-    progress = _Progress()
+    progress = _Progress(moved)
     while True:
         try:
             return await attempt(progress)
@@ -195,6 +230,7 @@ async def _send(
     header: pb.UploadHeader,
     source: Content,
     packer: Packer | None,
+    moved: Moved,
 ) -> None:
     """Send the header, wait until it is accepted or refused, send the rest."""
     call = stub.Upload()
@@ -203,20 +239,23 @@ async def _send(
         await call.write(pb.UploadRequest(header=header))
         # Chunks sent into a refusal would be lost, and so would its reason: see `error_of`.
         await call.initial_metadata()
-        while (request := await asyncio.to_thread(_next_request, pieces, packer)) is not None:
-            await call.write(request)
-        await call.done_writing()
+        with moved.timing():
+            while request := await asyncio.to_thread(_next_request, pieces, packer, moved):
+                await call.write(request)
+            await call.done_writing()
+            await call
     except (asyncio.InvalidStateError, grpc.aio.InternalError):
-        pass  # the coordinator has answered already; the call says what
-    await call
+        await call  # the coordinator has answered already; the call says what
 
 
 def _next_request(
-    pieces: Generator[bytes, None, None], packer: Packer | None
+    pieces: Generator[bytes, None, None], packer: Packer | None, moved: Moved
 ) -> pb.UploadRequest | None:
     """Read and pack the next piece of a blob; None after the last."""
     chunk = next(pieces, b"")
     frame = packer.pack(chunk) if packer else None
+    moved.content_bytes += len(chunk)
+    moved.wire_bytes += len(chunk if frame is None else frame)
     if frame is not None:
         return pb.UploadRequest(zstd_chunk=frame)
     return pb.UploadRequest(chunk=chunk) if chunk else None
@@ -247,11 +286,12 @@ async def _receive(
     """
     part: PartFile | None = None
     try:
-        async for response in stub.Download(request):
-            if part is None:
-                part = await _open_part(part_path, request.digest, response.size, max_bytes)
-            await asyncio.to_thread(_append, part, response)
-            progress.note(part.offset)
+        with progress.moved.timing():
+            async for response in stub.Download(request):
+                if part is None:
+                    part = await _open_part(part_path, request.digest, response.size, max_bytes)
+                await asyncio.to_thread(_append, part, response, progress.moved)
+                progress.note(part.offset)
     except BaseException:
         if part is not None:
             part.close()
@@ -261,9 +301,12 @@ async def _receive(
     return part
 
 
-def _append(part: PartFile, response: pb.DownloadResponse) -> None:
+def _append(part: PartFile, response: pb.DownloadResponse, moved: Moved) -> None:
     frame = response.zstd_chunk
-    part.append(part.offset, unpack(frame) if frame else response.chunk)
+    chunk = unpack(frame) if frame else response.chunk
+    moved.content_bytes += len(chunk)
+    moved.wire_bytes += len(frame or chunk)
+    part.append(part.offset, chunk)
 
 
 async def _open_part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:

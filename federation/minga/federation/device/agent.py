@@ -16,6 +16,7 @@ import grpc
 
 from minga.federation import transfer, transport, wire
 from minga.federation.condition import Condition
+from minga.federation.device.capacity import Capacity, Compress
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.machine import measure
@@ -66,7 +67,7 @@ class Agent:
         allow_plain: whether the coordinator may see this device's updates.
         queries: what queries may find out here.
         look: says what this machine is doing.
-        compress: whether models and plain updates travel as Zstandard frames.
+        compress: when models and plain updates travel as Zstandard frames.
     """
 
     def __init__(
@@ -81,14 +82,14 @@ class Agent:
         allow_plain: bool = False,
         queries: Queries = NO_QUERIES,
         look: Callable[[], Condition] = measure,
-        compress: bool = False,
+        compress: Compress = "auto",
     ) -> None:
         self._link = link
         self._redial = Redial(link)
         self._look = look
         self._queries = queries
         self._keepsakes = keepsakes
-        self._compress = compress
+        self._capacity = Capacity(compress, metrics)
         self._allow_plain = allow_plain
         self._trainer = trainer
         self._slots = slots
@@ -366,26 +367,28 @@ class Agent:
     async def _download(self, digest: bytes, path: Path, *, is_durable: bool = True) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.download(
+            moved = await transfer.download(
                 stub,
                 digest,
                 path,
                 address=self._link.address,
-                compress=self._compress,
+                compress=self._capacity.packs("down"),
                 is_durable=is_durable,
             )
+        self._capacity.note("down", moved)
 
     async def _upload(self, digest: bytes, data: bytes | memoryview) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.upload(
+            moved = await transfer.upload(
                 stub,
                 data,
                 digest,
                 address=self._link.address,
-                compress=self._compress,
+                compress=self._capacity.packs("up"),
                 is_new=True,
             )
+        self._capacity.note("up", moved)
 
     # --- models ---
 
