@@ -6,8 +6,10 @@ It needs no framework and hosts anywhere: uvicorn in this process (`server`), Ra
 Every answer that is no success is `{"error": "..."}`, which is where clients look for it.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -58,6 +60,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_HEADER_BYTES: Final = 64 * 1024
+_BUFFERED_BYTES: Final = 64 * 1024  # what a server's own buffer takes without waiting
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
 
@@ -107,27 +110,39 @@ class InferenceApp:
                 await send({"type": "websocket.close", "code": 1003})
 
     async def _answer_http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.service.share() as share:
+            answer = await self._answer(scope, receive, share)
+            if answer is None:
+                return
+            length = (b"content-length", str(len(answer.body)).encode())
+            head = {"type": "http.response.start", "status": answer.status}
+            await send(head | {"headers": [*answer.headers, length]})
+            body = b"" if scope["method"] == "HEAD" else answer.body
+            if len(body) <= _BUFFERED_BYTES:
+                await send({"type": "http.response.body", "body": body})
+                return
+            # The second message waits until the caller has taken the first; until then its
+            # memory is the request's share, so that callers who do not read cannot take it all.
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.service.limits.body_timeout_s):
+                    await send({"type": "http.response.body", "body": b""})
+
+    async def _answer(self, scope: Scope, receive: Receive, share: Share) -> _Answer | None:
+        """Answer one request; None if its caller went away."""
         try:
-            answer = await self._route(scope, receive)
+            answer = await self._route(scope, receive, share)
+            share.take(len(answer.body))
         except InferenceError as error:
-            answer = _refusal(error)
+            return _refusal(error)
         except DisconnectedError:
-            return
+            return None
         except Exception:  # noqa: BLE001 - a bug of ours must not close the caller's connection
             _LOG.exception("unexpected error on %s %s", scope["method"], scope["path"])
-            answer = _json({"error": "internal error; the server's log has the details"}, 500)
-        length = (b"content-length", str(len(answer.body)).encode())
-        await send(
-            {
-                "type": "http.response.start",
-                "status": answer.status,
-                "headers": [*answer.headers, length],
-            }
-        )
-        body = b"" if scope["method"] == "HEAD" else answer.body
-        await send({"type": "http.response.body", "body": body})
+            return _json({"error": "internal error; the server's log has the details"}, 500)
+        return answer
 
-    async def _route(self, scope: Scope, receive: Receive) -> _Answer:
+    async def _route(self, scope: Scope, receive: Receive, share: Share) -> _Answer:
         fields = scope["headers"]
         if sum(len(name) + len(value) for name, value in fields) > _MAX_HEADER_BYTES:
             raise HeadersTooLargeError(f"the headers are over {_MAX_HEADER_BYTES} bytes")
@@ -143,10 +158,11 @@ class InferenceApp:
         headers = dict(fields)
         if match.route.operation is Operation.INFER:
             assert match.model is not None, "the path names it"
-            call = _HttpCall(headers, receive)
-            return await self.service.infer(match.model, match.version, call)
+            return await self.service.infer(
+                match.model, match.version, _HttpCall(headers, receive, share)
+            )
         if match.route.method == "POST":
-            return await self._manage(match, headers, receive)
+            return await self._manage(match, _HttpCall(headers, receive, share))
         return self._describe(match)
 
     def _describe(self, match: Match) -> _Answer:
@@ -185,9 +201,9 @@ class InferenceApp:
             "outputs": [_spec(spec) for spec in model.outputs],
         }
 
-    async def _manage(self, match: Match, headers: dict[bytes, bytes], receive: Receive) -> _Answer:
+    async def _manage(self, match: Match, call: "_HttpCall") -> _Answer:
         """Answer for the repository."""
-        options = await self._options(headers, receive)
+        options = await self._options(call)
         if match.route.operation is Operation.REPOSITORY_INDEX:
             only_ready = options.get("ready", False)
             if type(only_ready) is not bool:
@@ -202,11 +218,9 @@ class InferenceApp:
             await self.service.unload(match.model)
         return _json({})
 
-    async def _options(self, headers: dict[bytes, bytes], receive: Receive) -> dict[str, Any]:
+    async def _options(self, call: "_HttpCall") -> dict[str, Any]:
         """Read a body that may be absent, and is a JSON object else."""
-        call = _HttpCall(headers, receive)
-        with self.service.share() as share:
-            await call.receive(self.service.limits, share)
+        await call.receive(self.service.limits)
         body = call.plain()
         try:
             options = orjson.loads(body or b"{}")
@@ -232,16 +246,19 @@ class InferenceApp:
 class _HttpCall:
     """An inference request over HTTP, a `service.Call`."""
 
-    def __init__(self, headers: dict[bytes, bytes], receive: Receive) -> None:
+    def __init__(self, headers: dict[bytes, bytes], receive: Receive, share: Share) -> None:
         self._headers = headers
+        self._share = share
         self._receive = receive
         self._body = b""
         self._max_bytes = 0
 
-    async def receive(self, limits: Limits, share: Share) -> int:
+    async def receive(self, limits: Limits) -> int:
         """Read the body; one that has to be inflated counts as one of the largest."""
         announced = self._headers.get(b"content-length")
-        self._body = await read_body(self._receive, announced=announced, limits=limits, share=share)
+        self._body = await read_body(
+            self._receive, announced=announced, limits=limits, share=self._share
+        )
         self._max_bytes = limits.max_body_bytes
         return self._max_bytes if b"content-encoding" in self._headers else len(self._body)
 

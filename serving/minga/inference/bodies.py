@@ -29,7 +29,7 @@ class DisconnectedError(Exception):
 
 
 class Budget:
-    """The memory that all bodies together may take. For one event loop.
+    """The memory that requests and answers together may take. For one event loop.
 
     Args:
         max_bytes: how much that is.
@@ -76,6 +76,11 @@ class Share:
         self._budget.take(num_bytes)
         self._taken += num_bytes
 
+    def give_back(self, _: object = None) -> None:
+        """Give back all of it; also what gRPC calls at the end of a request."""
+        self._budget.give_back(self._taken)
+        self._taken = 0
+
     def __enter__(self) -> Self:
         return self
 
@@ -85,7 +90,7 @@ class Share:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._budget.give_back(self._taken)
+        self.give_back()
 
 
 async def read_body(

@@ -11,7 +11,6 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 
-from minga.inference.bodies import Share
 from minga.inference.engine import PLATFORM, OnnxModel
 from minga.inference.errors import BadRequestError, InferenceError
 from minga.inference.grpc_wire import (
@@ -69,9 +68,14 @@ class GrpcService:
         """Make what gRPC calls: bytes in, bytes out, errors as statuses."""
 
         async def answer(data: bytes, context: Context) -> bytes:
+            share = self._service.share()
+            # When the answer has gone; the stubs want another context than they give.
+            context.add_done_callback(share.give_back)  # type: ignore[arg-type]
             try:
+                share.take(len(data))
                 message = await self._service.beside(len(data), _parse, kind, data)
                 response: bytes = (await method(message)).SerializeToString()
+                share.take(len(response))
             except InferenceError as error:
                 trailers = ((STATUS_KEY, str(error.status)),)
                 await context.abort(status_of(error), str(error), trailers)
@@ -164,11 +168,9 @@ class _GrpcCall:
     def __init__(self, message: pb.ModelInferRequest) -> None:
         self._message = message
 
-    async def receive(self, _limits: Limits, share: Share) -> int:
+    async def receive(self, _limits: Limits) -> int:
         """Tell the size; gRPC has held it to the limit."""
-        size = self._message.ByteSize()
-        share.take(size)
-        return size
+        return self._message.ByteSize()
 
     def decode(self, _model: OnnxModel) -> InferRequest:
         """Read the tensors."""

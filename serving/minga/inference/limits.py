@@ -10,8 +10,9 @@ class Limits:
 
     Attributes:
         max_body_bytes: the longest body, on the wire and after decompression.
-        max_pending_bytes: all bodies together that are in memory at once; more are refused.
-        body_timeout_s: how long a body may take to arrive.
+        max_pending_bytes: bodies of requests and answers that are in memory at once; what would
+            pass it is refused.
+        body_timeout_s: how long a body may take to arrive, and an answer to be taken.
         num_threads: how many requests, or batches of them, too slow for the event loop compute
             at once.
         max_batch_rows: the rows of requests that compute together; 1 lets each compute alone.

@@ -46,7 +46,7 @@ AnswerT_co = TypeVar("AnswerT_co", covariant=True)
 class Call(Protocol[AnswerT_co]):
     """One inference request on its wire."""
 
-    async def receive(self, limits: Limits, share: Share) -> int:
+    async def receive(self, limits: Limits) -> int:
         """Wait for the whole request; give its size in bytes, or more where reading costs more.
 
         Raises:
@@ -172,9 +172,8 @@ class InferenceService:
         status = 200
         try:
             model = self.repository.get(name, version)
-            with self.share() as share:
-                size = await call.receive(self.limits, share)
-                answer = await self._compute(model, call, size, times)
+            size = await call.receive(self.limits)
+            answer = await self._compute(model, call, size, times)
         except InferenceError as error:
             status = error.status
             raise
@@ -189,7 +188,10 @@ class InferenceService:
         return answer
 
     def share(self) -> Share:
-        """Give a part of the memory that all bodies together may take; a context manager."""
+        """Give a request's part of the memory that requests and answers together may take.
+
+        A context manager: the part is given back when the answer has gone.
+        """
         return self._budget.share()
 
     async def beside(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
