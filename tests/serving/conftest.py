@@ -290,6 +290,8 @@ def register(registry_uri, tmp_path, models):
         bundle = tmp_path / f"{name}-{factor}"
         bundle.mkdir()
         (bundle / "model.onnx").write_bytes(content)
+        if "profile" in changes:
+            (bundle / "profile.json").write_text(changes["profile"])
         experiment = client.get_experiment_by_name(name)
         location = (tmp_path / "artifacts").as_uri()
         experiment_id = (

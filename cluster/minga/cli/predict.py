@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -26,6 +26,7 @@ def predict(
     url: str | None = None,
     grpc: Annotated[bool, Parameter(negative=())] = False,
     model_version: str | None = None,
+    explain: Annotated[bool, Parameter(negative=())] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
     """Send one request to a served model and show its outputs.
@@ -48,14 +49,19 @@ def predict(
             http://127.0.0.1:8000.
         grpc: Ask over gRPC; without a URL at grpc://127.0.0.1:8001.
         model_version: The version to ask; by default the server's.
+        explain: Show what each feature adds to the outputs instead of the outputs: the output
+            minus the output with that feature alone at its mean in the training data. HTTP only.
         as_json: Write the outputs as one JSON object.
     """
+    from minga.inference.client import InferenceClient
     from minga.inference.errors import BadRequestError
     from minga.inference.protocol import InferRequest
     from minga.inference.rows import read_csv, read_json
 
     if (input is None) == (csv is None):
         raise BadRequestError("give the rows with either --input FILE or --csv FILE")
+    if explain and (grpc or (url or "").startswith("grpc://")):
+        raise BadRequestError("--explain is asked over HTTP: the protocol has no gRPC call for it")
     with _client(url, grpc=grpc) as client:
         metadata = client.metadata(model, version=model_version)
         if input is not None:
@@ -64,7 +70,11 @@ def predict(
             assert csv is not None
             inputs = read_csv(_read(csv).decode(errors="replace"), metadata)
         request = InferRequest(inputs=inputs, binary_outputs=True)
-        response = client.request(model, request, version=model_version)
+        if isinstance(client, InferenceClient):
+            verb: Literal["infer", "explain"] = "explain" if explain else "infer"
+            response = client.request(model, request, version=model_version, verb=verb)
+        else:
+            response = client.request(model, request, version=model_version)
     if as_json:
         print_json(_summary(response))
     else:

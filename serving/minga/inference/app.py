@@ -156,14 +156,16 @@ class InferenceApp:
                 allowed=match.route.allowed,
             )
         headers = dict(fields)
+        if match.route.method == "GET":
+            return self._describe(match)
+        call = _HttpCall(headers, receive, share)
         if match.route.operation is Operation.INFER:
             assert match.model is not None, "the path names it"
-            return await self.service.infer(
-                match.model, match.version, _HttpCall(headers, receive, share)
-            )
-        if match.route.method == "POST":
-            return await self._manage(match, _HttpCall(headers, receive, share))
-        return self._describe(match)
+            return await self.service.infer(match.model, match.version, call)
+        if match.route.operation is Operation.EXPLAIN:
+            assert match.model is not None, "the path names it"
+            return await self.service.explain(match.model, match.version, call)
+        return await self._manage(match, call)
 
     def _describe(self, match: Match) -> _Answer:
         """Answer what only reads."""

@@ -69,12 +69,15 @@ class ModelRef:
         version: the version's name in URLs, as the registry gives it.
         path: the ONNX file, weights inside.
         sha256: the file's digest in hexadecimal.
+        baseline: the mean of each feature in the training data, by which answers are explained;
+            empty if it is not known.
     """
 
     name: str
     version: str
     path: str
     sha256: str
+    baseline: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for part in (self.name, self.version):

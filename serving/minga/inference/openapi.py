@@ -20,6 +20,7 @@ _SUMMARIES: Final = {
     Operation.MODEL_METADATA: "Versions, inputs and outputs of a model",
     Operation.MODEL_READY: "Whether a model answers",
     Operation.INFER: "Outputs of a model for inputs",
+    Operation.EXPLAIN: "What each feature adds to a model's outputs, row by row",
     Operation.STATISTICS: "Counts and times of versions since they were loaded",
     Operation.REPOSITORY_INDEX: "The declared versions and their state",
     Operation.LOAD: "Let an unloaded model answer again",
@@ -32,6 +33,7 @@ _REFUSALS: Final[dict[Operation, tuple[int, ...]]] = {
     Operation.MODEL_METADATA: (404, 503),
     Operation.MODEL_READY: (404, 503),
     Operation.INFER: (400, 404, 408, 413, 415, 503),
+    Operation.EXPLAIN: (400, 404, 408, 413, 415, 503),
     Operation.STATISTICS: (404, 503),
     Operation.REPOSITORY_INDEX: (400, 408, 413, 415, 503),
     Operation.LOAD: (400, 403, 404, 408, 413, 415, 503),
@@ -89,7 +91,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "summary": _SUMMARIES[route.operation],
         "responses": responses,
     }
-    if route.operation is Operation.INFER:
+    if route.operation in (Operation.INFER, Operation.EXPLAIN):
         parameters.append(
             {
                 "name": JSON_SIZE_HEADER,
@@ -108,7 +110,7 @@ def _operation(route: Route) -> dict[str, Any]:
 
 def _body(operation: Operation) -> dict[str, Any] | None:
     match operation:
-        case Operation.INFER:
+        case Operation.INFER | Operation.EXPLAIN:
             content = _json("InferRequest") | {"application/octet-stream": {}}
             return {"required": True, "content": content}
         case Operation.REPOSITORY_INDEX:
@@ -122,7 +124,7 @@ def _body(operation: Operation) -> dict[str, Any] | None:
 def _success(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any]
     match operation:
-        case Operation.INFER:
+        case Operation.INFER | Operation.EXPLAIN:
             content = _json("InferResponse") | {"application/octet-stream": {}}
         case Operation.METRICS:
             content = {"text/plain": {"schema": {"type": "string"}}}
@@ -242,7 +244,9 @@ def _infer_schemas() -> dict[str, Any]:
         "InferRequest": _object(
             {"inputs": _list(_object(tensor, **content), minItems=1)},
             id=_TEXT,
-            parameters=_object({}, binary_data_output=_FLAG),
+            parameters=_object(
+                {}, binary_data_output=_FLAG, baseline=_list({"type": "number"}, minItems=1)
+            ),
             outputs=_list(requested),
         ),
         "InferResponse": _object(

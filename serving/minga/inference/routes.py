@@ -15,6 +15,7 @@ class Operation(Enum):
     MODEL_METADATA = auto()
     MODEL_READY = auto()
     INFER = auto()
+    EXPLAIN = auto()
     STATISTICS = auto()
     REPOSITORY_INDEX = auto()
     LOAD = auto()
@@ -46,6 +47,8 @@ class Route:
 ROUTES: Final = (
     Route(Operation.INFER, "POST", "/v2/models/{model}/infer"),
     Route(Operation.INFER, "POST", "/v2/models/{model}/versions/{version}/infer"),
+    Route(Operation.EXPLAIN, "POST", "/v2/models/{model}/explain"),
+    Route(Operation.EXPLAIN, "POST", "/v2/models/{model}/versions/{version}/explain"),
     Route(Operation.SERVER_METADATA, "GET", "/v2"),
     Route(Operation.SERVER_METADATA, "GET", "/v2/"),
     Route(Operation.SERVER_LIVE, "GET", "/v2/health/live"),

@@ -10,24 +10,27 @@ that a thread that computes never waits for JSON.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version as installed_version
 from typing import Any, Final, Protocol, TypeVar
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 
 from minga.inference.batching import Batcher
 from minga.inference.bodies import Budget, DisconnectedError, Share
 from minga.inference.engine import OnnxModel
 from minga.inference.errors import ForbiddenError, InferenceError, ModelError, UnavailableError
+from minga.inference.explaining import attributions, baseline_of, occluded, rows_of
 from minga.inference.limits import Limits
 from minga.inference.metrics import InferenceMetrics
 from minga.inference.protocol import BINARY_EXTENSION, InferRequest, InferResponse
 from minga.inference.repository import ModelRepository
 from minga.inference.statistics import Execution
+from minga.inference.tensors import Array
 
 SERVER_NAME: Final = "minga"
 EXTENSIONS: Final = (BINARY_EXTENSION, "statistics", "model_repository")
@@ -165,6 +168,29 @@ class InferenceService:
             InferenceError: it cannot be answered, as the error says.
             DisconnectedError: its caller went away.
         """
+        return await self._answer(name, version, call, self._compute)
+
+    async def explain(self, name: str, version: str | None, call: Call[T]) -> T:
+        """Answer with what each feature adds to each output, and count it as a request.
+
+        Args:
+            name: the model.
+            version: which version is explained; None means the model's default.
+            call: the request; see `explaining` for its parameters.
+
+        Raises:
+            InferenceError: it cannot be answered, as the error says.
+            DisconnectedError: its caller went away.
+        """
+        return await self._answer(name, version, call, self._explain)
+
+    async def _answer(
+        self,
+        name: str,
+        version: str | None,
+        call: Call[T],
+        compute: Callable[[OnnxModel, Call[T], int, _Times], Awaitable[T]],
+    ) -> T:
         start = time.perf_counter()
         self.metrics.begin()
         model: OnnxModel | None = None
@@ -173,7 +199,7 @@ class InferenceService:
         try:
             model = self.repository.get(name, version)
             size = await call.receive(self.limits)
-            answer = await self._compute(model, call, size, times)
+            answer = await compute(model, call, size, times)
         except InferenceError as error:
             status = error.status
             raise
@@ -223,6 +249,33 @@ class InferenceService:
         times.input_s = decoded - start
         times.output_s = time.perf_counter() - computed
         return answer
+
+    async def _explain(self, model: OnnxModel, call: Call[T], size: int, times: _Times) -> T:
+        """Compute piece by piece, so that other requests have their turns in between."""
+        start = time.perf_counter()
+        request = await self.beside(size, call.decode, model)
+        names = model.check(request.inputs, request.output_names)
+        rows = rows_of(model, request.inputs)
+        baseline = baseline_of(model, request.parameters, rows)
+        times.input_s = time.perf_counter() - start
+        pieces: list[dict[str, Array]] = []
+        for piece in occluded(rows, baseline, max_rows=self.limits.max_batch_rows):
+            result = await self._batcher.run(model, {model.inputs[0].name: piece}, names)
+            times.queue_s += result.queue_s
+            pieces.append(result.outputs)
+        outputs = {
+            name: attributions(
+                np.concatenate([piece[name] for piece in pieces]), num_rows=len(rows)
+            )
+            for name in names
+            if pieces and pieces[0][name].dtype.kind in "fiub"
+        }
+        return await self.beside(
+            sum(array.nbytes for array in outputs.values()),
+            call.encode,
+            model.response(request, outputs),
+            request,
+        )
 
     def _count(self, model: OnnxModel | None, status: int, total_s: float, times: _Times) -> None:
         self.metrics.end(

@@ -35,12 +35,12 @@ _LOG: Final = logging.getLogger("ray.serve")  # the only one whose lines reach t
 class UserConfig(TypedDict):
     """What Ray Serve hands to `reconfigure`: plain values, as a Serve config file holds them."""
 
-    models: list[dict[str, str]]
+    models: list[dict[str, Any]]
 
 
 def user_config(refs: Sequence[ModelRef]) -> UserConfig:
     """Write versions as a user config; of a model's versions the first is its default."""
-    return {"models": [asdict(ref) for ref in refs]}
+    return {"models": [asdict(ref) | {"baseline": list(ref.baseline)} for ref in refs]}
 
 
 class GrpcAddress(TypedDict):
@@ -112,4 +112,7 @@ def build(options: dict[str, Any]) -> Application:
 
 
 def _refs(config: UserConfig) -> list[ModelRef]:
-    return [ModelRef(**model) for model in config["models"]]
+    return [
+        ModelRef(**model | {"baseline": tuple(model.get("baseline", ()))})
+        for model in config["models"]
+    ]
