@@ -20,7 +20,7 @@ from ray.serve import Application
 
 from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
-from minga.inference.errors import ModelError
+from minga.inference.errors import ForbiddenError, ModelError
 from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
@@ -28,6 +28,10 @@ from minga.inference.repository import ModelRepository
 APPLICATION: Final = "minga"
 DEPLOYMENT: Final = "InferenceReplica"
 IMPORT_PATH: Final = "minga.serving.application:build"
+_REGISTRY_DECIDES: Final = (
+    "on Ray Serve the registry's aliases say which models are served; "
+    "`minga serve --engine local` lets callers load and unload"
+)
 
 _LOG: Final = logging.getLogger("ray.serve")  # the only one whose lines reach the replica's log
 
@@ -50,6 +54,18 @@ class GrpcAddress(TypedDict):
     port: int
 
 
+class RegistryControl:
+    """Refuses: one replica that is asked cannot speak for the others, nor for those to come."""
+
+    async def load(self, name: str) -> None:
+        """Refuse, with the reason."""
+        raise ForbiddenError(f"cannot load {name!r}: {_REGISTRY_DECIDES}")
+
+    async def unload(self, name: str) -> None:
+        """Refuse, with the reason."""
+        raise ForbiddenError(f"cannot unload {name!r}: {_REGISTRY_DECIDES}")
+
+
 class InferenceReplica:
     """One process that answers for all models.
 
@@ -63,7 +79,7 @@ class InferenceReplica:
 
     def __init__(self, limits: Limits, grpc: GrpcAddress | None = None) -> None:
         self._repository = ModelRepository()
-        self._app = InferenceApp(self._repository, limits=limits)
+        self._app = InferenceApp(self._repository, limits=limits, control=RegistryControl())
         self._grpc = GrpcServer(self._app.service, **grpc, shared=True) if grpc else None
 
     def __serve_build_asgi_app__(self) -> InferenceApp:

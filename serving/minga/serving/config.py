@@ -43,8 +43,8 @@ class ServingConfig(BaseModel):
     each request compute alone."""
 
     model_control: bool = False
-    """Let callers load and unload models (`/v2/repository`). Anyone who reaches the port may then
-    take a model away."""
+    """Let callers load and unload models (`/v2/repository`), with `--engine local` only. Anyone
+    who reaches the port may then take a model away."""
 
     alias: str = Field("champion", min_length=1)
     """Which registered version is served: the one with this alias."""
