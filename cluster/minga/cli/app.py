@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("minga.cli.project:run", "Check data, search, train, gate and register a model."),
     "tune": ("minga.cli.project:tune", "Search hyper-parameters with Ray Tune."),
     "train": ("minga.cli.project:train", "Train once with given parameters and register."),
-    "data": ("minga.cli.data:app", "Check data against its schema."),
+    "data": ("minga.cli.data:app", "Keep a schema, check data against it, report on data."),
     "model": ("minga.cli.model:app", "List, show, promote registered model versions."),
     "serve": ("minga.cli.serve:serve", "Serve registered models over the Open Inference Protocol."),
     "predict": ("minga.cli.predict:predict", "Send one request to a served model."),

@@ -16,7 +16,7 @@ The rest of the table is `EXIT_CODES`.
 EVERYTHING = "'minga[cluster]'"
 """The extra with which every command works; a device that trains needs `minga[train]` alone."""
 
-EXTRAS = {"tensorflow_metadata": "'minga[tfdv]'"}
+EXTRAS = {"s3fs": "'minga[s3]'", "tensorflow_metadata": "'minga[tfdv]'"}
 """Packages that are in an extra of their own."""
 
 EXIT_CODES: dict[str, int] = {

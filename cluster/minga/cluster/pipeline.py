@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minga.cluster.checking import find_champion, require_valid_data
+from minga.cluster.checking import data_tags, find_champion, require_valid_data
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
@@ -154,7 +154,7 @@ def search(
         _discard(folder)
     tracker = project.tracker(on_progress)
     on_progress(Progress(step="search", done=0, total=project.search.num_trials))
-    tags = {"minga.step": "search", "minga.data_sha256": digest_of(project.splits)}
+    tags = {"minga.step": "search", **data_tags(project)}
     with tracker.run("search", tags=tags) as run_id, local_ray():
         # Ray reads its settings when it is imported, so not before it is started.
         from minga.training.search import search as run_search  # noqa: PLC0415
@@ -203,7 +203,7 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
     require_valid_data(project)
     probe(project.loaded_task, params, project.splits)
     tracker = project.tracker(on_progress)
-    tags = {"minga.step": "train", "minga.data_sha256": digest_of(project.splits)}
+    tags = {"minga.step": "train", **data_tags(project)}
     with tracker.run("train", tags=tags) as run_id, local_ray():
         # Ray reads its settings when it is imported, so not before it is started.
         from minga.training.train import train  # noqa: PLC0415
@@ -262,6 +262,7 @@ def register_candidate(
         seed=project.seed,
         source=project.source,
         data_digest=digest_of(splits),
+        data_versions=project.data_versions,
         num_examples=campaign.num_examples if campaign else len(splits.train),
         parent_version=parent_version,
         campaign=campaign,

@@ -62,6 +62,11 @@ class Schema(Document):
     columns: tuple[Column, ...]
     targets: tuple[Column, ...] = ()
 
+    @property
+    def served_dtype(self) -> str:
+        """What the exported model takes: text if a category is text, else the inputs' type."""
+        return "string" if any(column.names for column in self.columns) else self.input_dtype
+
     def breaks(self, other: "Schema") -> tuple[str, ...]:
         """Say what a client written for this schema would trip over in `other`."""
         found = [
@@ -69,6 +74,8 @@ class Schema(Document):
             for name in ("input_shape", "input_dtype", "target_shape", "target_dtype")
             if getattr(other, name) != getattr(self, name)
         ]
+        if other.served_dtype != self.served_dtype:
+            found.append(f"the model takes {other.served_dtype}, took {self.served_dtype}")
         mine = [column.name for column in self.columns]
         theirs = [column.name for column in other.columns]
         if mine != theirs:
@@ -174,6 +181,11 @@ def category_values(categories: Sequence[str | float]) -> tuple[float, ...]:
     if all(isinstance(value, str) for value in categories):
         return tuple(map(float, range(len(categories))))
     return tuple(map(float, categories))
+
+
+def prepared_width(columns: Sequence[str], categories: Mapping[str, Sequence[str | float]]) -> int:
+    """Give how many columns the default preparation makes of a table: one for each category."""
+    return len(columns) - len(categories) + sum(map(len, categories.values()))
 
 
 def _describe(name: str, values: NDArray[np.float64]) -> Column:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from minga.training.schema import Schema
 
+SQLITE = "sqlite:///"
+"""What follows is the path of a database; a second slash makes it absolute."""
+
 SplitName = Literal["train", "validation", "test"]
 
 
@@ -134,11 +137,19 @@ class Task(ABC):
         """Build the network's first part, fitted on the training split.
 
         It is exported and federated with the model, so that training, serving and devices
-        prepare inputs alike. The default standardises float inputs of shape `(n, columns)`.
+        prepare inputs alike. The default puts means in place of missing values, standardises float
+        inputs of shape `(n, columns)`, and makes columns of 0 and 1 of declared `categories`.
         """
         from minga.training.preparation import default_preparation
 
-        return default_preparation(train)
+        return default_preparation(train, self.columns, self.categories)
+
+    @property
+    def width(self) -> int:
+        """How many columns the default preparation makes of `columns` and `categories`."""
+        from minga.training.schema import prepared_width
+
+        return prepared_width(self.columns, self.categories)
 
     def optimiser(self, model: "torch.nn.Module", params: Params) -> "torch.optim.Optimizer":
         """Build the optimiser; Adam at `lr` (0.001) unless overridden."""
@@ -184,6 +195,8 @@ class TaskReference:
 
     def resolve(self, source: str) -> str:
         """Take a relative path from the project folder; leave URIs and absolute paths alone."""
+        if source.startswith(SQLITE) and not source.startswith(SQLITE + "/"):
+            return f"{SQLITE}{self.root}/{source.removeprefix(SQLITE)}"
         return source if "://" in source else str(self.root / source)
 
 

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.training.config import DataConfig
+from minga.training.data.versions import DataVersion
 from minga.training.document import Document
 from minga.training.errors import SchemaError
 from minga.training.profile import ColumnProfile, Profile, stability_index
 from minga.training.schema import Column, Schema, iterate_columns
 from minga.training.task import Split, SplitName, Splits
+from minga.training.uris import PublicUri
 
 MAX_OVERLAP = 0.05
 """Share of test examples that may also be training examples: readings do repeat."""
@@ -68,8 +70,10 @@ class DataReport(Document):
     """What data was found, what it should look like, and where it does not."""
 
     task: str
-    source: str
+    source: PublicUri
     digest: str
+    versions: tuple[DataVersion, ...] = ()
+    """Of the files behind the source."""
     num_examples: dict[SplitName, int]
     data_schema: Schema
     profile: Profile

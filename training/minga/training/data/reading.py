@@ -7,6 +7,7 @@ import numpy as np
 from minga.training.errors import DataError
 from minga.training.profile import Profile, profile_columns
 from minga.training.task import Split, SplitName, Splits, Task
+from minga.training.uris import redacted, scrubbed
 
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -23,7 +24,8 @@ def read_splits(task: Task, source: str) -> Splits:
         raise
     except Exception as error:
         raise DataError(
-            f"{type(task).__name__}.data cannot read {source}: {type(error).__name__}: {error}"
+            f"{type(task).__name__}.data cannot read {redacted(source)}: "
+            f"{type(error).__name__}: {scrubbed(str(error), source)}"
         ) from error
     if not isinstance(splits, Splits):
         raise DataError(
