@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -109,6 +110,15 @@ def test_runs_are_recorded(finished, project):
     assert training.data.metrics["test_average_precision"] > 0.9
     epochs = tracker.client.get_metric_history(training.info.run_id, "average_precision")
     assert [metric.step for metric in epochs] == [1, 2, 3, 4, 5, 6]
+
+
+def test_runs_name_their_data(finished, project):
+    """Runs and lineage carry the digest of the values and of the file that they were read from."""
+    tags = project.tracker().client.get_run(finished[1]["run_id"]).data.tags
+    _, lineage = champion_of(project)
+    (version,) = lineage.data_versions
+    assert tags["minga.data_sha256"] == lineage.data_digest
+    assert version.sha256 == hashlib.sha256(Path(project.source).read_bytes()).hexdigest()
 
 
 def test_later_data_is_checked_against_the_champion(project):

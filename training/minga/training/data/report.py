@@ -7,6 +7,7 @@ rows of a table; of images it shows those whose labels are suspect.
 import base64
 import io
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ MAX_SUSPECTS = 30
 MAX_PICTURES = 12
 PICTURE_PIXELS = 96
 TAIL = 0.005
-"""Share of the values at each end that a histogram leaves out, so that outliers do not flatten it."""
+"""Share of the values at each end that a histogram leaves out: outliers would flatten it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,7 @@ def _bars(
     else:
         low, high = np.quantile(train, [TAIL, 1 - TAIL])
         edges = np.linspace(low, high if high > low else low + 1, NUM_BARS + 1)
-        labels = [f"{a:.4g} to {b:.4g}" for a, b in zip(edges, edges[1:], strict=False)]
+        labels = [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]
         counts = [np.histogram(part, edges)[0] for part in (train, test)]
     shares = [count / max(count.sum(), 1) for count in counts]
     tallest = max(float(np.max(shares)), 1e-12)

@@ -129,9 +129,9 @@ def dvc_version(path: Path) -> DvcVersion | None:
 
 def _records(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Look for the record of a path: beside it, then beside each folder that it is in."""
-    for tracked in (path, *path.parents):
+    for tracked in (path, *path.parents[:-1]):
         for record in (tracked.with_name(tracked.name + ".dvc"), tracked.parent / "dvc.lock"):
-            if tracked.name and record.is_file():
+            if record.is_file():
                 for out in _outs(record):
                     located = (record.parent / str(out.get("path", ""))).resolve()
                     if "md5" in out and located == tracked.resolve():
