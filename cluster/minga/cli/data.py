@@ -131,12 +131,16 @@ def report(
     loaded = load(project)
     from minga.cluster.checking import check_data
     from minga.training.data.measures import measure_split
+    from minga.training.data.reading import SPLIT_NAMES, sample_of_split
     from minga.training.data.report import render
+    from minga.training.task import Splits
 
     found = check_data(loaded)
     names = loaded.loaded_task.columns
-    measures = measure_split(loaded.splits.train, names, seed=loaded.seed, look_for_noise=noise)
-    out.write_text(render(found, measures, loaded.splits), encoding="utf-8")
+    parts = {name: sample_of_split(loaded.splits[name]) for name in SPLIT_NAMES}
+    splits = Splits(**parts)
+    measures = measure_split(splits.train, names, seed=loaded.seed, look_for_noise=noise)
+    out.write_text(render(found, measures, splits), encoding="utf-8")
     if json:
         print_json({"check": found, "measures": measures})
         return

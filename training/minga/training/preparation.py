@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minga.training.errors import TaskError
 from minga.training.schema import category_values, prepared_width
+from minga.training.stored import chunks_of
 from minga.training.task import Split
 
 Categories = Mapping[str, Sequence[str | float]]
@@ -96,13 +97,29 @@ class PrepareTable(Standardize):
         return torch.cat(parts, dim=1)
 
 
-def moments(inputs: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give mean and deviation of columns, missing values aside; 1 where a column is constant."""
-    is_present = np.isfinite(inputs)
-    num_present = np.maximum(is_present.sum(axis=0), 1)
-    values = np.where(is_present, inputs, 0).astype(np.float64)
-    mean = values.sum(axis=0) / num_present
-    variance = (np.where(is_present, values - mean, 0) ** 2).sum(axis=0) / num_present
+def moments(
+    inputs: NDArray[Any], places: Sequence[int] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give mean and deviation of columns, missing values aside; 1 where a column is constant.
+
+    Args:
+        inputs: of shape `(n, columns)`.
+        places: of the columns to look at; None means all.
+    """
+    wanted = slice(None) if places is None else list(places)
+    num_columns = inputs.shape[1] if places is None else len(places)
+    num_present, total, squares = (np.zeros(num_columns) for _ in range(3))
+    for chunk in chunks_of(inputs):
+        part = chunk[:, wanted]
+        is_present = np.isfinite(part)
+        num_present += is_present.sum(axis=0)
+        total += np.where(is_present, part, 0).astype(np.float64).sum(axis=0)
+    num_present = np.maximum(num_present, 1)
+    mean = total / num_present
+    for chunk in chunks_of(inputs):
+        part = chunk[:, wanted]
+        squares += (np.where(np.isfinite(part), part - mean, 0) ** 2).sum(axis=0)
+    variance = squares / num_present
     return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
 
 
@@ -130,8 +147,7 @@ def default_preparation(
             f"{', '.join(columns) or 'not named'}, and inputs have {train.inputs.shape[1]}; "
             "name all columns"
         )
-    numbers = _places_of_numbers(columns, categories).numpy()
-    mean, scale = moments(train.inputs[:, numbers])
+    mean, scale = moments(train.inputs, _places_of_numbers(columns, categories).tolist())
     return PrepareTable(mean, scale, columns=columns, categories=categories)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 """Of a stored array that is in memory at once where all of it is walked over."""
 
 SAMPLE_ROWS = 200_000
@@ -80,7 +80,7 @@ class StoredRows:
 
     def _gather(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8)) if out.size else memoryview(b"")
+        view = out.reshape(-1).view(np.uint8).data
         for place in np.argsort(wanted, kind="stable").tolist():  # the disk likes order
             part = view[place * self._row_bytes : (place + 1) * self._row_bytes]
             self._fill(part, int(wanted[place]))
@@ -89,7 +89,7 @@ class StoredRows:
     def _read(self, start: int, stop: int) -> NDArray[Any]:
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         if out.size:
-            self._fill(memoryview(out.reshape(-1).view(np.uint8)), start)
+            self._fill(out.reshape(-1).view(np.uint8).data, start)
         return out
 
     def _fill(self, part: memoryview, row: int) -> None:
@@ -119,25 +119,12 @@ def sample_of(array: Any, num_rows: int = SAMPLE_ROWS) -> NDArray[Any]:
     if not isinstance(array, StoredRows):
         whole: NDArray[Any] = array
         return whole
-    if len(array) <= num_rows:
-        return array[:]
-    return array[np.linspace(0, len(array) - 1, num_rows).astype(np.int64)]
+    return array[sample_places(len(array), num_rows)]
 
 
-def store(path: Path, chunks: Iterator[NDArray[Any]]) -> StoredRows:
-    """Write chunks of rows, one after the other, as one array; at least one chunk.
-
-    Raises:
-        ValueError: there is no chunk, or chunks differ in shape or type.
-    """
-    first = next(chunks, None)
-    if first is None:
-        raise ValueError("there is nothing to store")
-    with RowWriter(path, first.shape[1:], first.dtype) as writer:
-        writer.add(first)
-        for chunk in chunks:
-            writer.add(chunk)
-    return StoredRows(path)
+def sample_places(num_rows: int, num_wanted: int = SAMPLE_ROWS) -> NDArray[np.int64]:
+    """Give rows at equal distances, all of them if they are few."""
+    return np.linspace(0, num_rows - 1, min(num_rows, num_wanted)).round().astype(np.int64)
 
 
 class RowWriter:

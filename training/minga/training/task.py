@@ -29,6 +29,7 @@ from minga.training.space import (
     RandInt,
     Uniform,
 )
+from minga.training.stored import StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ class Split:
     """Examples: `inputs` of shape `(n, ...)` and `targets` of shape `(n, ...)`.
 
     Float arrays of another width become float32, the only width that networks compute in here.
+    Inputs may stay on the disk (`minga.training.stored.StoredRows`).
 
     Raises:
         DataError: the two differ in length, or inputs are not numbers.
@@ -63,7 +65,10 @@ class Split:
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
-            array = np.asarray(getattr(self, name))
+            given = getattr(self, name)
+            if isinstance(given, StoredRows) and name == "inputs" and given.dtype != np.float64:
+                continue
+            array = np.asarray(given)
             if array.ndim == 0 or array.dtype.kind not in "fiub":
                 raise DataError(
                     f"{name} are {array.dtype} of shape {array.shape}; "

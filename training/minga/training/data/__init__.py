@@ -3,12 +3,14 @@
 sources          tables, arrays and images from files, object stores and databases
 views            several sources as one table
 tables           a table as numbers, and its splits
+larger           splits of a table that does not fit into memory
 reading          what a Task's `data` gives, and the digest that names it
 checks           splits against a schema and a reference profile
 tfdv             a schema for TensorFlow Data Validation
 """
 
 from minga.training.data.checks import DataReport, Violation, check
+from minga.training.data.larger import stored_splits
 from minga.training.data.reading import SPLIT_NAMES, digest_of, profile_of, read_splits
 from minga.training.data.sources import (
     Images,
@@ -35,5 +37,6 @@ __all__ = [
     "read_splits",
     "read_table",
     "shuffled",
+    "stored_splits",
     "stream_table",
 ]
