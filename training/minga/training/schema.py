@@ -147,7 +147,7 @@ def infer_schema(
             _known(column, categories.get(column.name, ()))
             for column in _described(train.inputs, names)
         ),
-        targets=tuple(_described(table)),
+        targets=tuple(_described(table, ("target",) if train.targets.ndim == 1 else ())),
     )
 
 

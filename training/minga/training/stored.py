@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 CHUNK_BYTES = 8 << 20
 """Of a stored array that is in memory at once where all of it is walked over."""
 
+LARGE_ROWS = 2_000_000
+"""An array in memory of more rows is walked over in pieces too."""
+
 SAMPLE_ROWS = 200_000
 """Rows that stand for a stored array where an exact answer would need all of it in memory."""
 
@@ -104,8 +107,8 @@ class StoredRows:
 
 
 def chunks_of(array: Any) -> Iterator[NDArray[Any]]:
-    """Walk over an array: all of it at once, or a stored one in pieces of rows."""
-    if not isinstance(array, StoredRows):
+    """Walk over an array: all of it at once, or one that is large in pieces of rows."""
+    if not is_large(array):
         yield array
         return
     row_bytes = max(int(np.prod(array.shape[1:])) * array.dtype.itemsize, 1)
@@ -114,12 +117,17 @@ def chunks_of(array: Any) -> Iterator[NDArray[Any]]:
         yield array[start : start + rows]
 
 
+def is_large(array: Any) -> bool:
+    """Tell whether an array stays on the disk, or belongs to one that does, as its targets do."""
+    return isinstance(array, StoredRows) or len(array) > LARGE_ROWS
+
+
 def sample_of(array: Any, num_rows: int = SAMPLE_ROWS) -> NDArray[Any]:
-    """Give an array as it is, or a stored one's rows at equal distances, at most `num_rows`."""
-    if not isinstance(array, StoredRows):
+    """Give an array as it is, or a large one's rows at equal distances, at most `num_rows`."""
+    if not is_large(array):
         whole: NDArray[Any] = array
         return whole
-    return array[sample_places(len(array), num_rows)]
+    return np.asarray(array[sample_places(len(array), num_rows)])
 
 
 def sample_places(num_rows: int, num_wanted: int = SAMPLE_ROWS) -> NDArray[np.int64]:

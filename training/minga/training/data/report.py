@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 NUM_BARS = 24
 WIDTH, HEIGHT = 240, 80
-MAX_SUSPECTS = 30
+MAX_SUSPECTS = 12
 MAX_PICTURES = 12
 PICTURE_PIXELS = 96
 TAIL = 0.005
