@@ -57,7 +57,9 @@ class Processes:
     def _device(self, device: int) -> tuple[str, ...]:
         trains = ("--trainer", "rounds_trainer:make", "--option.device", str(device))
         folder = self.folder / name_of(device)
-        return ("device", "run", "--folder", str(folder), "--port", "0", "--allow-plain", *trains)
+        # Packed, updates that are the same all over would hardly travel at all.
+        settled = ("--port", "0", "--allow-plain", "--compress", "never")
+        return ("device", "run", "--folder", str(folder), *settled, *trains)
 
     async def _enrol(self) -> None:
         async with connect(self.state) as operator:

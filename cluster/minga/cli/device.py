@@ -82,7 +82,7 @@ def run(
         allow_query: Column of this site's data of which statistics may be asked, in sums over
             many devices alone; may be given several times.
         compress: When models and plain updates travel as Zstandard frames: auto does so while
-            the link is measured to be slower than 20 MB/s.
+            the link is measured to be slower than 5 MB/s.
         host: Address of the local inference server.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
     """

@@ -42,7 +42,7 @@ class DeviceSettings(BaseSettings):
 
     compress: Compress = "auto"
     """When models and plain updates travel as Zstandard frames: `auto` while the link is measured
-    to be slower than 20 MB/s, `always` or `never`. Masked updates are random bits and go as they
+    to be slower than 5 MB/s, `always` or `never`. Masked updates are random bits and go as they
     are."""
 
     host: str = "127.0.0.1"
