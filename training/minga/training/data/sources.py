@@ -26,6 +26,9 @@ BATCH_ROWS = 1 << 16
 CSV_BLOCK_BYTES = 4 << 20
 """Of a table of text that is read at once; a column's type is taken from the first such block."""
 
+PARQUET_BUFFER_BYTES = 1 << 20
+"""Of each column of Parquet that is read at once."""
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -172,12 +175,17 @@ def _file_batches(
         )
     found = ds.dataset(path, filesystem=system, format=layout)
     _require_columns(columns, found.schema.names)
+    # Read through a small buffer instead of whole row groups ahead: memory before speed.
+    lean = ds.ParquetFragmentScanOptions(
+        pre_buffer=False, use_buffered_stream=True, buffer_size=PARQUET_BUFFER_BYTES
+    )
     scanner = found.scanner(
         columns=list(columns) or None,
         batch_size=rows,
-        batch_readahead=2,
+        batch_readahead=1,
         fragment_readahead=1,
         use_threads=False,
+        fragment_scan_options=lean if layout == "parquet" else None,
     )
     is_empty = True
     for batch in scanner.to_batches():
