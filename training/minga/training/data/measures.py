@@ -200,12 +200,15 @@ def _out_of_fold(inputs: NDArray[Any], codes: NDArray[np.int64], seed: int) -> N
     """Give class probabilities of each example by a model that did not learn from it."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from threadpoolctl import threadpool_limits
 
     model = HistGradientBoostingClassifier(
         max_iter=60, max_leaf_nodes=15, learning_rate=0.1, l2_regularization=1.0, random_state=seed
     )
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
-    found = cross_val_predict(model, inputs, codes, cv=folds, method="predict_proba")
+    # Two threads that wait for each other beside other work were ten times slower than one.
+    with threadpool_limits(1):
+        found = cross_val_predict(model, inputs, codes, cv=folds, method="predict_proba")
     return np.asarray(found, np.float64)
 
 
