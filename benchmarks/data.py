@@ -1,10 +1,10 @@
 """Data larger than memory: read, described, checked and learned from under a cap.
 
 A Parquet set of the asked size is written in pieces, and worked through by a process whose memory
-the kernel caps (RLIMIT_DATA: heap, stacks and private mappings); the peak that is reported is of all
-resident pages, libraries included. Every step walks over all rows:
-splits, schema, profile, checks, digest, and one epoch of a small network, validated. The set and
-what was made of it are removed at the end.
+the kernel caps (RLIMIT_DATA: heap, stacks, private mappings). The peak that is reported is of all
+its resident pages, libraries included. Every step walks over all rows: splits, schema, profile,
+checks, digest, and one epoch of a small network, validated. The set and what was made of it are
+removed at the end.
 """
 
 import json
