@@ -261,6 +261,10 @@ def test_passwords_leave_no_trace():
     assert redacted("postgresql://minga:${PLANT_PASSWORD}@db/plant") == (
         "postgresql://minga:${PLANT_PASSWORD}@db/plant"
     )
+    for raw in ("pa/ss", "p@ss", "pa?ss", "pa#ss", "pa:ss"):
+        assert (
+            redacted(f"postgresql://minga:{raw}@db/plant#t") == "postgresql://minga:***@db/plant#t"
+        )
     assert redacted("https://b/x.csv?X-Amz-Signature=abc&v=1") == (
         "https://b/x.csv?X-Amz-Signature=***&v=1"
     )

@@ -23,7 +23,8 @@ from minga.training.errors import DataError
 
 HIDDEN = "***"
 
-_USER = re.compile(r"(?<=//)(?P<user>[^/?#@:]*):(?P<secret>[^/?#]*)@")
+# A password may hold characters that should be escaped: up to the last @ before ? or #, else any @.
+_USER = re.compile(r"(?<=//)(?P<user>[^/?#@:]*):(?P<secret>[^?#\s]*|[^@\s]*)@")
 _QUERY = re.compile(
     r"(?i)(?P<name>[?&;][^=&;#]*"
     r"(?:password|passwd|pwd|secret|token|signature|sig|credential|key)[^=&;#]*=)"

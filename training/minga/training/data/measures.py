@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minga.training.data.checks import correlation_of
 from minga.training.document import Document
-from minga.training.schema import MAX_CATEGORIES, iterate_columns
+from minga.training.schema import MAX_CATEGORIES, MAX_COLUMNS, iterate_columns
+from minga.training.stored import sample_places
 from minga.training.task import Split
 
 NUM_BINS = 20
@@ -24,6 +24,8 @@ NEAR_CONSTANT = 0.99
 
 DUPLICATE = 0.9999
 """Correlation from which on two columns are called duplicates."""
+
+MAX_DUPLICATE_EXAMPLES = 20_000
 
 NUM_FOLDS = 5
 MAX_NOISE_EXAMPLES = 50_000
@@ -82,7 +84,7 @@ def measure_split(
         seed: of the folds.
         look_for_noise: cross-validate a model to find labels that are suspect; takes seconds.
     """
-    is_table = len(dict(iterate_columns(split.inputs[:1], names))) > 1 or split.inputs.ndim == 2
+    is_table = split.inputs.ndim == 2 and split.inputs.shape[1] <= MAX_COLUMNS
     targets = split.targets if split.targets.ndim == 1 else None
     columns = dict(iterate_columns(split.inputs, names)) if is_table else {}
     target_codes = None if targets is None else codes_of(targets.astype(np.float64))
@@ -139,14 +141,26 @@ def codes_of(values: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def duplicate_columns(columns: dict[str, NDArray[np.float64]]) -> tuple[tuple[str, str], ...]:
-    """Find pairs of columns of which one follows from the other by scaling."""
+    """Find pairs of columns of which one follows from the other by scaling, in a sample.
+
+    A missing value counts as the column's mean: doubles have their holes at the same places.
+    """
+    if len(columns) < 2:
+        return ()
     names = list(columns)
-    return tuple(
-        (first, second)
-        for place, first in enumerate(names)
-        for second in names[place + 1 :]
-        if abs(correlation_of(columns[first], columns[second])) >= DUPLICATE
-    )
+    places = sample_places(len(columns[names[0]]), MAX_DUPLICATE_EXAMPLES)
+    table = np.stack([_centred(columns[name][places]) for name in names])
+    norms = np.maximum(np.linalg.norm(table, axis=1), 1e-300)
+    correlations = np.abs((table @ table.T) / np.outer(norms, norms))
+    pairs = np.argwhere(np.triu(correlations >= DUPLICATE, k=1))
+    return tuple((names[first], names[second]) for first, second in pairs)
+
+
+def _centred(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    is_present = np.isfinite(values)
+    if not is_present.any():
+        return np.zeros_like(values)
+    return np.where(is_present, values - values[is_present].mean(), 0.0)
 
 
 def suspected_labels(split: Split, *, seed: int = 0) -> tuple[tuple[SuspectedLabel, ...], str]:
