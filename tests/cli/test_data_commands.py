@@ -75,7 +75,7 @@ def test_schema_is_kept_and_counts_from_then_on(project, capsys):
     write(project / "readings.csv", type=7)
     with pytest.raises(SchemaError, match="category is 7, should be one of L, M, H") as caught:
         require_valid_data(load(project))
-    assert exit_code_of(caught.value) == 40
+    assert exit_code_of(caught.value) == 44
 
 
 def test_violations_are_a_small_file(project, tmp_path, capsys):
@@ -151,4 +151,4 @@ def test_tampered_data_is_refused(project):
     (project / "minga.toml").write_text(settings + f'sha256 = "{"0" * 64}"\n')
     with pytest.raises(TamperedError) as caught:
         require_valid_data(load(project))
-    assert exit_code_of(caught.value) == 41
+    assert exit_code_of(caught.value) == 45

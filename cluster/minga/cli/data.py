@@ -26,7 +26,7 @@ def check(
     """Check data against the kept schema and the champion's profile.
 
     Without a schema.json in the project the champion's schema counts, and before there is a
-    champion the data's own training split. Errors end with exit code 40; so do warnings if
+    champion the data's own training split. Errors end with exit code 44; so do warnings if
     `[data] strict` is set.
 
     Example: minga data check --source data/new.csv
