@@ -83,9 +83,9 @@ def examples(times: pd.Series, load: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return inputs[is_known], targets[is_known]
 
 
-def made_up(num_days: int = 365) -> tuple[pd.Series, np.ndarray]:
-    """Make a year of loads up: days, weeks, seasons, and weather that lasts for days."""
-    warnings.warn("the real data is not there; a made-up year takes its place", stacklevel=2)
+def made_up(num_days: int = 3 * 365) -> tuple[pd.Series, np.ndarray]:
+    """Make three years of loads up: days, weeks, seasons, and weather that lasts for days."""
+    warnings.warn("the real data is not there; made-up years take its place", stacklevel=2)
     generator = np.random.default_rng(0)
     times = pd.Series(pd.date_range("2011-01-01", periods=num_days * 24, freq="h"))
     hours = np.arange(len(times))
