@@ -218,7 +218,7 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
             config=project.training,
             seed=project.seed,
             folder=project.ray_storage
-            / f"train-{_fingerprint(project, (project.training, dict(params)))}",
+            / f"train-{fingerprint(project, (project.training, dict(params)))}",
             on_progress=on_progress,
         )
         tracker.log(run_id, history=trained.history)
@@ -380,14 +380,14 @@ def _read_champion(project: Project, version: Version) -> Champion:
 
 
 def _search_folder(project: Project) -> Path:
-    return project.ray_storage / f"search-{_fingerprint(project, project.search)}"
+    return project.ray_storage / f"search-{fingerprint(project, project.search)}"
 
 
 def _search_file(project: Project) -> Path:
     return _search_folder(project).with_suffix(".json")
 
 
-def _fingerprint(project: Project, settings: object) -> str:
+def fingerprint(project: Project, settings: object) -> str:
     """Name work by all that decides its result: code beside the Task, data, seed and settings."""
     digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
     for file in sorted(project.reference.file.parent.glob("*.py")):

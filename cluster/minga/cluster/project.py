@@ -19,6 +19,7 @@ from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainCon
 from minga.training.data import read_splits
 from minga.training.data.versions import DataVersion, require_version, versions_of
 from minga.training.progress import OnProgress, silent
+from minga.training.simulation.config import SimulationConfig
 from minga.training.task import Splits, Task, TaskReference
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Project(BaseModel):
     gates: GateConfig = GateConfig()
     serving: ServingConfig = Field(default_factory=lambda: ServingConfig.model_validate({}))
     federation: FederationConfig = FederationConfig()
+    simulation: SimulationConfig = SimulationConfig()
 
     _directory: Path = PrivateAttr()
     _checked: "DataReport | None" = PrivateAttr(default=None)

@@ -55,13 +55,16 @@ class Split:
 
     Float arrays of another width become float32, the only width that networks compute in here.
     Inputs may stay on the disk (`minga.training.stored.StoredRows`).
+    `owners`, shape `(n,)`, says whose each example is, for simulations that give each owner a
+    device; nothing else looks at it.
 
     Raises:
-        DataError: the two differ in length, or inputs are not numbers.
+        DataError: they differ in length, or inputs are not numbers.
     """
 
     inputs: NDArray[Any]
     targets: NDArray[Any]
+    owners: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
@@ -81,6 +84,11 @@ class Split:
             raise DataError(
                 f"{len(self.inputs)} inputs but {len(self.targets)} targets; "
                 "each example needs one of each"
+            )
+        if self.owners is not None and np.shape(self.owners) != (len(self.inputs),):
+            raise DataError(
+                f"owners have shape {np.shape(self.owners)}; give one for each of "
+                f"{len(self.inputs)} examples"
             )
 
     def __len__(self) -> int:

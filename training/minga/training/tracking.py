@@ -7,6 +7,7 @@ MLflow's file store is out of support.
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,6 +141,13 @@ class Tracker:
     def log_settings(self, run_id: str, settings: dict[str, Any]) -> None:
         """Keep the resolved settings with a run, as its artifact `minga.json`."""
         self.client.log_dict(run_id, settings, "minga.json")
+
+    def log_file(self, run_id: str, name: str, data: bytes) -> None:
+        """Keep bytes with a run, as its artifact of this name."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(data)
+            self.client.log_artifact(run_id, str(path))
 
 
 def connect(tracking_uri: str, on_progress: OnProgress = silent) -> Any:
