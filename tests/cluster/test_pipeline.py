@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -133,6 +134,15 @@ def test_best_points_of_earlier_searches_are_found(project):
     assert points[0] == {name: best.params[name] for name in task.search_space}
     narrow = type("Narrow", (type(task),), {"search_space": {"hidden": choice([3, 5])}})()
     assert earlier_points(project.tracker(), narrow, 2) == []
+
+
+def test_runs_name_their_data(finished, project):
+    """Runs and lineage carry the digest of the values and of the file that they were read from."""
+    tags = project.tracker().client.get_run(finished[1]["run_id"]).data.tags
+    _, lineage = champion_of(project)
+    (version,) = lineage.data_versions
+    assert tags["minga.data_sha256"] == lineage.data_digest
+    assert version.sha256 == hashlib.sha256(Path(project.source).read_bytes()).hexdigest()
 
 
 def test_later_data_is_checked_against_the_champion(project):

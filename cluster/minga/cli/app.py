@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": ("minga.cli.project:tune", "Search hyper-parameters with Ray Tune."),
     "train": ("minga.cli.project:train", "Train once with given parameters and register."),
     "simulate": ("minga.cli.simulate:simulate", "Play a federation on virtual devices."),
-    "data": ("minga.cli.data:app", "Check data against its schema."),
+    "data": ("minga.cli.data:app", "Keep a schema, check data against it, report on data."),
     "model": ("minga.cli.model:app", "List, show, promote registered model versions."),
     "serve": ("minga.cli.serve:serve", "Serve registered models over the Open Inference Protocol."),
     "predict": ("minga.cli.predict:predict", "Send one request to a served model."),

@@ -16,7 +16,7 @@ The rest of the table is `EXIT_CODES`.
 EVERYTHING = "'minga[cluster]'"
 """The extra with which every command works; a device that trains needs `minga[train]` alone."""
 
-EXTRAS = {"tensorflow_metadata": "'minga[tfdv]'"}
+EXTRAS = {"s3fs": "'minga[s3]'", "tensorflow_metadata": "'minga[tfdv]'"}
 """Packages that are in an extra of their own."""
 
 EXIT_CODES: dict[str, int] = {
@@ -32,8 +32,8 @@ EXIT_CODES: dict[str, int] = {
     "minga.training.errors.TrainingError": 14,
     "minga.training.errors.GateError": 15,
     "minga.training.errors.RegistryError": 16,
-    "minga.training.errors.SchemaError": 40,
-    "minga.training.errors.TamperedError": 41,
+    "minga.training.errors.SchemaError": 44,
+    "minga.training.errors.TamperedError": 45,
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,

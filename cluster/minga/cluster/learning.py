@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minga.cluster.checking import require_valid_data
+from minga.cluster.checking import data_tags, require_valid_data
 from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
@@ -61,7 +61,7 @@ def search(
         _discard(folder)
     tracker = project.tracker(on_progress)
     on_progress(Progress(step="search", done=0, total=project.search.num_trials))
-    tags = {"minga.step": "search", "minga.data_sha256": digest_of(project.splits)}
+    tags = {"minga.step": "search", **data_tags(project)}
     with (
         occupied(project),
         tracker.run("search", tags=tags, kept=folder.with_suffix(".run")) as run_id,
@@ -137,7 +137,7 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
     probe(project.loaded_task, params, project.splits)
     tracker = project.tracker(on_progress)
     folder = _training_folder(project, params)
-    tags = {"minga.step": "train", "minga.data_sha256": digest_of(project.splits)}
+    tags = {"minga.step": "train", **data_tags(project)}
     with (
         occupied(project),
         tracker.run("train", tags=tags, kept=folder.with_suffix(".run")) as run_id,

@@ -173,6 +173,7 @@ def register_candidate(
         seed=project.seed,
         source=project.source,
         data_digest=digest_of(splits),
+        data_versions=project.data_versions,
         num_examples=campaign.num_examples if campaign else len(splits.train),
         parent_version=parent_version,
         campaign=campaign,

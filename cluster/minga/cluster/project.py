@@ -17,6 +17,7 @@ from minga.federation.config import FederationConfig
 from minga.serving.config import ServingConfig
 from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainConfig
 from minga.training.data import read_splits
+from minga.training.data.versions import DataVersion, require_version, versions_of
 from minga.training.progress import OnProgress, silent
 from minga.training.simulation.config import SimulationConfig
 from minga.training.task import Splits, Task, TaskReference
@@ -82,8 +83,16 @@ class Project(BaseModel):
 
     @cached_property
     def splits(self) -> Splits:
-        """The data of `[data] source`."""
+        """The data of `[data] source`; refused if it is not the version that it should be."""
+        _ = self.data_versions  # what was tampered with is refused before it is read
         return read_splits(self.loaded_task, self.source)
+
+    @cached_property
+    def data_versions(self) -> tuple[DataVersion, ...]:
+        """The versions of the files behind the data; see `minga.training.data.versions`."""
+        if self.data.sha256:
+            require_version(self.source, self.data.sha256)
+        return versions_of(self.source)
 
     @property
     def schema_file(self) -> Path:

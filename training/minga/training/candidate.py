@@ -10,7 +10,7 @@ from torch import nn
 
 from minga.training.config import GateConfig
 from minga.training.evaluate import evaluate, measure
-from minga.training.export import INPUT, OUTPUT, parity_error, run_onnx, session, to_onnx
+from minga.training.export import INPUT, OUTPUT, as_served, parity_error, run_onnx, session, to_onnx
 from minga.training.gates import Difference, Evidence, GateReport, compare, judge
 from minga.training.profile import Profile, profile_columns
 from minga.training.schema import Schema
@@ -88,7 +88,7 @@ def assess(
 def latency_ms(onnx: bytes, inputs: NDArray[Any]) -> float:
     """Give the 95th percentile of the time for one example, on one thread."""
     opened = session(onnx)
-    one = inputs[:1]
+    one = as_served(opened, inputs[:1])
     times = []
     for _ in range(WARM_UP_CALLS + LATENCY_CALLS):
         start = time.perf_counter()

@@ -45,7 +45,7 @@ def _gates(gates: GateReport) -> str:
 
 def _interface(schema: Schema, profile: Profile) -> str:
     shape = ", ".join(["batch", *map(str, schema.input_shape)])
-    lines = [f"`input`: {schema.input_dtype}, shape ({shape}). Columns as seen in training:", ""]
+    lines = [f"`input`: {schema.served_dtype}, shape ({shape}). Columns as seen in training:", ""]
     rows = [
         f"| {column.name} | {column.kind} | {column.low:g} | {column.high:g} | {seen.mean:.4g} |"
         for column, seen in zip(schema.columns, profile.inputs, strict=True)

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+
+from minga.training.uris import redacted
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -21,7 +23,11 @@ class DataConfig(Table):
     """Where the data is and how far it may stray from its reference."""
 
     source: str
-    """What `Task.data` gets; a relative path is taken from the project folder."""
+    """What `Task.data` gets; a relative path is taken from the project folder. `${NAME}` in a URI
+    is taken from the environment when the source is opened."""
+    sha256: str = ""
+    """What the source's content must be, if it is a file or folder; other content is refused.
+    `minga data check` prints it."""
     max_missing: Share = 0.0
     """Largest share of missing values of a column that had none in the reference."""
     max_out_of_range: Share = 0.01
@@ -32,6 +38,11 @@ class DataConfig(Table):
     """Smallest number of training examples, as a share of the reference's."""
     strict: bool = False
     """Whether what is only a warning stops a run too."""
+
+    @field_serializer("source")
+    def _without_secrets(self, source: str) -> str:
+        """Settings are kept with every run; a password is not."""
+        return redacted(source)
 
 
 class SearchConfig(Table):

@@ -10,9 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from minga.training.data.versions import DataVersion
 from minga.training.document import Document
 from minga.training.space import Param, Params
 from minga.training.task import Task, TaskReference
+from minga.training.uris import PublicUri
 
 
 class Code(Document):
@@ -59,8 +61,10 @@ class Lineage(Document):
     origin: Literal["central", "federated"]
     params: dict[str, Param]
     seed: int
-    source: str
+    source: PublicUri
     data_digest: str
+    data_versions: tuple[DataVersion, ...] = ()
+    """Of the files behind the source, as the disk and DVC name them."""
     num_examples: int
     code: Code
     environment: Environment
@@ -80,6 +84,7 @@ def trace(
     seed: int,
     source: str,
     data_digest: str,
+    data_versions: tuple[DataVersion, ...] = (),
     num_examples: int,
     parent_version: int | None = None,
     campaign: Campaign | None = None,
@@ -93,6 +98,7 @@ def trace(
         seed=seed,
         source=source,
         data_digest=data_digest,
+        data_versions=data_versions,
         num_examples=num_examples,
         code=_code(reference),
         environment=_environment(reference.root),

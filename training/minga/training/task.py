@@ -29,11 +29,15 @@ from minga.training.space import (
     RandInt,
     Uniform,
 )
+from minga.training.stored import StoredRows
 
 if TYPE_CHECKING:
     import torch
 
     from minga.training.schema import Schema
+
+SQLITE = "sqlite:///"
+"""What follows is the path of a database; a second slash makes it absolute."""
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -56,6 +60,7 @@ class Split:
     """Examples: `inputs` of shape `(n, ...)` and `targets` of shape `(n, ...)`.
 
     Float arrays of another width become float32, the only width that networks compute in here.
+    Inputs may stay on the disk (`minga.training.stored.StoredRows`).
     `owners`, shape `(n,)`, says whose each example is, for simulations that give each owner a
     device; nothing else looks at it.
 
@@ -69,7 +74,10 @@ class Split:
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
-            array = np.asarray(getattr(self, name))
+            given = getattr(self, name)
+            if isinstance(given, StoredRows) and name == "inputs" and given.dtype != np.float64:
+                continue
+            array = np.asarray(given)
             if array.ndim == 0 or array.dtype.kind not in "fiub":
                 raise DataError(
                     f"{name} are {array.dtype} of shape {array.shape}; "
@@ -149,11 +157,19 @@ class Task(ABC):
         """Build the network's first part, fitted on the training split.
 
         It is exported and federated with the model, so that training, serving and devices
-        prepare inputs alike. The default standardises float inputs of shape `(n, columns)`.
+        prepare inputs alike. The default puts means in place of missing values, standardises float
+        inputs of shape `(n, columns)`, and makes columns of 0 and 1 of declared `categories`.
         """
         from minga.training.preparation import default_preparation
 
-        return default_preparation(train)
+        return default_preparation(train, self.columns, self.categories)
+
+    @property
+    def width(self) -> int:
+        """How many columns the default preparation makes of `columns` and `categories`."""
+        from minga.training.schema import prepared_width
+
+        return prepared_width(self.columns, self.categories)
 
     def optimiser(self, model: "torch.nn.Module", params: Params) -> "torch.optim.Optimizer":
         """Build the optimiser; Adam at `lr` (0.001) unless overridden."""
@@ -212,6 +228,8 @@ class TaskReference:
 
     def resolve(self, source: str) -> str:
         """Take a relative path from the project folder; leave URIs and absolute paths alone."""
+        if source.startswith(SQLITE) and not source.startswith(SQLITE + "/"):
+            return f"{SQLITE}{self.root}/{source.removeprefix(SQLITE)}"
         return source if "://" in source else str(self.root / source)
 
 
