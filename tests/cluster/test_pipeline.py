@@ -75,7 +75,16 @@ def test_run_ends_with_a_champion(finished, project):
     assert printed["promoted"]
     assert printed["metrics"]["average_precision"] > 0.9
     assert len(printed["trials"]) == 3
-    assert {gate["name"] for gate in printed["gates"]} >= {"onnx parity", "latency p95", "size"}
+    assert {gate["name"] for gate in printed["gates"]} >= {
+        "onnx parity",
+        "latency p95",
+        "size",
+        "noise of 0.1",
+        "10% of values missing",
+        "calibration error",
+        "runs in serving",
+        "runs in device",
+    }
     assert project.registry().get("shuttle-anomaly", "champion").version == 1
 
 
@@ -175,6 +184,28 @@ def test_personal_tensors_stay_the_parents(project):
     assert shared.keys() | personal.keys() == parameters.keys()
     assert all(np.array_equal(personal[name], parameters[name]) for name in personal)
     assert not personal_of(registry, parent, pb.Campaign())
+
+
+def test_overtaken_version_is_judged_anew(finished, capsys):
+    """A version that was judged before there was this champion gets a verdict against it.
+
+    The verdict is on a new version of the same weights, and `minga model history` tells the rest.
+    """
+    from minga.cli.app import main
+
+    words = ["--project", str(finished[0].directory), "--json"]
+    with contextlib.suppress(SystemExit):
+        main(["model", "judge", "1", *words])
+    judged = json.loads(capsys.readouterr().out)
+    assert (judged["champion"], judged["blessed"]) == (1, True)
+    registry = finished[0].registry()
+    before, after = (registry.get("shuttle-anomaly", n) for n in (1, judged["version"]))
+    assert before.digests.weights == after.digests.weights
+    assert before.digests.bundle != after.digests.bundle
+    with contextlib.suppress(SystemExit):
+        main(["model", "history", *words])
+    (promotion,) = json.loads(capsys.readouterr().out)
+    assert (promotion["version"], promotion["champion_before"]) == (1, None)
 
 
 def test_commands_show_the_registry(finished, capsys):

@@ -28,6 +28,8 @@ EXIT_CODES: dict[str, int] = {
     "minga.training.errors.TrainingError": 14,
     "minga.training.errors.GateError": 15,
     "minga.training.errors.RegistryError": 16,
+    "minga.training.errors.ConflictError": 40,
+    "minga.training.errors.VerdictError": 41,
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minga.cluster.project import Project
+from minga.cluster.runtimes import runtimes_for
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
-from minga.training.bundle import MODEL, PROFILE, SCHEMA, Bundle
+from minga.training.bundle import LINEAGE, MODEL, PROFILE, SCHEMA, Bundle, read_parameters
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
@@ -311,11 +312,36 @@ def register_candidate(
     return registered
 
 
-def promote(project: Project, version: int | str, *, override: bool = False) -> Version:
-    """Make a version of the project's model the champion.
+def judge_anew(project: Project, which: int | str, on_progress: OnProgress = silent) -> Registered:
+    """Judge a version against today's champion, data and limits, and register it with that verdict.
+
+    Versions do not change, so the verdict is on a new one with the same weights.
 
     Raises:
-        GateError: its gates refused it, and `override` is not set.
+        RegistryError: there is no such version, or its files are not what was registered.
+        ShapeError: the Task's network is another one now.
+    """
+    registry = project.registry()
+    version = registry.get(project.loaded_task.name, which)
+    folder = registry.fetch(version.name, version.version)
+    lineage = Lineage.read(folder / LINEAGE)
+    return register_candidate(
+        project,
+        parameters=read_parameters(folder),
+        params=lineage.params,
+        run_id=version.run_id,
+        parent_version=version.version,
+        campaign=lineage.campaign,
+        on_progress=on_progress,
+    )
+
+
+def promote(project: Project, version: int | str, *, override: str = "") -> Version:
+    """Make a version of the project's model the champion; see `Registry.promote`.
+
+    Raises:
+        GateError: its gates refused it, and `override` gives no reason to do it nevertheless.
+        ConflictError: somebody else promoted another version in the meantime.
         RegistryError: there is no such version, or its files are not what was registered.
     """
     return project.registry().promote(project.loaded_task.name, version, override=override)
@@ -350,6 +376,7 @@ def _assess(project: Project, parameters: Parameters, params: Params) -> tuple[C
         champion=_read_champion(project, champion) if champion else None,
         config=project.gates,
         seed=project.seed,
+        try_out=runtimes_for(task.name, timeout_s=project.gates.trial_timeout_s),
     )
     return candidate, schema
 
@@ -377,7 +404,7 @@ def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
     registry, report, lineage = project.registry(), bundle.gates, bundle.lineage
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
-        bundle.write(folder)
+        bundle.write(folder, project.keyring)
         version = registry.register(
             lineage.task,
             folder,

@@ -18,6 +18,7 @@ from minga.serving.config import ServingConfig
 from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainConfig
 from minga.training.data import read_splits
 from minga.training.progress import OnProgress, silent
+from minga.training.signing import Keyring
 from minga.training.task import Splits, Task, TaskReference
 
 if TYPE_CHECKING:
@@ -100,7 +101,13 @@ class Project(BaseModel):
         """Open the model registry; the database is made the first time."""
         from minga.training.registry import Registry  # noqa: PLC0415 - loads MLflow
 
-        return Registry(self.tracking_uri, on_progress)
+        return Registry(self.tracking_uri, on_progress, keyring=lambda: self.keyring)
+
+    @cached_property
+    def keyring(self) -> Keyring:
+        """The key that signs this machine's verdicts, made the first time, and the trusted ones."""
+        file = Path(Settings().signing_key or self.work_folder / "signing.pem")
+        return Keyring.open(file, self.gates.trusted_keys)
 
     def tracker(self, on_progress: OnProgress = silent) -> "Tracker":
         """Open the record of runs, in the experiment named after the Task."""

@@ -19,3 +19,7 @@ class Settings(BaseSettings):
     ray_storage: str = ""
     """Folder of unfinished searches and trainings, shared by all of Ray's machines; by default
     `.minga/ray`."""
+
+    signing_key: str = ""
+    """File of the private key that signs verdicts and promotions; by default
+    `.minga/signing.pem`, made the first time."""

@@ -7,6 +7,7 @@ profile.json          the reference profile: inputs, targets, outputs
 gates.json            the verdict, whatever it was
 lineage.json          data, code, environment, parameters, parent
 README.md             the model card
+verdict.json          the signed statement that these very files got this very verdict
 MLmodel, ...          so that MLflow's own tools load it too
 """
 
@@ -23,6 +24,8 @@ from minga.training.gates import GateReport
 from minga.training.lineage import Lineage
 from minga.training.profile import Profile
 from minga.training.schema import Schema
+from minga.training.signing import Keyring
+from minga.training.verdict import check_verdict, sign_verdict
 
 MODEL = "model.onnx"
 WEIGHTS = "weights.safetensors"
@@ -32,7 +35,12 @@ GATES = "gates.json"
 LINEAGE = "lineage.json"
 CARD = "README.md"
 
-OWN_FILES = (CARD, GATES, LINEAGE, MODEL, PROFILE, SCHEMA, WEIGHTS)
+VERDICT = "verdict.json"
+
+JUDGED_FILES = (CARD, GATES, LINEAGE, MODEL, PROFILE, SCHEMA, WEIGHTS)
+"""What the signed verdict covers."""
+
+OWN_FILES = (*JUDGED_FILES, VERDICT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +54,8 @@ class Bundle:
     gates: GateReport
     lineage: Lineage
 
-    def write(self, folder: Path) -> None:
-        """Write the folder, which must not exist."""
+    def write(self, folder: Path, keyring: Keyring) -> None:
+        """Write the folder, which must not exist, and vouch for it with the keyring's own key."""
         from minga.training.tracking import save_mlflow_model
 
         save_mlflow_model(self.onnx, folder)
@@ -59,6 +67,8 @@ class Bundle:
         (folder / CARD).write_text(
             card_of(self.schema, self.profile, self.gates, self.lineage), encoding="utf-8"
         )
+        verdict = sign_verdict(keyring, self.lineage.task, folder, JUDGED_FILES, self.gates)
+        (folder / VERDICT).write_text(verdict + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +101,19 @@ class Digests:
             weights=parts[WEIGHTS],
             bundle=hashlib.sha256(lines.encode()).hexdigest(),
         )
+
+
+def read_verdict(folder: Path, model: str, keyring: Keyring) -> GateReport:
+    """Read a bundle's gate report, if a trusted key vouches for it and for all files around it.
+
+    Raises:
+        VerdictError: none does.
+        RegistryError: a file is missing or broken.
+    """
+    report = GateReport.read(folder / GATES)
+    envelope = (folder / VERDICT).read_bytes()
+    check_verdict(keyring, model, folder, JUDGED_FILES, report=report, envelope=envelope)
+    return report
 
 
 def read_parameters(folder: Path) -> Parameters:

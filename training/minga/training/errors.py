@@ -6,7 +6,9 @@
     │   └── ShapeError           its model, its data and its loss disagree in shape
     ├── DataError (ValueError)   the data cannot be used, or broke its schema
     ├── GateError                a version that failed its gates was to be promoted
+    ├── ConflictError            somebody else promoted another version in the meantime
     └── RegistryError            a version is missing, or its files are not what was registered
+        └── VerdictError         nobody who is trusted vouches for a version as it is
 
 Each message says what is wrong, the value seen, and what to do.
 """
@@ -38,3 +40,11 @@ class GateError(TrainingError):
 
 class RegistryError(TrainingError):
     """A registered version is missing, or its files differ from what was registered."""
+
+
+class ConflictError(TrainingError):
+    """Somebody else promoted another version in the meantime."""
+
+
+class VerdictError(RegistryError):
+    """Nobody who is trusted vouches for a version as it is."""

@@ -1,9 +1,12 @@
 """Registered model versions: their files, their digests, and which of them is champion.
 
-A version's files are never changed. What it carries is in `minga.training.bundle`; the verdict of
-its gates is its tag `minga.blessed`. The aliases `champion` and `challenger` say which is used.
+A version's files are never changed. What it carries is in `minga.training.bundle`. The tag
+`minga.blessed` tells listings what its gates said; promotion believes the signed verdict alone.
+The aliases `champion` and `challenger` say which is used; how the first moves is in
+`minga.training.promotions`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +14,11 @@ from urllib.parse import unquote, urlparse
 
 from mlflow.exceptions import MlflowException
 
-from minga.training.bundle import Digests
-from minga.training.errors import GateError, RegistryError
+from minga.training.bundle import Digests, read_verdict
+from minga.training.errors import ConflictError, GateError, RegistryError
 from minga.training.progress import OnProgress, silent
+from minga.training.promotions import SUFFIX, Ledger, Promotion, who_and_when
+from minga.training.signing import Keyring
 from minga.training.tracking import connect
 
 Alias = Literal["champion", "challenger"]
@@ -42,15 +47,30 @@ class Version:
 class Registry:
     """Model versions in one MLflow database.
 
-    Several processes may read and register at once; of two that promote at once, the later wins.
+    Several processes may read, register and promote at once; of two that promote at once, one
+    wins and the other is told.
+
+    Args:
+        tracking_uri: of MLflow, such as `sqlite:////path/mlflow.db`.
+        on_progress: hears of the seconds that making a database takes.
+        keyring: opens the keys whose verdicts and promotions are believed; only promotions and
+            their history need them.
     """
 
-    def __init__(self, tracking_uri: str, on_progress: OnProgress = silent) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        on_progress: OnProgress = silent,
+        *,
+        keyring: Callable[[], Keyring] | None = None,
+    ) -> None:
         self._client = connect(tracking_uri, on_progress)
+        self._keyring = keyring
 
     def names(self) -> tuple[str, ...]:
         """Name all registered models."""
-        return tuple(sorted(model.name for model in self._client.search_registered_models()))
+        found = (model.name for model in self._client.search_registered_models())
+        return tuple(sorted(name for name in found if not name.endswith(SUFFIX)))
 
     def register(
         self, name: str, bundle: Path, *, run_id: str, blessed: bool, tags: dict[str, str]
@@ -130,10 +150,7 @@ class Registry:
             RegistryError: there is no such version, or its files are not what was registered.
         """
         version = self.get(name, which)
-        source = self._client.get_model_version(name, str(version.version)).source
-        folder = _local_path(source)
-        if folder is None:
-            folder = Path(self._client.download_artifacts(version.run_id, ARTIFACT_PATH))
+        folder = self._folder(version)
         if not folder.is_dir():
             raise RegistryError(f"{name} version {version.version}: its files are gone: {folder}")
         seen = Digests.of(folder)
@@ -149,33 +166,100 @@ class Registry:
         """Let an alias name a version, and no other one."""
         self._client.set_registered_model_alias(name, alias, str(version))
 
-    def promote(self, name: str, which: int | str, *, override: bool = False) -> Version:
+    def promote(self, name: str, which: int | str, *, override: str = "") -> Version:
         """Make a version the champion.
+
+        A version that was judged against a champion takes the place of that one and no other: if
+        somebody else promoted in the meantime, this promotion fails. A version that was champion
+        before may come back at any time.
 
         Args:
             name: of the model.
             which: number or alias.
-            override: promote it even if its gates refused it; the version is tagged so.
+            override: why it is promoted although its gates refused it or it was not judged
+                against today's champion; the reason is kept in the ledger.
 
         Raises:
-            GateError: its gates refused it, and `override` is not set.
+            GateError: its gates refused it, and there is no `override`.
+            ConflictError: the champion is not the one that it was judged against, or changes now.
+            VerdictError: its verdict, or the ledger, is altered or not by a trusted key.
             RegistryError: there is no such version, or its files are not what was registered.
         """
         version = self.get(name, which)
-        if not version.blessed and not override:
+        folder = self.fetch(name, version.version)
+        report = read_verdict(folder, name, self._keys())
+        if not report.blessed and not override:
             raise GateError(
                 f"{name} version {version.version} did not pass its gates and stays a candidate; "
                 f"see why with: minga model show {version.version}"
             )
-        self.fetch(name, version.version)
-        if not version.blessed:
-            self._client.set_model_version_tag(
-                name, str(version.version), "minga.overridden", "true"
-            )
-        self.set_alias(name, CHAMPION, version.version)
+        ledger = Ledger(self._client, name, self._keys())
+        seen, history = ledger.entries(), ledger.promotions()
+        champion = self._champion(name, history)
+        was_champion = any(one.version == version.version for one in history)
+        if champion not in (report.champion, version.version) and not (was_champion or override):
+            raise ConflictError(_overtaken(version, report.champion, champion, history))
+        by, at = who_and_when()
+        promotion = Promotion(
+            number=0,
+            previous="",
+            model=name,
+            version=version.version,
+            bundle_sha256=version.digests.bundle,
+            champion_before=champion,
+            by=by,
+            at=at,
+            override=override,
+        )
+        ledger.append(seen, promotion, source=self._source(version), run_id=version.run_id)
+        self._settle(name, ledger)
+        if override:
+            self._tag(version, "minga.overridden", "true")
         if CHALLENGER in version.aliases:
             self._client.delete_registered_model_alias(name, CHALLENGER)
         return self.get(name, version.version)
+
+    def promotions(self, name: str) -> tuple[Promotion, ...]:
+        """Tell which versions were made champion, by whom and why, the oldest first.
+
+        Raises:
+            VerdictError: an entry is altered, missing, or signed by nobody who is trusted.
+        """
+        return Ledger(self._client, name, self._keys()).promotions()
+
+    def _champion(self, name: str, history: tuple[Promotion, ...]) -> int | None:
+        """Give the champion: whom the alias names, or will name as soon as a promotion is done."""
+        current = self.find(name, CHAMPION)
+        number = current.version if current else None
+        if history and number == history[-1].champion_before:
+            return history[-1].version
+        return number
+
+    def _settle(self, name: str, ledger: Ledger) -> None:
+        """Let the alias name what was promoted last.
+
+        Between an entry and its alias another process may have made both: looking again after
+        the alias was set leaves the last word to the ledger, whoever writes last.
+        """
+        settled = 0
+        while (last := ledger.promotions()[-1]).number != settled:
+            self.set_alias(name, CHAMPION, last.version)
+            settled = last.number
+
+    def _folder(self, version: Version) -> Path:
+        """Give where a version's files are on this machine, unchecked."""
+        folder = _local_path(self._source(version))
+        return folder or Path(self._client.download_artifacts(version.run_id, ARTIFACT_PATH))
+
+    def _tag(self, version: Version, key: str, value: str) -> None:
+        self._client.set_model_version_tag(version.name, str(version.version), key, value)
+
+    def _source(self, version: Version) -> str:
+        return str(self._client.get_model_version(version.name, str(version.version)).source)
+
+    def _keys(self) -> Keyring:
+        assert self._keyring is not None, "a registry that promotes is opened with a keyring"
+        return self._keyring()
 
     def _registered(self, name: str) -> Any:
         try:
@@ -183,6 +267,19 @@ class Registry:
         except MlflowException as error:
             known = ", ".join(self.names()) or "none yet; make one with: minga run"
             raise RegistryError(f"no model {name!r} is registered; models: {known}") from error
+
+
+def _overtaken(
+    version: Version, judged: int | None, champion: int | None, history: tuple[Promotion, ...]
+) -> str:
+    """Say who promoted what since a version was judged."""
+    last = next((one for one in reversed(history) if one.version == champion), None)
+    since = f" (by {last.by} at {last.at})" if last else ""
+    against = f"against version {judged}" if judged else "when there was no champion"
+    return (
+        f"{version.name} version {version.version} was judged {against}, but version {champion} "
+        f"is champion now{since}; judge it anew with: minga model judge {version.version}"
+    )
 
 
 def _number(which: int | str, aliases: dict[str, str]) -> int | None:

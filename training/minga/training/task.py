@@ -151,6 +151,14 @@ class Task(ABC):
         """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail."""
         return {}
 
+    def probabilities(self, outputs: NDArray[Any]) -> NDArray[Any] | None:  # noqa: ARG002
+        """Turn a classifier's raw outputs into probabilities, so that its calibration is judged.
+
+        Give shape `(n,)` for the positive class of two, or `(n, classes)`; None, as here, if the
+        outputs are none.
+        """
+        return None
+
     def schema(self, train: Split) -> "Schema":
         """Describe valid data; inferred from the training split unless overridden."""
         from minga.training.schema import infer_schema
