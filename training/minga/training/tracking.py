@@ -5,6 +5,7 @@ several may live in one process. The database is SQLite unless the URI says othe
 MLflow's file store is out of support.
 """
 
+import json
 import logging
 import os
 import time
@@ -35,8 +36,31 @@ for _noisy in ("alembic", "mlflow"):
 
 PARENT_TAG = "mlflow.parentRunId"
 
+SETTINGS = "minga.json"
+"""The artifact with a run's resolved settings."""
+
+TEST = "test_"
+"""What the names of metrics on the test split begin with."""
+
 BATCH_METRICS = 1000
 """The most values that MLflow takes at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What a run left behind.
+
+    Attributes:
+        tags: of the run.
+        settings: the resolved settings; empty if the run kept none.
+        history: one record for each epoch.
+        metrics: on the test split, by the Task's names.
+    """
+
+    tags: Mapping[str, str]
+    settings: dict[str, Any]
+    history: tuple[Record, ...]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +163,32 @@ class Tracker:
 
     def log_settings(self, run_id: str, settings: dict[str, Any]) -> None:
         """Keep the resolved settings with a run, as its artifact `minga.json`."""
-        self.client.log_dict(run_id, settings, "minga.json")
+        self.client.log_dict(run_id, settings, SETTINGS)
+
+    def read(self, run_id: str) -> Recorded:
+        """Read what a run left behind."""
+        run = self.client.get_run(run_id)
+        records: dict[int, Record] = {}
+        for name in run.data.metrics:
+            if not name.startswith(TEST):
+                for metric in self.client.get_metric_history(run_id, name):
+                    record = records.setdefault(metric.step, {"epoch": float(metric.step)})
+                    record[name] = metric.value
+        kept = {artifact.path for artifact in self.client.list_artifacts(run_id)}
+        settings: dict[str, Any] = {}
+        if SETTINGS in kept:
+            file = self.client.download_artifacts(run_id, SETTINGS)
+            settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        return Recorded(
+            tags=run.data.tags,
+            settings=settings,
+            history=tuple(record for _, record in sorted(records.items())),
+            metrics={
+                name.removeprefix(TEST): value
+                for name, value in run.data.metrics.items()
+                if name.startswith(TEST)
+            },
+        )
 
 
 def connect(tracking_uri: str, on_progress: OnProgress = silent) -> Any:
