@@ -53,10 +53,10 @@ def predict(
     with InferenceClient(url) as client:
         metadata = client.metadata(model, version=model_version)
         if input is not None:
-            inputs = read_json(_read(input), metadata)
+            inputs = read_json(read_file(input), metadata)
         else:
             assert csv is not None
-            inputs = read_csv(_read(csv).decode(errors="replace"), metadata)
+            inputs = read_csv(read_file(csv).decode(errors="replace"), metadata)
         request = InferRequest(inputs=inputs, binary_outputs=True)
         response = client.request(model, request, version=model_version)
     if as_json:
@@ -65,7 +65,12 @@ def predict(
         _print(response)
 
 
-def _read(file: Path) -> bytes:
+def read_file(file: Path) -> bytes:
+    """Read a file that the command line names; - is standard input.
+
+    Raises:
+        BadRequestError: it cannot be read.
+    """
     from minga.inference.errors import BadRequestError
 
     if str(file) == "-":
