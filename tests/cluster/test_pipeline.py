@@ -208,6 +208,37 @@ def test_overtaken_version_is_judged_anew(finished, capsys):
     assert (promotion["version"], promotion["champion_before"]) == (1, None)
 
 
+def test_lineage_leads_from_data_to_the_server_and_back(finished, project, capsys):
+    """`minga lineage` finds what the data came to, and what a server's answers were made from."""
+    from minga.cli.app import main
+    from minga.serving.registry_source import RegistrySource
+    from minga.serving.service_record import ServiceRecord
+
+    served = RegistrySource(project.tracking_uri).current("shuttle-anomaly")
+    record = ServiceRecord(project.tracking_uri, "http://127.0.0.1:8123")
+    record.note([served])
+    directory = ["--project", str(finished[0].directory)]
+
+    def ask(*words):
+        with contextlib.suppress(SystemExit):
+            main([*words, *directory, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    digest = finished[1]["data"]["digest"]
+    (forward,) = ask("lineage", "--data", digest[:10])
+    reached = {node["id"] for node in forward["went_into"]["nodes"]}
+    (service,) = (name for name in reached if ":8123/" in name)
+    (back,) = ask("lineage", "--place", service.removeprefix("service:"))
+    made_from = {node["id"] for node in back["made_from"]["nodes"]}
+    assert {f"data:{digest}", "version:shuttle-anomaly/1"} <= made_from
+    (period,) = ask("model", "served")
+    assert (period["version"], period["until"]) == ("1", "")
+    record.close()
+    (period,) = ask("model", "served")
+    assert period["until"]
+    assert "served nowhere" in ask("model", "stale")[-1]["finding"]
+
+
 def test_commands_show_the_registry(finished, capsys):
     """`minga model list` and `show` print JSON that names the champion and its gates."""
     from minga.cli.app import main

@@ -132,11 +132,11 @@ def register(registry, tracking_uri, tmp_path, write_bundle):
     """Registers a version of `blobs`."""
     tracker = Tracker.open(tracking_uri, str(tmp_path / "artifacts"), "blobs")
 
-    def make(*, blessed=True, **bundle):
+    def make(name="blobs", *, blessed=True, **bundle):
         folder = write_bundle(blessed=blessed, **bundle)
         with tracker.run("test") as run_id:
             return registry.register(
-                "blobs", folder, run_id=run_id, blessed=blessed, tags={"minga.origin": "x"}
+                name, folder, run_id=run_id, blessed=blessed, tags={"minga.origin": "x"}
             )
 
     return make

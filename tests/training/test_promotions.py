@@ -49,7 +49,7 @@ def test_of_people_who_promote_at_once_one_wins(registry, register, tracking_uri
     assert Counter(outcome for _, outcome, _ in outcomes) == {"won": 1, "lost": NUM_PEOPLE - 1}
     (winner,) = [version for version, outcome, _ in outcomes if outcome == "won"]
     assert registry.get("blobs", CHAMPION).version == winner
-    assert [one.version for one in registry.promotions("blobs")] == [1, winner]
+    assert [one.version for one in registry.decisions("blobs")] == [1, winner]
     assert all(f"ersion {winner}" in words for _, outcome, words in outcomes if outcome == "lost")
 
 
@@ -61,10 +61,10 @@ def ledger(registry, keyring):
 
 def append(registry, ledger, version, *, before, seen=None):
     """Add an entry as a promotion does, without moving the alias."""
-    from minga.training.promotions import Promotion
+    from minga.training.promotions import Decision
 
     found = registry.get("blobs", version)
-    promotion = Promotion(
+    promotion = Decision(
         number=0,
         previous="",
         model="blobs",
@@ -83,11 +83,11 @@ def test_entry_that_comes_too_late_is_void(registry, register, ledger):
     versions = [register().version for _ in range(3)]
     seen = ledger.entries()
     append(registry, ledger, versions[0], before=None, seen=seen)
-    with pytest.raises(ConflictError, match="ann made version 1 champion in the same moment"):
+    with pytest.raises(ConflictError, match="version 1 was promoted by ann in the same moment"):
         append(registry, ledger, versions[1], before=None, seen=seen)
     append(registry, ledger, versions[2], before=1)
     assert [entry.number for entry in ledger.entries()] == [1, 2, 3]
-    assert [one.version for one in registry.promotions("blobs")] == [1, 3]
+    assert [one.version for one in registry.decisions("blobs")] == [1, 3]
 
 
 def test_promotion_that_died_in_the_middle_counts(registry, register, ledger):
@@ -124,7 +124,7 @@ def test_altered_ledger_is_noticed(registry, register, ledger, stranger, forgery
     else:
         client.set_model_version_tag(name, "2", "minga.promotion", entries[0].envelope)
     with pytest.raises(VerdictError):
-        registry.promotions("blobs")
+        registry.decisions("blobs")
     with pytest.raises(VerdictError):
         registry.promote("blobs", 1)
 

@@ -1,17 +1,24 @@
 """Registered versions: files, digests, aliases, on a real MLflow database."""
 
 import base64
+import contextlib
+import hashlib
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from minga.training.bundle import GATES, MODEL, VERDICT, WEIGHTS, Digests, read_parameters
 from minga.training.candidate import Champion, assess
+from minga.training.card import Card
 from minga.training.config import GateConfig
 from minga.training.data import profile_of
 from minga.training.errors import ConflictError, GateError, RegistryError, VerdictError
 from minga.training.export import run_onnx
+from minga.training.lineage import Lineage
 from minga.training.network import build_network
 from minga.training.registry import CHALLENGER, CHAMPION, Registry
 from minga.training.schema import infer_schema
@@ -65,6 +72,16 @@ def test_changed_files_are_refused(registry, register, name):
         registry.promote("blobs", version.version)
 
 
+def test_versions_are_not_overwritten(registry, register, write_bundle):
+    """A second version of a run would take the first one's place, so it is refused."""
+    version = register()
+    with pytest.raises(RegistryError, match="has version 1 of blobs already"):
+        registry.register(
+            "blobs", write_bundle(champion=1), run_id=version.run_id, blessed=True, tags={}
+        )
+    assert Digests.of(registry.fetch("blobs", version.version)) == version.digests
+
+
 def test_lost_files_are_noticed(registry, register):
     """A version whose file is gone is refused with the file's name."""
     version = register()
@@ -94,8 +111,8 @@ def test_unblessed_version_is_not_promoted(registry, register):
     promoted = registry.promote("blobs", version.version, override="ticket 7")
     assert promoted.tags["minga.overridden"] == "true"
     assert not promoted.blessed
-    (entry,) = registry.promotions("blobs")
-    assert (entry.version, entry.override, entry.champion_before) == (1, "ticket 7", None)
+    (entry,) = registry.decisions("blobs")
+    assert (entry.version, entry.reason, entry.champion_before) == (1, "ticket 7", None)
 
 
 def retag(registry, version):
@@ -181,10 +198,9 @@ def test_verdict_of_a_stranger_counts_once_the_key_is_trusted(
     assert registry.get("blobs", CHAMPION).version == version.version
 
 
-def test_verdict_on_another_model_does_not_count(registry, register, tracking_uri, write_bundle):
+def test_verdict_on_another_model_does_not_count(registry, register):
     """A bundle that was judged as one model is not promoted as another."""
-    run_id = register().run_id
-    registry.register("other", write_bundle(), run_id=run_id, blessed=True, tags={})
+    register("other")
     with pytest.raises(VerdictError, match="on the model 'blobs', not on 'other'"):
         registry.promote("other", 1)
 
@@ -202,7 +218,7 @@ def test_overtaken_version_is_refused(registry, register):
     assert registry.promote("blobs", first.version).aliases == ("champion",)
     assert registry.promote("blobs", third.version).aliases == ("champion",)
     registry.promote("blobs", second.version, override="back to the one before")
-    history = registry.promotions("blobs")
+    history = registry.decisions("blobs")
     assert [(p.number, p.version, p.champion_before) for p in history] == [
         (1, 1, None),
         (2, 2, 1),
@@ -210,6 +226,84 @@ def test_overtaken_version_is_refused(registry, register):
         (4, 3, 1),
         (5, 2, 3),
     ]
+
+
+def test_retired_version_is_promoted_for_a_reason_alone(registry, register):
+    """Retirement takes a version out of use, by a signed entry; the champion stays."""
+    first, second = register(), register()
+    registry.promote("blobs", first.version)
+    with pytest.raises(GateError, match="promote another one first"):
+        registry.retire("blobs", first.version, reason="old")
+    registry.set_alias("blobs", CHALLENGER, second.version)
+    assert registry.retire("blobs", second.version, reason="broken sensor").aliases == ()
+    with pytest.raises(GateError, match=r"was retired by .*: broken sensor"):
+        registry.promote("blobs", second.version)
+    assert registry.promote("blobs", second.version, override="it was not").aliases
+    kinds = [(one.kind, one.version, one.reason) for one in registry.decisions("blobs")]
+    assert kinds == [
+        ("promoted", 1, ""),
+        ("retired", 2, "broken sensor"),
+        ("promoted", 2, "it was not"),
+    ]
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_loading_a_version_never_unpickles(registry, register, tmp_path, monkeypatch):
+    """Poisoned pickles in a version's folder are not run: not beside its files, not instead of one.
+
+    The one whose digest was forged too is refused in words.
+    """
+    version = register()
+    trace = tmp_path / "trace"
+    bomb = pickle.dumps(Bomb(trace))
+    folder = registry.fetch("blobs", version.version)
+    for name in ("model.pkl", "python_model.pkl", "weights.pt", "data.pickle", "weights.bin"):
+        (folder / name).write_bytes(bomb)
+    (folder / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: pickle\n")
+    fetched = registry.fetch("blobs", version.version)
+    assert read_parameters(fetched)
+    registry.promote("blobs", version.version)
+    (folder / WEIGHTS).write_bytes(bomb)
+    retag(registry, version)
+    with pytest.raises(RegistryError, match="holds no parameters"):
+        read_parameters(registry.fetch("blobs", version.version))
+    with pytest.raises(VerdictError):
+        registry.promote("blobs", version.version)
+    assert not trace.exists()
+    with contextlib.suppress(TypeError):
+        pickle.loads(bomb)
+    assert trace.exists(), "the bomb would have gone off"
+
+
+def test_card_is_read_by_programs(bundle_folder):
+    """The card's head is Hugging Face's, with the results; its JSON is the typed value again."""
+    text = (bundle_folder / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    (index,) = head["model-index"]
+    (result,) = index["results"]
+    card = Card.read(bundle_folder / "card.json")
+    assert index["name"] == "blobs"
+    assert {one["type"]: one["value"] for one in result["metrics"]} == card.gates.metrics
+    assert result["dataset"]["revision"] == card.lineage.data_digest == "d" * 64
+    assert card.markdown() == text
+
+
+def test_environment_is_locked(bundle_folder):
+    """The version carries every package's version, and the lineage names the lock's digest."""
+    lock = (bundle_folder / "environment.txt").read_bytes()
+    lineage = Lineage.read(bundle_folder / "lineage.json")
+    assert lineage.environment.digest == hashlib.sha256(lock).hexdigest()
+    assert f"numpy=={np.__version__}\n" in lock.decode()
+    assert lineage.environment.cpu
 
 
 def test_what_is_not_registered_is_explained(registry, register):

@@ -21,6 +21,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.cluster.errors.ProjectError": 10,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
+    "minga.cluster.errors.ReproductionError": 42,
     # minga.training.errors
     "minga.training.errors.TaskError": 11,
     "minga.training.errors.ShapeError": 12,

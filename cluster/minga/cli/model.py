@@ -141,7 +141,7 @@ def judge(which: str, *, project: Path = Path(), json: bool = False) -> None:
 
 @app.command
 def history(*, project: Path = Path(), name: str = "", json: bool = False) -> None:
-    """Show who made which version champion, when, and why where gates spoke against it.
+    """Show who promoted or retired which version, when, and why where something spoke against it.
 
     Every entry's signature is checked, and that none is missing in between.
 
@@ -153,18 +153,113 @@ def history(*, project: Path = Path(), name: str = "", json: bool = False) -> No
         json: Print JSON.
     """
     registry = _registry(project)
-    found = registry.promotions(_name(registry, name))
+    found = registry.decisions(_name(registry, name))
     if json:
-        print_json([promotion.model_dump() for promotion in found])
+        print_json([decision.model_dump() for decision in found])
         return
     print_table(
-        ("at", "champion", "before", "by", "override"),
+        ("at", "version", "was", "champion before", "by", "reason"),
         [
-            (one.at, str(one.version), str(one.champion_before or "-"), one.by, one.override or "-")
+            (
+                one.at,
+                str(one.version),
+                one.kind,
+                str(one.champion_before or "-"),
+                one.by,
+                one.reason or "-",
+            )
             for one in found
         ],
         empty="nothing was promoted yet; do it with: minga model promote VERSION",
     )
+
+
+@app.command
+def served(
+    *,
+    project: Path = Path(),
+    name: str = "",
+    at: datetime | None = None,
+    place: str = "",
+    state: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Tell which version was served where and when, on servers and, with --state, on devices.
+
+    Example: minga model served --at 2026-11-23T14:00
+
+    Args:
+        project: The project folder.
+        name: Only this model.
+        at: Only what was served at this time, UTC unless it says otherwise.
+        place: Only this place: host:port of a server, or device/NAME.
+        state: The coordinator's state folder or an export of its audit log, which tell of devices.
+        json: Print JSON.
+    """
+    from minga.cluster.ancestry import services_everywhere
+    from minga.cluster.project import load
+
+    moment = at.replace(tzinfo=at.tzinfo or UTC) if at else None
+    found = [
+        one
+        for one in services_everywhere(load(project), name, state)
+        if place in ("", one.place) and (moment is None or one.covers(moment))
+    ]
+    if json:
+        print_json([one.model_dump() for one in found])
+        return
+    print_table(
+        ("model", "version", "place", "since", "until", "last seen"),
+        [
+            (one.model, one.version, one.place, one.since, one.until or "now", one.seen_at)
+            for one in found
+        ],
+        empty="no such service is recorded; `minga serve` records what it serves",
+    )
+
+
+@app.command
+def stale(*, project: Path = Path(), state: Path | None = None, json: bool = False) -> None:
+    """Report what ages: old champions, versions that should serve no more, and those to retire.
+
+    Example: minga model stale
+
+    Args:
+        project: The project folder; [gates] max_age_days of its minga.toml says what is old.
+        state: The coordinator's state folder or an export of its audit log, which tell of devices.
+        json: Print JSON.
+    """
+    from minga.cluster.ancestry import stale_everywhere
+    from minga.cluster.project import load
+
+    found = stale_everywhere(load(project), state)
+    if json:
+        print_json([finding.model_dump() for finding in found])
+        return
+    print_table(
+        ("model", "version", "finding", "remedy"),
+        [(one.model, str(one.version), one.finding, one.remedy) for one in found],
+        empty="nothing is stale",
+    )
+
+
+@app.command
+def retire(which: str, *, reason: str, project: Path = Path(), name: str = "") -> None:
+    """Take a version out of use: nobody promotes it again without overriding that.
+
+    Its files stay, for whoever asks later what was served. The champion cannot be retired.
+
+    Example: minga model retire 2 --reason "trained on readings of a broken sensor"
+
+    Args:
+        which: A version's number or alias.
+        reason: Why; kept in the signed ledger that `minga model history` shows.
+        project: The project folder.
+        name: The model, if the registry has several.
+    """
+    registry = _registry(project)
+    version = registry.retire(_name(registry, name), which, reason=reason)
+    print_line(f"{version.name} version {version.version} is retired")
 
 
 @app.command

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -55,9 +56,10 @@ def serve(
     if engine == "local":
         from minga.serving.local import serve_locally
 
-        run_service(serve_locally(config, source, refs, lambda url: _announce(url, refs)))
+        announce = partial(_announce, refs=refs)
+        run_service(serve_locally(config, source, refs, announce, tracking_uri=tracking_uri))
     else:
-        _serve_on_ray(config, source, refs)
+        _serve_on_ray(config, source, refs, tracking_uri)
 
 
 def _configured(
@@ -78,7 +80,7 @@ def _configured(
 
 
 def _serve_on_ray(
-    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"]
+    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"], tracking_uri: str
 ) -> None:
     import tempfile
     import threading
@@ -96,7 +98,7 @@ def _serve_on_ray(
         with local_ray(num_cpus=cpus):
             # Ray's own handler would leave without stopping what it serves.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            with following(config, source, refs) as url:
+            with following(config, source, refs, tracking_uri=tracking_uri) as url:
                 _announce(url, refs)
                 with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
                     threading.Event().wait()

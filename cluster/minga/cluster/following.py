@@ -13,7 +13,7 @@ from minga.serving.watcher import ModelSource, Watcher, current_versions
 
 @contextmanager
 def following(
-    config: ServingConfig, source: ModelSource, refs: Sequence[ModelRef]
+    config: ServingConfig, source: ModelSource, refs: Sequence[ModelRef], *, tracking_uri: str
 ) -> Iterator[str]:
     """Serve models on the Ray of this process, and swap versions whenever the source says so.
 
@@ -23,6 +23,7 @@ def following(
         config: how to serve.
         source: asked for the version of each model, again and again.
         refs: the versions to begin with.
+        tracking_uri: of MLflow, where it is recorded what is served here and when.
 
     Yields:
         The server's URL, once it answers.
@@ -33,12 +34,14 @@ def following(
     """
     # Ray reads its settings when it is imported, so not before it is started.
     from minga.serving.host import start  # noqa: PLC0415
+    from minga.serving.service_record import ServiceRecord  # noqa: PLC0415
 
     host = start(config, refs)
+    record = ServiceRecord(tracking_uri, host.url)
     stop = threading.Event()
     watcher = Watcher(source, refs, host.deploy)
     thread = threading.Thread(
-        target=watcher.run, args=(stop, config.poll_interval_s), name="minga-watcher"
+        target=watcher.run, args=(stop, config.poll_interval_s, record.note), name="minga-watcher"
     )
     try:
         host.wait_ready()
@@ -48,6 +51,7 @@ def following(
         stop.set()
         if thread.ident is not None:
             thread.join()
+        record.close()
         host.drain()
 
 
@@ -57,5 +61,5 @@ def following_champion(project: Project) -> Iterator[str]:
     config = project.serving.model_copy(update={"port": 0})
     source = RegistrySource(project.tracking_uri, alias=config.alias)
     refs = current_versions(source, [project.loaded_task.name])
-    with following(config, source, refs) as url:
+    with following(config, source, refs, tracking_uri=project.tracking_uri) as url:
         yield url

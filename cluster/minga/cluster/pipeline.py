@@ -8,6 +8,7 @@ step is called again for the same code, data and settings.
 """
 
 import hashlib
+import inspect
 import shutil
 import tempfile
 import time
@@ -305,6 +306,7 @@ def register_candidate(
         profile=candidate.profile,
         gates=candidate.report,
         lineage=lineage,
+        description=inspect.getdoc(project.loaded_task) or "",
     )
     registered = _store(project, bundle, run_id or _open_run(project, lineage, on_progress))
     verdict = "all gates passed" if registered.report.blessed else "refused"
@@ -329,7 +331,6 @@ def judge_anew(project: Project, which: int | str, on_progress: OnProgress = sil
         project,
         parameters=read_parameters(folder),
         params=lineage.params,
-        run_id=version.run_id,
         parent_version=version.version,
         campaign=lineage.campaign,
         on_progress=on_progress,

@@ -1,11 +1,12 @@
 """A project: a folder with `minga.toml` and the Task's file."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
@@ -144,6 +145,27 @@ def load(directory: Path | str = ".") -> Project:
         problems = "; ".join(_explain(detail) for detail in error.errors())
         raise ProjectError(f"{file}: {problems}") from error
     project._directory = folder
+    return project
+
+
+def restore(settings: dict[str, Any], directory: Path, *, source: str) -> Project:
+    """Make a project of recorded settings, as `Project.model_dump(mode="json")` gave them.
+
+    Args:
+        settings: of an earlier run.
+        directory: the project folder.
+        source: where that run's data is now.
+
+    Raises:
+        ProjectError: this version of Minga does not understand the settings.
+    """
+    settings = settings | {"data": settings["data"] | {"source": source}}
+    try:
+        project = Project.model_validate_json(json.dumps(settings))
+    except ValidationError as error:
+        problems = "; ".join(_explain(detail) for detail in error.errors())
+        raise ProjectError(f"the recorded settings cannot be used: {problems}") from error
+    project._directory = directory.absolute()
     return project
 
 

@@ -13,6 +13,7 @@ from minga.training.calibration import Calibration, calibrate
 from minga.training.config import GateConfig
 from minga.training.evaluate import evaluate, measure
 from minga.training.export import INPUT, OUTPUT, parity_error, run_onnx, session, to_onnx
+from minga.training.fairness import Fairness, measure_fairness
 from minga.training.gates import Difference, Evidence, GateReport, Trial, compare, judge
 from minga.training.profile import Profile, profile_columns
 from minga.training.robustness import with_gaps, with_noise
@@ -89,6 +90,7 @@ def assess(
             for name, inputs, limit in _bad_days(test, schema, profile, config=config, seed=seed)
         },
         calibration=_calibration(task, outputs, test),
+        fairness=_fairness(task, outputs, test, config),
         parity_error=parity_error(network, outputs[: len(few)], few),
         latency_ms=latency_ms(onnx, test.inputs),
         size_bytes=len(onnx),
@@ -143,6 +145,24 @@ def _under(task: Task, onnx: bytes, inputs: NDArray[Any], test: Split) -> float:
 def _calibration(task: Task, outputs: NDArray[Any], test: Split) -> Calibration | None:
     probabilities = task.probabilities(outputs)
     return None if probabilities is None else calibrate(probabilities, test.targets)
+
+
+def _fairness(
+    task: Task, outputs: NDArray[Any], test: Split, config: GateConfig
+) -> tuple[Fairness, ...]:
+    probabilities = task.probabilities(outputs)
+    if probabilities is None:
+        return ()
+    return tuple(
+        measure_fairness(
+            attribute,
+            groups,
+            probabilities,
+            test.targets,
+            min_examples=config.min_slice_examples,
+        )
+        for attribute, groups in sorted(task.groups(test).items())
+    )
 
 
 def _difference(

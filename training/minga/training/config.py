@@ -81,6 +81,12 @@ class GateConfig(Table):
     """How much worse the objective may be without them."""
     max_calibration_error: Positive = 0.1
     """Largest expected calibration error, where the Task gives probabilities."""
+    max_selection_gap: Share | None = None
+    """Largest difference between the shares of the Task's groups that get the positive answer
+    (demographic parity); reported and not judged without it."""
+    max_odds_gap: Share | None = None
+    """Largest difference between the Task's groups in the rate of true or of false positives
+    (equalised odds); reported and not judged without it."""
     max_parity_error: Positive = 1e-4
     """Largest difference between the outputs of the ONNX model and of the network."""
     max_latency_ms: Positive = 50.0
@@ -89,6 +95,8 @@ class GateConfig(Table):
     """Size of the ONNX model."""
     trial_timeout_s: Positive = 60.0
     """How long a fresh process of each runtime may take to load the model and to answer."""
+    max_age_days: Positive = 90.0
+    """A champion that was made longer ago is reported as stale."""
     trusted_keys: tuple[str, ...] = Field(default=(), strict=False)
     """Public keys of colleagues and machines whose verdicts are believed beside this project's
     own; each is what their `minga model key` prints."""

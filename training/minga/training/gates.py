@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from minga.training.calibration import Calibration
 from minga.training.config import GateConfig
 from minga.training.document import Document
+from minga.training.fairness import Fairness
 from minga.training.space import Objective
 
 
@@ -36,6 +37,8 @@ class GateReport(Document):
     """The version that it was compared with; None if there was none."""
     calibration: Calibration | None = None
     """Of the candidate on the test split, if the Task gives probabilities."""
+    fairness: tuple[Fairness, ...] = ()
+    """By attribute, if the Task names groups and gives probabilities."""
 
     @property
     def refused(self) -> tuple[Gate, ...]:
@@ -87,6 +90,7 @@ class Evidence:
         on_bad_days: kind of disturbance -> the objective's metric under it, and how much worse it
             may be than without.
         calibration: None if the Task gives no probabilities.
+        fairness: by attribute.
         trials: what the runtimes said that are to load this model.
     """
 
@@ -101,6 +105,7 @@ class Evidence:
     slice_sizes: Mapping[str, int] = field(default_factory=dict)
     on_bad_days: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     calibration: Calibration | None = None
+    fairness: tuple[Fairness, ...] = ()
     trials: tuple[Trial, ...] = ()
 
 
@@ -112,6 +117,7 @@ def judge(evidence: Evidence, config: GateConfig, objective: Objective) -> GateR
         *_slices(evidence, config, objective),
         *_robustness(evidence, objective),
         *_calibration(evidence, config),
+        *_fairness(evidence, config),
         _schema(evidence),
         _budget("onnx parity", evidence.parity_error, config.max_parity_error, ""),
         _budget("latency p95", evidence.latency_ms, config.max_latency_ms, " ms"),
@@ -124,6 +130,7 @@ def judge(evidence: Evidence, config: GateConfig, objective: Objective) -> GateR
         gates=gates,
         champion=evidence.champion,
         calibration=evidence.calibration,
+        fairness=evidence.fairness,
     )
 
 
@@ -226,6 +233,17 @@ def _calibration(evidence: Evidence, config: GateConfig) -> Iterator[Gate]:
     if evidence.calibration is not None:
         seen = evidence.calibration.expected_error
         yield _budget("calibration error", seen, config.max_calibration_error, "")
+
+
+def _fairness(evidence: Evidence, config: GateConfig) -> Iterator[Gate]:
+    for found in evidence.fairness:
+        limits = (
+            ("selection", found.selection_gap, config.max_selection_gap),
+            ("odds", found.odds_gap, config.max_odds_gap),
+        )
+        for kind, gap, limit in limits:
+            if limit is not None:
+                yield _budget(f"{kind} gap by {found.attribute}", gap, limit, "")
 
 
 def _trial(trial: Trial, config: GateConfig) -> Gate:

@@ -1,7 +1,7 @@
-"""The ledger of promotions: who made which version champion, when, and why against the gates.
+"""The ledger of promotions: who made which version champion or retired it, when, and why.
 
-MLflow keeps no history of an alias and moves it for whoever asks last. So each promotion is first
-an entry of a ledger, and only then moves the alias. The ledger is itself a registered model,
+MLflow keeps no history of an alias and moves it for whoever asks last. So each decision is first
+an entry of a ledger, and only then moves an alias. The ledger is itself a registered model,
 `<model>.promotions`, one version an entry: MLflow numbers versions one after the other whatever
 backend it has, so that number is what two promotions at once compete for. An entry says which
 number it means to be; one that got another number came too late and is void.
@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.exceptions import MlflowException
 
@@ -27,14 +27,16 @@ from minga.training.signing import Keyring
 SUFFIX = ".promotions"
 """No Task's name has a dot, so no model is called so."""
 
+Kind = Literal["promoted", "retired"]
+
 KIND = "application/vnd.minga.promotion+json"
 
 _TAG = "minga.promotion"
 _ATTEMPTS = 5
 
 
-class Promotion(Document):
-    """One entry of the ledger."""
+class Decision(Document):
+    """What an entry of the ledger says."""
 
     number: int
     """Which entry it means to be, from 1."""
@@ -44,11 +46,12 @@ class Promotion(Document):
     version: int
     bundle_sha256: str
     champion_before: int | None
+    kind: Kind = "promoted"
     by: str
     """User and machine, as that machine says."""
     at: str
-    override: str = ""
-    """Why it was promoted although it should not have been; empty if nothing spoke against it."""
+    reason: str = ""
+    """Why it was retired, or promoted although something spoke against it; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +66,17 @@ class Entry:
     number: int
     envelope: str
 
-    def read(self, keyring: Keyring) -> Promotion:
+    def read(self, keyring: Keyring) -> Decision:
         """Check the signature and give what was signed.
 
         Raises:
             VerdictError: no trusted key signed it.
         """
-        return Promotion.model_validate_json(keyring.open_envelope(KIND, self.envelope))
+        return Decision.model_validate_json(keyring.open_envelope(KIND, self.envelope))
 
 
 class Ledger:
-    """The promotions of one model."""
+    """The decisions over one model's versions."""
 
     def __init__(self, client: Any, model: str, keyring: Keyring) -> None:
         self._client = client
@@ -87,7 +90,7 @@ class Ledger:
         entries = (Entry(int(one.version), one.tags.get(_TAG, "")) for one in found)
         return tuple(sorted(entries, key=lambda entry: entry.number))
 
-    def promotions(self) -> tuple[Promotion, ...]:
+    def decisions(self) -> tuple[Decision, ...]:
         """Give what happened, the oldest first; what came too late is left out.
 
         Raises:
@@ -96,13 +99,13 @@ class Ledger:
         return tuple(self._read(self.entries()))
 
     def append(
-        self, after: Iterable[Entry], promotion: Promotion, source: str, run_id: str
+        self, after: Iterable[Entry], decision: Decision, *, source: str, run_id: str
     ) -> None:
         """Add an entry after those that were seen.
 
         Args:
-            after: all entries as they were when the promotion was decided.
-            promotion: what is promoted; number and previous entry are filled in.
+            after: all entries as they were when it was decided.
+            decision: what is promoted or retired; number and previous entry are filled in.
             source: where the version's files are, which MLflow wants to know.
             run_id: of the version.
 
@@ -111,39 +114,39 @@ class Ledger:
         """
         seen = tuple(after)
         last = seen[-1] if seen else Entry(0, "")
-        entry = promotion.model_copy(
+        entry = decision.model_copy(
             update={"number": last.number + 1, "previous": _digest(last.envelope)}
         )
         envelope = self._keyring.sign(KIND, entry.model_dump_json().encode())
         number = self._add(envelope, source, run_id)
         if number != entry.number:
-            winner = next((p for p in self.promotions() if p.number == entry.number), None)
-            who = f"{winner.by} made version {winner.version} champion" if winner else "it changed"
+            winner = next((p for p in self.decisions() if p.number == entry.number), None)
+            what = f"version {winner.version} was {winner.kind} by {winner.by}" if winner else "it"
             raise ConflictError(
-                f"{self._model} version {entry.version} was not promoted: {who} in the same "
+                f"{self._model} version {entry.version} was not {entry.kind}: {what} in the same "
                 "moment; look at it with: minga model history"
             )
 
-    def _read(self, entries: tuple[Entry, ...]) -> Iterable[Promotion]:
+    def _read(self, entries: tuple[Entry, ...]) -> Iterable[Decision]:
         before = Entry(0, "")
         for entry in entries:
-            promotion = entry.read(self._keyring)
+            decision = entry.read(self._keyring)
             if entry.number != before.number + 1:
                 raise VerdictError(
                     f"entry {before.number + 1} of {self._model}'s ledger of promotions is missing"
                 )
-            if promotion.number == entry.number:
-                if promotion.previous != _digest(before.envelope):
+            if decision.number == entry.number:
+                if decision.previous != _digest(before.envelope):
                     raise VerdictError(
                         f"entry {before.number} of {self._model}'s ledger of promotions is not "
                         "the one that was there before: it was exchanged"
                     )
-                if promotion.model != self._model:
+                if decision.model != self._model:
                     raise VerdictError(
                         f"entry {entry.number} of {self._model}'s ledger of promotions is of "
-                        f"{promotion.model}"
+                        f"{decision.model}"
                     )
-                yield promotion
+                yield decision
             before = entry
 
     def _add(self, envelope: str, source: str, run_id: str) -> int:

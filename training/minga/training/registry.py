@@ -6,7 +6,7 @@ The aliases `champion` and `challenger` say which is used; how the first moves i
 `minga.training.promotions`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from mlflow.exceptions import MlflowException
 from minga.training.bundle import Digests, read_verdict
 from minga.training.errors import ConflictError, GateError, RegistryError
 from minga.training.progress import OnProgress, silent
-from minga.training.promotions import SUFFIX, Ledger, Promotion, who_and_when
+from minga.training.promotions import SUFFIX, Decision, Kind, Ledger, who_and_when
+from minga.training.services import Service, services_of
 from minga.training.signing import Keyring
 from minga.training.tracking import connect
 
@@ -83,8 +84,16 @@ class Registry:
             run_id: the run that the version belongs to.
             blessed: whether it passed its gates.
             tags: more facts about it.
+
+        Raises:
+            RegistryError: the run has a version already, whose files this one's would overwrite.
         """
         digests = Digests.of(bundle)
+        if taken := self._client.search_model_versions(f"run_id='{run_id}'"):
+            raise RegistryError(
+                f"run {run_id} has version {taken[0].version} of {taken[0].name} already, and "
+                "versions never change; open another run"
+            )
         self._client.log_artifacts(run_id, str(bundle), ARTIFACT_PATH)
         if name not in self.names():
             self._client.create_registered_model(name)
@@ -140,6 +149,18 @@ class Registry:
         except RegistryError:
             return None
 
+    def find_run(self, name: str, which: str) -> Version:
+        """Give the version of a run, or the one that a number or an alias names.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        found = self._client.search_model_versions(f"run_id='{which}'") if len(which) == 32 else ()
+        for version in found:
+            if version.name == name:
+                return self.get(name, int(version.version))
+        return self.get(name, which)
+
     def fetch(self, name: str, which: int | str) -> Path:
         """Bring a version's files to this machine and check them against what was registered.
 
@@ -194,24 +215,12 @@ class Registry:
                 f"see why with: minga model show {version.version}"
             )
         ledger = Ledger(self._client, name, self._keys())
-        seen, history = ledger.entries(), ledger.promotions()
+        seen, history = ledger.entries(), ledger.decisions()
         champion = self._champion(name, history)
-        was_champion = any(one.version == version.version for one in history)
-        if champion not in (report.champion, version.version) and not (was_champion or override):
-            raise ConflictError(_overtaken(version, report.champion, champion, history))
-        by, at = who_and_when()
-        promotion = Promotion(
-            number=0,
-            previous="",
-            model=name,
-            version=version.version,
-            bundle_sha256=version.digests.bundle,
-            champion_before=champion,
-            by=by,
-            at=at,
-            override=override,
-        )
-        ledger.append(seen, promotion, source=self._source(version), run_id=version.run_id)
+        if not override:
+            _require_current(version, report.champion, champion, history)
+        decision = self._decision(version, champion, "promoted", override)
+        ledger.append(seen, decision, source=self._source(version), run_id=version.run_id)
         self._settle(name, ledger)
         if override:
             self._tag(version, "minga.overridden", "true")
@@ -219,20 +228,56 @@ class Registry:
             self._client.delete_registered_model_alias(name, CHALLENGER)
         return self.get(name, version.version)
 
-    def promotions(self, name: str) -> tuple[Promotion, ...]:
-        """Tell which versions were made champion, by whom and why, the oldest first.
+    def retire(self, name: str, which: int | str, *, reason: str) -> Version:
+        """Take a version out of use: it is promoted no more, unless somebody overrides that.
+
+        Its files stay, for whoever asks later what was served.
+
+        Args:
+            name: of the model.
+            which: number or alias.
+            reason: is kept in the ledger.
+
+        Raises:
+            GateError: it is the champion.
+            ConflictError: somebody else decided something in the same moment.
+            VerdictError: the ledger is altered or not by trusted keys.
+            RegistryError: there is no such version.
+        """
+        version = self.get(name, which)
+        ledger = Ledger(self._client, name, self._keys())
+        seen, history = ledger.entries(), ledger.decisions()
+        champion = self._champion(name, history)
+        if champion == version.version:
+            raise GateError(
+                f"{name} version {version.version} is champion and cannot be retired; promote "
+                "another one first"
+            )
+        decision = self._decision(version, champion, "retired", reason)
+        ledger.append(seen, decision, source=self._source(version), run_id=version.run_id)
+        if CHALLENGER in version.aliases:
+            self._client.delete_registered_model_alias(name, CHALLENGER)
+        return self.get(name, version.version)
+
+    def services(self, name: str = "") -> tuple[Service, ...]:
+        """Tell which version was served centrally where and when, the oldest first."""
+        return services_of(self._client, name)
+
+    def decisions(self, name: str) -> tuple[Decision, ...]:
+        """Tell which versions were promoted and retired, by whom and why, the oldest first.
 
         Raises:
             VerdictError: an entry is altered, missing, or signed by nobody who is trusted.
         """
-        return Ledger(self._client, name, self._keys()).promotions()
+        return Ledger(self._client, name, self._keys()).decisions()
 
-    def _champion(self, name: str, history: tuple[Promotion, ...]) -> int | None:
+    def _champion(self, name: str, history: tuple[Decision, ...]) -> int | None:
         """Give the champion: whom the alias names, or will name as soon as a promotion is done."""
         current = self.find(name, CHAMPION)
         number = current.version if current else None
-        if history and number == history[-1].champion_before:
-            return history[-1].version
+        last = _last_promotion(history)
+        if last is not None and number == last.champion_before:
+            return last.version
         return number
 
     def _settle(self, name: str, ledger: Ledger) -> None:
@@ -242,9 +287,26 @@ class Registry:
         the alias was set leaves the last word to the ledger, whoever writes last.
         """
         settled = 0
-        while (last := ledger.promotions()[-1]).number != settled:
+        while (last := _last_promotion(ledger.decisions())) and last.number != settled:
             self.set_alias(name, CHAMPION, last.version)
             settled = last.number
+
+    def _decision(
+        self, version: Version, champion: int | None, kind: Kind, reason: str
+    ) -> Decision:
+        by, at = who_and_when()
+        return Decision(
+            number=0,
+            previous="",
+            model=version.name,
+            version=version.version,
+            bundle_sha256=version.digests.bundle,
+            champion_before=champion,
+            kind=kind,
+            by=by,
+            at=at,
+            reason=reason,
+        )
 
     def _folder(self, version: Version) -> Path:
         """Give where a version's files are on this machine, unchecked."""
@@ -269,16 +331,41 @@ class Registry:
             raise RegistryError(f"no model {name!r} is registered; models: {known}") from error
 
 
-def _overtaken(
-    version: Version, judged: int | None, champion: int | None, history: tuple[Promotion, ...]
-) -> str:
-    """Say who promoted what since a version was judged."""
-    last = next((one for one in reversed(history) if one.version == champion), None)
-    since = f" (by {last.by} at {last.at})" if last else ""
+def retired(history: Iterable[Decision]) -> set[int]:
+    """Name the versions on which the last word was that they are retired."""
+    last = {one.version: one.kind for one in history}
+    return {version for version, kind in last.items() if kind == "retired"}
+
+
+def _last_promotion(history: Iterable[Decision]) -> Decision | None:
+    promoted = [one for one in history if one.kind == "promoted"]
+    return promoted[-1] if promoted else None
+
+
+def _require_current(
+    version: Version, judged: int | None, champion: int | None, history: tuple[Decision, ...]
+) -> None:
+    """Refuse what is retired, and what was judged against another champion than today's.
+
+    Raises:
+        GateError: it is retired.
+        ConflictError: somebody else promoted since it was judged.
+    """
+    number = version.version
+    if number in retired(history):
+        last = next(one for one in reversed(history) if one.version == number)
+        raise GateError(
+            f"{version.name} version {number} was retired by {last.by} at {last.at}: "
+            f"{last.reason}; promote it nevertheless with: --override REASON"
+        )
+    if champion in (judged, number) or any(one.version == number for one in history):
+        return
+    last_one = next((one for one in reversed(history) if one.version == champion), None)
+    since = f" (by {last_one.by} at {last_one.at})" if last_one else ""
     against = f"against version {judged}" if judged else "when there was no champion"
-    return (
-        f"{version.name} version {version.version} was judged {against}, but version {champion} "
-        f"is champion now{since}; judge it anew with: minga model judge {version.version}"
+    raise ConflictError(
+        f"{version.name} version {number} was judged {against}, but version {champion} "
+        f"is champion now{since}; judge it anew with: minga model judge {number}"
     )
 
 

@@ -147,8 +147,23 @@ class Task(ABC):
         """Give the loss of one training step; the loop does the rest."""
         return self.loss(model(batch.inputs), batch.targets)
 
-    def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:  # noqa: ARG002
-        """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail."""
+    def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:
+        """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail.
+
+        Unless overridden they are the groups.
+        """
+        return {
+            f"{attribute}={group}": np.asarray(labels) == group
+            for attribute, labels in self.groups(split).items()
+            for group in np.unique(labels)
+        }
+
+    def groups(self, split: Split) -> Mapping[str, NDArray[Any]]:  # noqa: ARG002
+        """Name attributes by which examples must not be treated unequally.
+
+        Each has every example's group, shape `(n,)`. A classifier that gives `probabilities` is
+        measured on them; see `max_selection_gap` and `max_odds_gap` in `[gates]`.
+        """
         return {}
 
     def probabilities(self, outputs: NDArray[Any]) -> NDArray[Any] | None:  # noqa: ARG002

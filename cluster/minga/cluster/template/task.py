@@ -61,7 +61,7 @@ class ShuttleAnomaly(Task):
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
         """Turn logits into probabilities, so that the gates judge their calibration."""
-        return np.asarray(1 / (1 + np.exp(-outputs)))
+        return torch.sigmoid(torch.from_numpy(outputs)).numpy()
 
 
 def read(file: Path) -> np.ndarray:
