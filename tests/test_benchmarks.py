@@ -40,6 +40,45 @@ def test_secure_aggregation_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_rounds_are_measured(tmp_path: Path) -> None:
+    """Real processes take part in plain and secure rounds, and the models are right."""
+    report = tmp_path / "rounds.json"
+    command = [sys.executable, ROOT / "benchmarks" / "rounds.py"]
+    subprocess.run(
+        [*command, "--quick", "--ours-only", "--json", report], check=True, capture_output=True
+    )
+    (case,) = json.loads(report.read_text())["cases"]
+    assert case["runs"].keys() == {"plain", "secure", "limit"}
+    assert all(run["max_error"] < 1e-4 for runs in case["runs"].values() for run in runs)
+    assert 0 < case["median_round_s"]["limit"] < case["median_round_s"]["plain"]
+
+
+SMALL_FLEET = """
+import idle_fleet
+idle_fleet.QUICK = idle_fleet.Scale(
+    num_devices=40, num_processes=2, idle_s=2, cohort=20, num_rounds=1
+)
+idle_fleet.main()
+"""
+
+
+@pytest.mark.slow
+def test_idle_fleet_is_measured(tmp_path: Path) -> None:
+    """Devices of the benchmark connect, stay, and take part in a round."""
+    report = tmp_path / "idle.json"
+    subprocess.run(
+        [sys.executable, "-c", SMALL_FLEET, "--quick", "--json", report],
+        check=True,
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+    )
+    figures = json.loads(report.read_text())["figures"]
+    assert figures["num_lost"] == 0
+    assert figures["bytes_per_device"] > 0
+    assert len(figures["start_s"]) == 1
+
+
+@pytest.mark.slow
 def test_secure_updates_cost_bytes_but_no_accuracy(tmp_path: Path) -> None:
     """Packed updates, rotated or not, learn as well as float32 over five seeds, in fewer bytes.
 

@@ -91,6 +91,7 @@ class Fleet:
         self._coordinator_stack = AsyncExitStack()
         self._agents: dict[str, asyncio.Task[None]] = {}
         self.models: dict[str, ModelRepository] = {}
+        self.metrics: dict[str, Metrics] = {}
         self.trainers: dict[str, TrainerProcess] = {}
 
     async def __aenter__(self) -> Self:
@@ -159,6 +160,7 @@ class Fleet:
             add_to_path(TRAINERS)
             process = self.trainers[name] = TrainerProcess(trainer, options)
         self.models[name] = ModelRepository()
+        self.metrics[name] = Metrics()
         link = Link(
             address or CoordinatorAddress.load(folder).device_address,
             load_identity(folder),
@@ -171,7 +173,7 @@ class Fleet:
             trainer=process,
             slots=ModelSlots(folder / "models"),
             models=self.models[name],
-            metrics=Metrics(),
+            metrics=self.metrics[name],
             keepsakes=Keepsakes(folder / "learning"),
             **settings,
         )

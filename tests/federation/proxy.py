@@ -22,7 +22,7 @@ class Proxy:
 
     Args:
         port: Where the coordinator listens on loopback.
-        latency_s: How long a piece takes each way.
+        latency_s: How long a piece of 64 KiB takes each way: it also bounds what the link carries.
     """
 
     def __init__(self, port: int, *, latency_s: float = 0.0) -> None:

@@ -6,19 +6,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 
 from minga.federation import transfer, transport
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.participant import Participant
+from minga.federation.device.trainer_process import TrainedUpdate
 from minga.federation.errors import AccessError, PeerError
 from minga.federation.identity import load_identity
 from minga.federation.limits import MAX_MESSAGE_BYTES
-from minga.federation.parameters import Parameters
-from minga.federation.trainer import Scalar, TrainingConfig, Update
+from minga.federation.trainer import Scalar, TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+from tests.federation.coordinator.desk import constant_update
 from tests.federation.exact import WEIGHTS, assert_sums_exact, exact_options, exact_plan
 from tests.federation.fleet import PATIENCE_S, Fleet, Stream
 
@@ -72,10 +72,8 @@ async def test_bad_update_stays_on_its_device(
 class Trainer:
     """Gives the constant update without a process."""
 
-    async def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
-        step, num_examples = exact_options(BAD)["step"], WEIGHTS[BAD]
-        delta = {name: np.full_like(value, step) for name, value in parameters.items()}
-        return Update(delta=delta, num_examples=num_examples, metrics={})
+    async def fit(self, model: Path, config: TrainingConfig) -> TrainedUpdate:
+        return constant_update(model, exact_options(BAD)["step"], WEIGHTS[BAD])
 
 
 class Mallory:

@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from minga.federation import transfer, transport
+from minga.federation.coordinator import federation_service
 from minga.federation.errors import CampaignError, FederationError, PeerError, StorageError
 from minga.federation.identity import Identity, load_identity
 from minga.federation.limits import BLOB_GRACE_S, OUTBOX_MESSAGES
@@ -188,6 +189,18 @@ async def test_silent_device_is_away(fleet: Fleet, caplog: pytest.LogCaptureFixt
         assert await asyncio.wait_for(stream.read(), PATIENCE_S) is grpc.aio.EOF
     await fleet.until(lambda devices: [d.connected for d in devices] == [False, True])
     assert caplog.text.count("connected to") == 1
+
+
+async def test_beats_of_a_large_fleet(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more devices there are, the less often each is told to beat, also on an open stream."""
+    monkeypatch.setattr(federation_service, "HEARTBEATS_PER_S", 0.1)
+    async with fleet.stream("mallory", TRAINS) as stream:
+        answers = []
+        for _ in range(2):
+            await stream.write(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+            answers.append(await stream.read())
+    assert answers[0].welcome.heartbeat_interval_ms == 10_000
+    assert answers[1].WhichOneof("body") == "heartbeat"
 
 
 @pytest.mark.slow

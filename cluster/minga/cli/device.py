@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -55,7 +55,7 @@ def run(
     option: dict[str, str] | None = None,
     allow_plain: Annotated[bool, _set_by("ALLOW_PLAIN")] = False,
     allow_query: Annotated[tuple[str, ...], _set_by("QUERY_COLUMNS")] = (),
-    compress: Annotated[bool, _set_by("COMPRESS")] = False,
+    compress: Annotated[Literal["auto", "always", "never"], _set_by("COMPRESS")] = "auto",
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
     port: Annotated[int, _set_by("PORT")] = 8080,
 ) -> None:
@@ -81,7 +81,8 @@ def run(
             only in those that mask updates.
         allow_query: Column of this site's data of which statistics may be asked, in sums over
             many devices alone; may be given several times.
-        compress: Move models and plain updates as Zstandard frames, for slow links.
+        compress: When models and plain updates travel as Zstandard frames: auto does so while
+            the link is measured to be slower than 5 MB/s.
         host: Address of the local inference server.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
     """

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Self
 
@@ -31,7 +32,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from minga.federation import durable
 from minga.federation.errors import IdentityError
-from minga.federation.limits import MAX_CERTIFICATE_BYTES, MAX_NAME_LENGTH
+from minga.federation.limits import (
+    MAX_CERTIFICATE_BYTES,
+    MAX_NAME_LENGTH,
+    VERIFIED_CERTIFICATES,
+)
 
 KEY_FILE: Final = "key.pem"
 CERTIFICATE_FILE: Final = "cert.pem"
@@ -188,8 +193,7 @@ class CertificateVerifier:
         Raises:
             IdentityError: the certificate does not hold, is not that holder's, or did not sign.
         """
-        parsed = parse_certificate(certificate)
-        principal = _verify(parsed, self.authority, self.clock())
+        parsed, principal = _verify(certificate, self.authority, self.clock())
         signer = f"{self.role} {device_id!r}"
         if (principal.role, principal.name) != (self.role, device_id):
             raise IdentityError(f"the certificate is of {principal}, not of {signer}")
@@ -293,12 +297,24 @@ def verify_certificate(
     Raises:
         IdentityError: any rule of the module's docstring is broken; the message says which one.
     """
-    return _verify(parse_certificate(certificate_der), authority, now)
+    return _verify(certificate_der, authority, now)[1]
 
 
-def _verify(certificate: x509.Certificate, authority: x509.Certificate, now: datetime) -> Principal:
-    _check_issuer(certificate, authority)
+def _verify(
+    certificate_der: bytes, authority: x509.Certificate, now: datetime
+) -> tuple[x509.Certificate, Principal]:
+    certificate, principal = _verified(certificate_der, authority)
     _check_validity(certificate, now)
+    return certificate, principal
+
+
+@lru_cache(maxsize=VERIFIED_CERTIFICATES)
+def _verified(
+    certificate_der: bytes, authority: x509.Certificate
+) -> tuple[x509.Certificate, Principal]:
+    """Check all that time does not change: the same bytes pass for ever, or never."""
+    certificate = parse_certificate(certificate_der)
+    _check_issuer(certificate, authority)
     _check_usages(certificate)
     _p256(certificate)
     domain, principal = _holder(certificate)
@@ -307,7 +323,7 @@ def _verify(certificate: x509.Certificate, authority: x509.Certificate, now: dat
             f"the certificate of {principal} is for trust domain {domain!r}, "
             f"expected {trust_domain_of(authority)!r}"
         )
-    return principal
+    return certificate, principal
 
 
 def trust_domain_of(authority: x509.Certificate) -> str:

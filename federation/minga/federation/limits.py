@@ -29,6 +29,9 @@ MAX_NAME_LENGTH: Final = 63
 MAX_CERTIFICATE_BYTES: Final = 4 * KIB
 """A P-256 certificate of the authority takes about 600 bytes."""
 
+VERIFIED_CERTIFICATES: Final = 1024
+"""Certificates whose signatures a process remembers to be good; a few KiB each."""
+
 MAX_REQUEST_BYTES: Final = 4 * KIB
 """A certificate signing request with a P-256 key takes about 250 bytes."""
 
@@ -82,6 +85,9 @@ BLOB_GRACE_S: Final = 600.0
 
 # -- connections ------------------------------------------------------------------------------
 
+TLS_RECORD_BYTES: Final = 4 * KIB
+"""Largest TLS record that a coordinator sends."""
+
 KEEPALIVE_INTERVAL_S: Final = 60.0
 """An idle connection is probed this often: below the 5 minutes after which address translators
 forget it, and only 170 probes a second for 10,000 idle devices."""
@@ -131,6 +137,10 @@ HEARTBEAT_INTERVAL_S: Final = 15.0
 
 MIN_HEARTBEAT_INTERVAL_S: Final = 0.1
 """A device beats no more often than this, whatever it is told."""
+
+HEARTBEATS_PER_S: Final = 100
+"""All devices together beat about this often: a beat and its answer take the coordinator a third of
+a millisecond, so a fleet of 10,000 is told to beat every 100 seconds."""
 
 SILENT_HEARTBEATS: Final = 3
 """Either side gives a stream up on which nothing came for so many heartbeats: TCP and its probes
@@ -190,6 +200,10 @@ DETAILED_ROUNDS: Final = 100
 
 WATCH_DETAIL_BYTES: Final = 64 * KIB
 """Records of rounds with all their devices' names in one message to who watches a campaign."""
+
+WATCH_PAUSE_S: Final = 4e-5
+"""Who watches a campaign hears nothing for this long after each message, times the devices in it:
+in a large round each of their answers is a change, and telling it takes time with all of them."""
 
 STATUS_DETAIL_BYTES: Final = 2 * MIB
 """The same, in an answer that is asked for once."""

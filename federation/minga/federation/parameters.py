@@ -126,6 +126,11 @@ def read_tensors(path: Path) -> Iterator[NDArray[np.float32]]:
             yield file.get_tensor(name)
 
 
+def read_parameters(path: Path) -> Parameters:
+    """Read all tensors of a safetensors file; raises what `read_tensors` does."""
+    return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
+
+
 def _layout_of(file: Any) -> Layout:
     names = tuple(sorted(file.keys()))
     slices = [file.get_slice(name) for name in names]

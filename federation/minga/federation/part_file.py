@@ -93,8 +93,8 @@ class PartFile:
             self._hash.update(chunk)
             self._offset += len(chunk)
 
-    def finish(self, target: Path) -> None:
-        """Give the complete blob its name, durably.
+    def finish(self, target: Path, *, is_durable: bool = True) -> None:
+        """Give the complete blob its name, durably unless nobody needs it after a loss of power.
 
         Raises:
             PeerError: bytes are missing, and the part stays; or the digest is wrong, and the part
@@ -113,9 +113,11 @@ class PartFile:
                     f"the content's digest is {self._hash.hexdigest()}, "
                     f"announced was {self._digest.hex()}; send it again from the start"
                 )
-            os.fsync(file.fileno())
+            if is_durable:
+                os.fsync(file.fileno())
             self._path.replace(target)
-            durable.sync_folder(target.parent)
+            if is_durable:
+                durable.sync_folder(target.parent)
             self._close()
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ travels nor an update has them. *Control variates* (SCAFFOLD) travel beside the 
 for each of its tensors, under the same name behind `CONTROL`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -39,11 +39,16 @@ def with_control(model: Parameters, control: Parameters | None = None) -> Parame
     Raises:
         PeerError: the model's own names look like those of control variates.
     """
-    if any(name.startswith(CONTROL) for name in model):
+    if has_control(model):
         raise PeerError(f"a tensor's name begins with {CONTROL!r}, as control variates' do")
     if control is None:
         control = {name: np.zeros_like(tensor) for name, tensor in model.items()}
     return {**model, **{CONTROL + name: tensor for name, tensor in control.items()}}
+
+
+def has_control(names: Iterable[str]) -> bool:
+    """Tell whether tensors of some names are, or hold, control variates."""
+    return any(name.startswith(CONTROL) for name in names)
 
 
 def split_control(parameters: Parameters) -> tuple[Parameters, Parameters]:

@@ -44,8 +44,8 @@ class PlainPlan:
         return num_values * VALUE.itemsize
 
 
-def update_to_bytes(delta: NDArray[np.float32]) -> bytes:
-    """Write an update, shape `(num_values,)`.
+def update_to_bytes(delta: NDArray[np.float32]) -> memoryview:
+    """Give the bytes of an update, shape `(num_values,)`: its own memory, where possible.
 
     Raises:
         UpdateError: a value is not finite.
@@ -54,4 +54,4 @@ def update_to_bytes(delta: NDArray[np.float32]) -> bytes:
         raise UpdateError(
             "the update holds NaN or infinity; training diverged: lower its learning rate"
         )
-    return delta.astype(VALUE, copy=False).tobytes()
+    return np.ascontiguousarray(delta, VALUE).view(np.uint8).data

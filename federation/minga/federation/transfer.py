@@ -10,7 +10,9 @@ import asyncio
 import glob
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Generator
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from minga.federation.compression import Packer, unpack
-from minga.federation.errors import LimitError, PeerError, UnreachableError
+from minga.federation.errors import FederationError, LimitError, PeerError, UnreachableError
 from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES
 from minga.federation.part_file import PartFile
 from minga.federation.transport import calling
@@ -43,9 +45,31 @@ class Retry:
 
 
 @dataclass(slots=True)
+class Moved:
+    """What a transfer took, broken attempts included."""
+
+    content_bytes: int = 0
+    """Of the blob, unpacked."""
+    wire_bytes: int = 0
+    """What its chunks took on the link; packed ones take less."""
+    seconds: float = 0.0
+    """From the first chunk that was asked for or sent to the end."""
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Count the time that the body takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+@dataclass(slots=True)
 class _Progress:
     """What one transfer has seen so far."""
 
+    moved: Moved
     offset: int = 0
     failures: int = 0
     is_resumed: bool = False
@@ -58,9 +82,13 @@ class _Progress:
         self.offset = offset
 
 
-def digest_of(source: Path | bytes) -> bytes:
+Content = Path | bytes | memoryview
+"""What is sent: a file's content, or bytes."""
+
+
+def digest_of(source: Content) -> bytes:
     """Give the digest of content, or of a file's, that names it as a blob: SHA-256, 32 bytes."""
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         return hashlib.sha256(source).digest()
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
@@ -68,13 +96,14 @@ def digest_of(source: Path | bytes) -> bytes:
 
 async def upload(
     stub: "BlobServiceAsyncStub",
-    source: Path | bytes,
+    source: Content,
     digest: bytes,
     *,
     address: str,
     compress: bool = False,
+    is_new: bool = False,
     retry: Retry | None = None,
-) -> None:
+) -> Moved:
     """Send a blob, from where the coordinator has it on; returns when it is stored there.
 
     Args:
@@ -83,7 +112,11 @@ async def upload(
         digest: SHA-256 of the content, 32 bytes.
         address: The coordinator's address, for messages.
         compress: Send Zstandard frames, as long as they are smaller than what they hold.
+        is_new: True if it is not likely to have any of it yet: it is asked only if that fails.
         retry: How patient to be.
+
+    Returns:
+        What it took.
 
     Raises:
         UnreachableError: the link stayed broken.
@@ -91,7 +124,12 @@ async def upload(
         LimitError: the blob or the sender's quota is too large.
         AccessError: this blob is not expected from this sender.
     """
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    size = source.stat().st_size if isinstance(source, Path) else len(source)
+    moved = Moved()
+
+    async def send(offset: int) -> None:
+        header = pb.UploadHeader(digest=digest, size=size, offset=offset)
+        await _send(stub, header, source, Packer() if compress else None, moved)
 
     async def attempt(progress: _Progress) -> None:
         with calling(address):
@@ -101,11 +139,14 @@ async def upload(
             progress.note(known.offset)
             progress.is_resumed = known.offset > 0
             if not known.complete:
-                offset = min(known.offset, size)
-                header = pb.UploadHeader(digest=digest, size=size, offset=offset)
-                await _send(stub, header, source, Packer() if compress else None)
+                await send(min(known.offset, size))
 
-    await _persist(attempt, retry or Retry())
+    if is_new:
+        with suppress(FederationError), calling(address):
+            await send(0)
+            return moved
+    await _persist(attempt, retry or Retry(), moved)
+    return moved
 
 
 async def download(
@@ -116,8 +157,9 @@ async def download(
     address: str,
     max_bytes: int = MAX_BLOB_BYTES,
     compress: bool = False,
+    is_durable: bool = True,
     retry: Retry | None = None,
-) -> None:
+) -> Moved:
     """Fetch a blob into a file, which appears when it is complete and its digest was checked.
 
     What came so far waits beside the file under a name with the digest, also for another process.
@@ -129,7 +171,11 @@ async def download(
         address: The coordinator's address, for messages.
         max_bytes: Largest blob that is taken.
         compress: Ask for Zstandard frames.
+        is_durable: False if nobody needs the file after a loss of power.
         retry: How patient to be.
+
+    Returns:
+        What it took.
 
     Raises:
         UnreachableError: the link stayed broken.
@@ -140,6 +186,7 @@ async def download(
     """
     part_path = path.with_name(f".{path.name}.{digest.hex()}.part")
     _remove_other_parts(path, part_path)
+    moved = Moved()
 
     async def attempt(progress: _Progress) -> None:
         offset = part_path.stat().st_size if part_path.exists() else 0
@@ -148,17 +195,20 @@ async def download(
         try:
             with calling(address):
                 part = await _receive(stub, request, part_path, progress, max_bytes)
-            await asyncio.to_thread(part.finish, path)
+            await asyncio.to_thread(part.finish, path, is_durable=is_durable)
         except PeerError:
             part_path.unlink(missing_ok=True)
             raise
 
-    await _persist(attempt, retry or Retry())
+    await _persist(attempt, retry or Retry(), moved)
+    return moved
 
 
-async def _persist(attempt: Callable[[_Progress], Awaitable[None]], retry: Retry) -> None:
+async def _persist(
+    attempt: Callable[[_Progress], Awaitable[None]], retry: Retry, moved: Moved
+) -> None:
     """Try until it is done, the link stays broken, or the other side refuses."""
-    progress = _Progress()
+    progress = _Progress(moved)
     while True:
         try:
             return await attempt(progress)
@@ -178,8 +228,9 @@ async def _persist(attempt: Callable[[_Progress], Awaitable[None]], retry: Retry
 async def _send(
     stub: "BlobServiceAsyncStub",
     header: pb.UploadHeader,
-    source: Path | bytes,
+    source: Content,
     packer: Packer | None,
+    moved: Moved,
 ) -> None:
     """Send the header, wait until it is accepted or refused, send the rest."""
     call = stub.Upload()
@@ -188,30 +239,33 @@ async def _send(
         await call.write(pb.UploadRequest(header=header))
         # Chunks sent into a refusal would be lost, and so would its reason: see `error_of`.
         await call.initial_metadata()
-        while (request := await asyncio.to_thread(_next_request, pieces, packer)) is not None:
-            await call.write(request)
-        await call.done_writing()
+        with moved.timing():
+            while request := await asyncio.to_thread(_next_request, pieces, packer, moved):
+                await call.write(request)
+            await call.done_writing()
+            await call
     except (asyncio.InvalidStateError, grpc.aio.InternalError):
-        pass  # the coordinator has answered already; the call says what
-    await call
+        await call  # the coordinator has answered already; the call says what
 
 
 def _next_request(
-    pieces: Generator[bytes, None, None], packer: Packer | None
+    pieces: Generator[bytes, None, None], packer: Packer | None, moved: Moved
 ) -> pb.UploadRequest | None:
     """Read and pack the next piece of a blob; None after the last."""
     chunk = next(pieces, b"")
     frame = packer.pack(chunk) if packer else None
+    moved.content_bytes += len(chunk)
+    moved.wire_bytes += len(chunk if frame is None else frame)
     if frame is not None:
         return pb.UploadRequest(zstd_chunk=frame)
     return pb.UploadRequest(chunk=chunk) if chunk else None
 
 
-def _pieces(source: Path | bytes, offset: int) -> Generator[bytes, None, None]:
+def _pieces(source: Content, offset: int) -> Generator[bytes, None, None]:
     """Cut the content into chunks, from an offset on."""
-    if isinstance(source, bytes):
+    if not isinstance(source, Path):
         for start in range(offset, len(source), CHUNK_BYTES):
-            yield source[start : start + CHUNK_BYTES]
+            yield bytes(source[start : start + CHUNK_BYTES])
         return
     with source.open("rb") as file:
         file.seek(offset)
@@ -232,11 +286,12 @@ async def _receive(
     """
     part: PartFile | None = None
     try:
-        async for response in stub.Download(request):
-            if part is None:
-                part = await _open_part(part_path, request.digest, response.size, max_bytes)
-            await asyncio.to_thread(_append, part, response)
-            progress.note(part.offset)
+        with progress.moved.timing():
+            async for response in stub.Download(request):
+                if part is None:
+                    part = await _open_part(part_path, request.digest, response.size, max_bytes)
+                await asyncio.to_thread(_append, part, response, progress.moved)
+                progress.note(part.offset)
     except BaseException:
         if part is not None:
             part.close()
@@ -246,9 +301,12 @@ async def _receive(
     return part
 
 
-def _append(part: PartFile, response: pb.DownloadResponse) -> None:
+def _append(part: PartFile, response: pb.DownloadResponse, moved: Moved) -> None:
     frame = response.zstd_chunk
-    part.append(part.offset, unpack(frame) if frame else response.chunk)
+    chunk = unpack(frame) if frame else response.chunk
+    moved.content_bytes += len(chunk)
+    moved.wire_bytes += len(frame or chunk)
+    part.append(part.offset, chunk)
 
 
 async def _open_part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:

@@ -1,6 +1,7 @@
 """Rules against other implementations and by hand, and what is refused."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,11 @@ from flwr.server.strategy import aggregate as flower
 from scipy import optimize, stats
 
 from minga.federation.aggregation.combination import combine
-from minga.federation.aggregation.contributions import VectorContribution
+from minga.federation.aggregation.contributions import (
+    BLOCK_VALUES,
+    FileContribution,
+    VectorContribution,
+)
 from minga.federation.aggregation.rules import (
     Clip,
     GeometricMedian,
@@ -29,6 +34,22 @@ FLOWERS = [([row], 1) for row in ROWS]
 
 
 # --- against other implementations ---
+
+
+def test_files_are_read_as_arrays_are(tmp_path: Path) -> None:
+    """An update that lies in a file counts as one in memory, also beyond one block."""
+    rows = np.random.default_rng(5).normal(size=(3, BLOCK_VALUES + 5)).astype(np.float32)
+    files = []
+    for number, row in enumerate(rows):
+        path = tmp_path / str(number)
+        row.astype("<f4").tofile(path)
+        files.append(
+            FileContribution(name=path.name, path=path, num_values=row.size, weight=number + 1)
+        )
+    out = np.empty(rows.shape[1], np.float32)
+    for rule in (Mean(), Median()):
+        combine(rule, files, out)
+        np.testing.assert_array_equal(out, result(rule, rows, [1, 2, 3]))
 
 
 def test_mean_is_flowers() -> None:

@@ -87,6 +87,22 @@ async def test_an_upload_goes_on_after_a_cut(
     assert depot.received["press-7"] < len(data) + 3 * CHUNK_BYTES
 
 
+async def test_a_wrong_guess_costs_a_call_alone(
+    depot: Depot, address: str, connect: Any, cutting_proxy: StartProxy
+) -> None:
+    """A blob that is taken for new goes on from its part, and is not sent again when complete."""
+    proxy = await cutting_proxy(address, [6 * MIB])
+    data = os.urandom(8 * MIB)
+    digest = transfer.digest_of(data)
+    stub = connect(proxy.address)
+    await transfer.upload(stub, data, digest, address=proxy.address, is_new=True, retry=QUICK)
+    assert depot.store.read(digest) == data
+    received = depot.received["press-7"]
+    assert received < len(data) + 2 * CHUNK_BYTES
+    await transfer.upload(connect(address), data, digest, address=address, is_new=True)
+    assert depot.received["press-7"] == received
+
+
 async def test_a_download_goes_on_after_a_cut(
     depot: Depot, address: str, connect: Any, cutting_proxy: StartProxy, tmp_path: Path
 ) -> None:

@@ -27,10 +27,11 @@ from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
 from minga.federation.device.queries import NO_QUERIES
+from minga.federation.device.trainer_process import TrainedUpdate
 from minga.federation.errors import FederationError, PeerError, StorageError, UnreachableError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
-from minga.federation.parameters import Parameters, from_bytes, to_bytes
-from minga.federation.trainer import TrainingConfig, Update
+from minga.federation.parameters import Parameters, from_bytes, read_layout, read_tensors, to_bytes
+from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
 
 PATIENCE_S = 30.0
@@ -76,6 +77,13 @@ class Clock:
         return self.now
 
 
+def constant_update(model: Path, value: float, num_examples: int) -> TrainedUpdate:
+    """Give an update that moves every value of a model alike."""
+    layout = read_layout(model)
+    vector = np.full(layout.num_values, value, np.float32)
+    return TrainedUpdate(layout=layout, vector=vector, num_examples=num_examples, metrics={})
+
+
 class StepTrainer:
     """Moves every value by `step`, counting as `num_examples`; waits while its gate is closed."""
 
@@ -85,14 +93,13 @@ class StepTrainer:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
+    async def fit(self, model: Path, config: TrainingConfig) -> TrainedUpdate:
         await self.gate.wait()
-        delta = {name: np.full_like(value, self.step) for name, value in parameters.items()}
-        return Update(delta=delta, num_examples=self.num_examples)
+        return constant_update(model, self.step, self.num_examples)
 
-    async def evaluate(self, parameters: Parameters, config: TrainingConfig) -> dict[str, float]:
+    async def evaluate(self, model: Path, config: TrainingConfig) -> dict[str, float]:
         await self.gate.wait()
-        mean = float(np.mean([value.mean() for value in parameters.values()]))
+        mean = float(np.mean([value.mean() for value in read_tensors(model)]))
         return {"mean": mean, "step": self.step, "num_examples": self.num_examples}
 
 
@@ -105,6 +112,8 @@ class DeskDevice:
         self.queries = NO_QUERIES
         self.dies_at = ""
         """The step at which this device is killed, once: it forgets what is only in its memory."""
+        self.dies_with_pending = False
+        """Whether it has written down by then what it would keep of the round."""
         self.trainer = trainer
         self.participant: Participant | None = None
         self.download_errors: list[Exception] = []
@@ -115,6 +124,9 @@ class DeskDevice:
         """Do what a message asks for."""
         if message.WhichOneof("body") == self.dies_at:
             self.dies_at = ""
+            async with asyncio.timeout(PATIENCE_S):
+                while self.dies_with_pending and not self.keepsakes.pending:
+                    await asyncio.sleep(0.01)
             self.leave(None)
             raise UnreachableError("killed")
         match message.WhichOneof("body"):
@@ -142,9 +154,9 @@ class DeskDevice:
                 raise self.download_errors.pop()
             path.write_bytes(desk.blobs.read(digest))
 
-        async def upload(digest: bytes, data: bytes) -> None:
+        async def upload(digest: bytes, data: bytes | memoryview) -> None:
             assert desk.campaigns.expects_upload(self.identity.name, digest, len(data))
-            desk.put(digest, data, self.identity.name)
+            desk.put(digest, bytes(data), self.identity.name)
 
         self.leave(None)
         self.participant = Participant(

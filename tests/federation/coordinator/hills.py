@@ -7,11 +7,13 @@ finds it (Karimireddy et al., ICML 2020, sections 3 and 6).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minga.federation.parameters import Parameters
+from minga.federation.device.trainer_process import TrainedUpdate
+from minga.federation.parameters import Parameters, read_layout, read_parameters
 from minga.federation.trainer import TrainingConfig, Update
 
 Point = NDArray[np.float64]
@@ -50,8 +52,14 @@ class SiteTrainer:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    async def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
-        return self.descend(parameters, np.zeros(2))
+    async def fit(self, model: Path, config: TrainingConfig) -> TrainedUpdate:
+        update = self.descend(read_parameters(model), np.zeros(2))
+        return TrainedUpdate(
+            layout=read_layout(model),
+            vector=update.delta[NAME],
+            num_examples=update.num_examples,
+            metrics={},
+        )
 
     async def fit_corrected(
         self, parameters: Parameters, config: TrainingConfig, correction: Parameters

@@ -23,12 +23,13 @@ from minga.federation.coordinator.rounds import (
     open_round,
 )
 from minga.federation.coordinator.rounds.buffered import discount
+from minga.federation.device.trainer_process import TrainedUpdate
 from minga.federation.errors import CampaignError
-from minga.federation.parameters import Parameters
+from minga.federation.parameters import read_parameters
 from minga.federation.plain import PlainPlan
-from minga.federation.trainer import TrainingConfig, Update
+from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
-from tests.federation.coordinator.desk import PATIENCE_S, Desk
+from tests.federation.coordinator.desk import PATIENCE_S, Desk, constant_update
 from tests.federation.fleet import campaign_plan, toy_model
 
 COUNTS = {"site-0": 10, "site-1": 30, "site-2": 20, "site-3": 40}
@@ -47,16 +48,17 @@ class TicketTrainer:
         self.may_measure = asyncio.Event()
         self.may_measure.set()
 
-    async def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:
-        self.started_from.append(float(parameters["b"][0]))
+    async def fit(self, model: Path, config: TrainingConfig) -> TrainedUpdate:
+        update = constant_update(model, STEPS[self.name], COUNTS[self.name])
+        self.started_from.append(float(read_parameters(model)["b"][0]))
         await self.tickets.acquire()
         await asyncio.sleep(self.delay_s)
-        delta = {name: np.full_like(v, STEPS[self.name]) for name, v in parameters.items()}
-        return Update(delta=delta, num_examples=COUNTS[self.name])
+        return update
 
-    async def evaluate(self, parameters: Parameters, config: TrainingConfig) -> dict[str, float]:
+    async def evaluate(self, model: Path, config: TrainingConfig) -> dict[str, float]:
+        measured = float(read_parameters(model)["b"][0])
         await self.may_measure.wait()
-        return {"b": float(parameters["b"][0]), "num_examples": 1}
+        return {"b": measured, "num_examples": 1}
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ async def test_only_scaffold_finds_the_optimum(desk: Desk) -> None:
 async def test_own_variate_settles_if_it_counted(desk: Desk, step: str) -> None:
     """Killed before or after its update was in, a device keeps the variate that the sum has."""
     device = desk.devices["site-0"]
-    device.dies_at = step
+    device.dies_at, device.dies_with_pending = step, True
     campaign_id = desk.start_campaign(plan_of(num_rounds=1), START)
     await desk.until_connected(3)
     campaign = await desk.finish(campaign_id)

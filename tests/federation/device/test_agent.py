@@ -426,3 +426,20 @@ def test_device_folder_that_was_moved(tmp_path: Path) -> None:
     (tmp_path / "old").rename(tmp_path / "new")
     (ref,) = ModelSlots(tmp_path / "new").active()
     assert Path(ref.path).read_bytes() == model
+
+
+async def test_new_interval_on_an_open_stream(
+    coordinator: ScriptedCoordinator, run_agent: RunAgent
+) -> None:
+    """A later welcome tells how often to beat; it holds after the next beat."""
+    clock = asyncio.get_running_loop().time
+    async with run_agent(coordinator.add_services):
+        stream = await asyncio.wait_for(coordinator.streams.get(), PATIENCE_S)
+        await stream.hear()
+        stream.say(pb.SessionResponse(welcome=pb.Welcome(heartbeat_interval_ms=100)))
+        await stream.hear()
+        stream.say(pb.SessionResponse(welcome=pb.Welcome(heartbeat_interval_ms=600)))
+        assert (await stream.hear()).WhichOneof("body") == "heartbeat"
+        before = clock()
+        assert (await stream.hear()).WhichOneof("body") == "heartbeat"
+        assert clock() - before > 0.4

@@ -1,9 +1,12 @@
 """The child process that trains: frames, errors, death."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
+import termios
+from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,8 +16,11 @@ import pytest
 from minga.federation.analytics import Part, Question
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import TrainerError
+from minga.federation.parameters import to_bytes
 
 FOLDER = Path(__file__).parent
+MIN_UNREAD_BYTES = 4096
+"""More than a frame's header."""
 PARAMETERS = {"w": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 
 
@@ -36,6 +42,20 @@ async def test_fit_in_child(trainer: TrainerProcess) -> None:
     assert update.num_examples == 7
     assert update.metrics == {"step": 0.25}
     np.testing.assert_array_equal(update.delta["w"], np.full((2, 3), 0.25, np.float32))
+
+
+async def test_fit_from_a_file(trainer: TrainerProcess, tmp_path: Path) -> None:
+    """The child reads a model from a file, and may write into what it was given."""
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(to_bytes({"scalar": np.float32(1), "void": np.ones((0, 3)), **PARAMETERS}))
+    update = await trainer.fit(model, {})
+    assert {name: part.shape for name, part in update.delta.items()} == {
+        "b": (4,),
+        "scalar": (),
+        "void": (0, 3),
+        "w": (2, 3),
+    }
+    np.testing.assert_array_equal(update.vector, np.full(11, 0.25, np.float32))
 
 
 async def test_evaluate_reuses_the_child(trainer: TrainerProcess) -> None:
@@ -166,7 +186,7 @@ async def test_cancelled_in_a_large_answer() -> None:
     trainer = TrainerProcess("constant_trainer:make", {})
     call = asyncio.create_task(trainer.fit({"w": np.zeros(2_000_000, np.float32)}, {}))
     async with asyncio.timeout(60):
-        while not has_stalled(trainer):
+        while not unread_bytes(trainer):
             await asyncio.sleep(0)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -174,7 +194,10 @@ async def test_cancelled_in_a_large_answer() -> None:
     assert trainer.pid is None
 
 
-def has_stalled(trainer: TrainerProcess) -> bool:
-    """Tell whether asyncio has stopped reading from the child, since nobody takes what is there."""
-    process = trainer._process
-    return process is not None and process.stdout is not None and process.stdout._paused
+def unread_bytes(trainer: TrainerProcess) -> int:
+    """Count what the child has written of an answer that nobody has read yet."""
+    if trainer._child is None:
+        return 0
+    count = array("i", [0])
+    fcntl.ioctl(trainer._child._answers, termios.FIONREAD, count)
+    return count[0] if count[0] >= MIN_UNREAD_BYTES else 0

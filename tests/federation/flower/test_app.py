@@ -97,8 +97,9 @@ async def test_app_sees_the_arrays_that_the_campaign_names() -> None:
     for app, epochs in (("numpy_app:app", 1), ("message_app:app", 2)):
         async with trainer(app) as process:
             update = await process.fit(model, config)
-        assert not update.delta.pop("preparation.mean").any()
-        assert_trained({names[name]: value for name, value in update.delta.items()}, epochs=epochs)
+        delta = update.delta
+        assert not delta.pop("preparation.mean").any()
+        assert_trained({names[name]: value for name, value in delta.items()}, epochs=epochs)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from minga.federation.aggregation.contributions import (
     Vector,
     Wide,
     blocks,
+    in_parallel,
+    single_blocks,
     survey,
 )
 from minga.federation.aggregation.rules import CoordinateRule, LinearRule, Rule
@@ -94,12 +96,16 @@ def combine(
 
 def _add_up(found: Survey, shares: Wide, out: Vector, block_bytes: int) -> None:
     """Make the sum of contributions, each times its share; one without a share is not read."""
-    for block in blocks(out.size, len(found.sound), block_bytes):
+
+    def add_up(block: slice) -> None:
         total = np.zeros(block.stop - block.start)
         for one, share in zip(found.sound, shares, strict=True):
             if share != 0.0:
-                total += share * one.read(block.start, block.stop).astype(np.float64)
+                part = one.read(block.start, block.stop).astype(np.float64)
+                total += np.multiply(part, share, out=part)
         out[block] = total
+
+    in_parallel(add_up, single_blocks(out.size, block_bytes))
 
 
 def _reduce(

@@ -6,9 +6,12 @@ by name, and the others are measured. Sums are taken in float64, in which no squ
 overflows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +22,15 @@ Vector = NDArray[np.float32]
 Wide = NDArray[np.float64]
 """A vector or matrix while it is computed with."""
 
+_Result = TypeVar("_Result")
+
 BLOCK_BYTES: Final = 32 << 20
 """What the blocks of all contributions take together, whatever their number and the model."""
+
+BLOCK_VALUES: Final = 1 << 16
+"""Where contributions are read one by one, a block of one fits into a processor's cache."""
+
+_VALUE: Final = np.dtype("<f4")
 
 _BYTES_PER_VALUE: Final = 16
 """A value is held as float32 and as float64, and once more while it is squared or sorted."""
@@ -56,8 +66,6 @@ class VectorContribution:
     name: str
     values: Vector
     weight: int
-    factor: float = 1.0
-    """Values are scaled by it as they are read."""
 
     @property
     def num_values(self) -> int:
@@ -66,8 +74,35 @@ class VectorContribution:
 
     def read(self, start: int, stop: int) -> Vector:
         """Give the values from `start` to before `stop`."""
-        block = self.values[start:stop]
-        return block if self.factor == 1.0 else block * np.float32(self.factor)
+        return self.values[start:stop]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FileContribution:
+    """A contribution that is a file of little-endian float32.
+
+    It is not mapped: pages of a mapped file that were read count as this process's memory, for as
+    long as any of it is in use.
+    """
+
+    name: str
+    path: Path
+    num_values: int
+    weight: int
+    factor: float = 1.0
+    """Values are scaled by it as they are read."""
+
+    def read(self, start: int, stop: int) -> Vector:
+        """Give the values from `start` to before `stop`.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        count, offset = stop - start, start * _VALUE.itemsize
+        values: Vector = np.fromfile(self.path, _VALUE, count, offset=offset)
+        if self.factor != 1.0:
+            values *= np.float32(self.factor)
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,6 +138,11 @@ def blocks(num_values: int, num_contributions: int, block_bytes: int) -> Iterato
         yield slice(start, min(start + size, num_values))
 
 
+def single_blocks(num_values: int, block_bytes: int) -> Iterator[slice]:
+    """Cut a model into blocks that are read of one contribution at a time."""
+    return blocks(num_values, 1, min(block_bytes, BLOCK_VALUES * _BYTES_PER_VALUE))
+
+
 def survey(
     contributions: Sequence[Contribution],
     num_values: int,
@@ -125,6 +165,44 @@ def survey(
         if (reason := _misfit(one, num_values)) is not None
     }
     fitting = [one for one in contributions if one.name not in rejected]
+    if all_products:
+        finite, products = _all_products(fitting, num_values, block_bytes)
+    else:
+        squares = _squares(fitting, num_values, block_bytes)
+        finite, products = np.isfinite(squares), np.diag(squares)
+    for one, is_finite in zip(fitting, finite, strict=True):
+        if not is_finite:
+            rejected[one.name] = "it holds NaN or infinity"
+    return Survey(
+        sound=tuple(one for one in fitting if one.name not in rejected),
+        rejected=rejected,
+        products=products[np.ix_(finite, finite)],
+    )
+
+
+def _squares(fitting: Sequence[Contribution], num_values: int, block_bytes: int) -> Wide:
+    """Give squared lengths; they are finite exactly if all values are: see the module's text."""
+
+    def square(block: slice) -> list[float]:
+        parts = (one.read(block.start, block.stop).astype(np.float64) for one in fitting)
+        return [float(part @ part) for part in parts]
+
+    total = np.zeros(len(fitting))
+    for squares in in_parallel(square, single_blocks(num_values, block_bytes)):
+        total += squares
+    return total
+
+
+def in_parallel(work: Callable[[slice], _Result], pieces: Iterable[slice]) -> list[_Result]:
+    """Work on blocks on all cores; numpy leaves the interpreter's lock. In order."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(work, pieces))
+
+
+def _all_products(
+    fitting: Sequence[Contribution], num_values: int, block_bytes: int
+) -> tuple[NDArray[np.bool_], Wide]:
+    """Say which contributions are finite, and give all inner products of those."""
     num = len(fitting)
     finite, products = np.ones(num, bool), np.zeros((num, num))
     for block in blocks(num_values, num, block_bytes):
@@ -135,18 +213,8 @@ def survey(
                 finite[place] = np.isfinite(row).all()
             if not finite[place]:
                 row[:] = 0.0
-        if all_products:
-            products += rows @ rows.T
-        else:
-            products[np.diag_indices(num)] += np.einsum("ij,ij->i", rows, rows)
-    for one, is_finite in zip(fitting, finite, strict=True):
-        if not is_finite:
-            rejected[one.name] = "it holds NaN or infinity"
-    return Survey(
-        sound=tuple(one for one in fitting if one.name not in rejected),
-        rejected=rejected,
-        products=products[np.ix_(finite, finite)],
-    )
+        products += rows @ rows.T
+    return finite, products
 
 
 def _misfit(contribution: Contribution, num_values: int) -> str | None:

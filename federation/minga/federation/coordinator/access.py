@@ -5,10 +5,12 @@ The caller's role and name come from the certificate that TLS accepted, never fr
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+from types import TracebackType
 from typing import Any, Final
 
 import grpc
@@ -25,7 +27,7 @@ from minga.federation.identity import (
     verify_certificate,
 )
 from minga.federation.interception import Context, Handler, around, reading_anything
-from minga.federation.limits import REFUSAL_GRACE_S
+from minga.federation.limits import REFUSAL_GRACE_S, VERIFIED_CERTIFICATES
 
 
 class Everybody(Enum):
@@ -131,32 +133,61 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
 
-        @asynccontextmanager
-        async def admitting(context: Context) -> AsyncIterator[None]:
-            method = handler_call_details.method
-            try:
-                await self._admit(method, context, is_stream=handler.request_streaming)
-                yield
-            except IdentityError as error:
-                self._on_refused(_caller_of(context), context.peer(), method, error)
-                raise
+        method: str = handler_call_details.method
+
+        def admitting(context: Context) -> _Admission:
+            return _Admission(self, method, context, is_stream=handler.request_streaming)
 
         return around(reading_anything(handler), admitting)
 
-    async def _admit(self, method: str, context: Context, *, is_stream: bool) -> None:
+    async def admit(self, method: str, context: Context, *, is_stream: bool) -> None:
+        """Let a call pass, or refuse it and say so; raises as `Gatekeeper.admit` does."""
         try:
             self._gatekeeper.admit(method, _certificate_pem_of(context))
-        except IdentityError:
+        except IdentityError as error:
             if is_stream:
                 await _take_opening(context)
+            self.tell(method, context, error)
             raise
+
+    def tell(self, method: str, context: Context, error: IdentityError) -> None:
+        """Say that a call is refused."""
+        self._on_refused(_caller_of(context), context.peer(), method, error)
+
+
+class _Admission:
+    """One call's way past the gatekeeper.
+
+    A class, and no generator: there is one for each open stream, of which most only wait.
+    """
+
+    __slots__ = ("_context", "_interceptor", "_is_stream", "_method")
+
+    def __init__(
+        self, interceptor: AccessInterceptor, method: str, context: Context, *, is_stream: bool
+    ) -> None:
+        self._interceptor = interceptor
+        self._method = method
+        self._context = context
+        self._is_stream = is_stream
+
+    async def __aenter__(self) -> None:
+        """Let the handler begin, or refuse the call."""
+        await self._interceptor.admit(self._method, self._context, is_stream=self._is_stream)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Say it if the handler itself refused the caller."""
+        if isinstance(error, IdentityError):
+            self._interceptor.tell(self._method, self._context, error)
 
 
 def principal_of_call(context: Context) -> Principal:
     """Give the caller of a call that passed the interceptor.
-
-    Read from the certificate each time: that is cheaper than keeping it anywhere, and cannot go
-    stale.
 
     Raises:
         IdentityError: the caller has shown no certificate.
@@ -187,6 +218,7 @@ def _certificate_pem_of(context: Context) -> bytes | None:
     return next(iter(context.auth_context().get("x509_pem_cert", ())), None)
 
 
+@lru_cache(maxsize=VERIFIED_CERTIFICATES)
 def _load(certificate_pem: bytes | None) -> x509.Certificate:
     if certificate_pem is None:
         raise IdentityError("this call needs a client certificate; enrol first")

@@ -11,7 +11,7 @@ import numpy as np
 
 from minga.federation import wire
 from minga.federation.aggregation.combination import Combined, combine
-from minga.federation.aggregation.contributions import VectorContribution
+from minga.federation.aggregation.contributions import FileContribution, VectorContribution
 from minga.federation.aggregation.noise import add_gaussian
 from minga.federation.aggregation.optimizers import (
     ServerOptimizer,
@@ -297,9 +297,10 @@ def _plain_mean(round_: PlainRound, blobs: BlobStore, rule: Rule) -> tuple[Vecto
     """Combine the updates where they lie."""
     updates = [round_.updates[name] for name in round_.survivors]
     contributions = [
-        VectorContribution(
+        FileContribution(
             name=update.device_id,
-            values=np.memmap(blobs.path(update.digest), VALUE, mode="r"),
+            path=blobs.path(update.digest),
+            num_values=update.size // VALUE.itemsize,
             weight=update.num_examples,
             factor=round_.factor_of(update.device_id),
         )

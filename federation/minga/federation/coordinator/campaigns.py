@@ -45,6 +45,7 @@ from minga.federation.limits import (
     STATUS_DETAIL_BYTES,
     STORAGE_RETRY_S,
     WATCH_DETAIL_BYTES,
+    WATCH_PAUSE_S,
 )
 from minga.federation.plain import PlainPlan
 from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
@@ -72,7 +73,7 @@ class Campaigns:
         strategies: Sequence[str] = (),
         apply_masks: ApplyMasks = apply_masks_threaded,
     ) -> None:
-        self.changed = Signal()
+        self.changed, self._moved = Signal(), Signal()  # any change; one that the loop acts upon
         self._store = store
         self._blobs = blobs
         self._hub = hub
@@ -134,7 +135,7 @@ class Campaigns:
             self._store.add_campaign(row)
             campaign_audit.campaign_started(self._audit, campaign, by)
         self._campaigns[campaign.campaign_id] = campaign
-        self.changed.fire()
+        self._fire()
         return campaign
 
     def get(self, campaign_id: str) -> Campaign:
@@ -160,6 +161,7 @@ class Campaigns:
         while not campaign.is_over:
             change = self.changed.next()
             yield campaign.describe(WATCH_DETAIL_BYTES)
+            await asyncio.sleep(WATCH_PAUSE_S * campaign.num_wanted)
             await change.wait()
         yield campaign.describe()
 
@@ -294,7 +296,7 @@ class Campaigns:
                 return
         _log.error("campaign %s stands still: %s", campaign.campaign_id, error)
         campaign.reason = str(error)
-        self.changed.fire()
+        self._fire()
 
     async def _step(self, campaign: Campaign) -> None:
         if campaign.open_round is not None:
@@ -335,7 +337,7 @@ class Campaigns:
             )
         )
         campaign.open_round = open_round(order, now)
-        self.changed.fire()
+        self._fire()
 
     async def _gather(self, campaign: Campaign, work: Work) -> Sequence[str]:
         """Wait for the cohort, or after the invitation's time for the minimum, and draw it."""
@@ -349,7 +351,7 @@ class Campaigns:
                 return found.draw()
             if found.reason != campaign.reason:
                 campaign.reason = found.reason
-                self.changed.fire()
+                self._fire()
                 continue
             limits_s = [left_s] * (left_s > 0) + [CONDITION_CHECK_S] * (found.num_unfit > 0)
             await wait_for_any(changes, min(limits_s, default=None))
@@ -440,14 +442,11 @@ class Campaigns:
         round_.apply(event, now)
         campaign.reason = ""
         if round_.stage is not stage:
-            _log.info(
-                "round %d of campaign %s: %s -> %s",
-                round_.order.number,
-                campaign.campaign_id,
-                stage.name,
-                round_.stage.name,
-            )
+            name, number = campaign.campaign_id, round_.order.number
+            _log.info("round %d of %s: %s -> %s", number, name, stage.name, round_.stage.name)
         self.changed.fire()
+        if round_.stage is not stage or isinstance(event, DeviceLost):
+            self._moved.fire()  # one more answer of those that are awaited is nothing to do
 
     def _close_round(self, campaign: Campaign, round_: Round) -> None:
         """Tell how a round ended and drop what only it needed."""
@@ -468,7 +467,7 @@ class Campaigns:
         self._herald.forget(but=going)
         self._uploads = {name: d for name, d in self._uploads.items() if name in going}
         self._metrics.observe_round(record)
-        self.changed.fire()
+        self._fire()
 
     def _end(self, campaign: Campaign, state: int, reason: str, by: str = "") -> None:
         with self._store.transaction():
@@ -477,7 +476,7 @@ class Campaigns:
         campaign.state, campaign.reason = state, reason
         _log.info("campaign %s ended: %s", campaign.campaign_id, reason or "all rounds committed")
         self._drop_unused({campaign.optimizer_digest})
-        self.changed.fire()
+        self._fire()
 
     def _drop_unused(self, digests: set[bytes]) -> None:
         """Delete what no campaign needs any more; what stays nevertheless is collected later."""
@@ -491,7 +490,11 @@ class Campaigns:
 
     def _changes(self) -> list[asyncio.Event]:
         """Give what happens next: to a campaign, or to the list of connected devices."""
-        return [self.changed.next(), self._hub.changed.next()]
+        return [self._moved.next(), self._hub.changed.next()]
+
+    def _fire(self) -> None:
+        self.changed.fire()
+        self._moved.fire()
 
     def _running(self) -> Campaign | None:
         return next((c for c in self._campaigns.values() if c.is_running), None)

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -18,13 +19,17 @@ from minga.federation.coordinator.rounds import DeviceLost
 from minga.federation.coordinator.store import Store
 from minga.federation.errors import FederationError, IdentityError, PeerError
 from minga.federation.identity import Principal
-from minga.federation.limits import SILENT_HEARTBEATS
+from minga.federation.limits import HEARTBEATS_PER_S, SILENT_HEARTBEATS
 from minga.federation.secagg.plan import ROUND_ID_BYTES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.federation.wire import printable
 
 _log = logging.getLogger(__name__)
+
+VERSION: Final = version("minga")
+
+Stream: TypeAlias = "grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse]"
 
 
 class FederationService(pb_grpc.FederationServiceServicer):
@@ -53,29 +58,42 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._reconnect_window_ms = reconnect_window_ms
         self._audit = audit
 
-    async def Session(
+    async def Session(  # type: ignore[override] # gRPC takes a coroutine as well
         self,
-        request_iterator: AsyncIterator[pb.SessionRequest | None],
-        context: grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse],
-    ) -> AsyncIterator[pb.SessionResponse]:
-        """Serve one device until it leaves or falls silent, is revoked, or opens another stream."""
+        request_iterator: object,
+        context: Stream,
+    ) -> None:
+        """Serve one device until it leaves or falls silent, is revoked, or opens another stream.
+
+        It reads and writes through the context: iterators and generators would take some KiB more
+        for each device that waits.
+        """
         principal = principal_of_call(context)
-        device_id = principal.name
-        requests = self._heard(device_id, request_iterator)
-        first = await anext(requests, None)
-        if first is None or first.WhichOneof("body") != "hello":
-            raise PeerError("a session starts with a hello")
-        opening, connection = self._welcome(principal, first.hello)
-        reader = asyncio.create_task(self._read(connection, requests))
+        opening, connection = self._welcome(principal, await self._hello(principal, context))
+        reader = asyncio.create_task(self._read(connection, context))
         try:
             for first_message in opening:
-                yield first_message
+                await context.write(first_message)
             while (message := await connection.outbox.get()) is not None:
-                yield message
+                await context.write(message)
         finally:
             reader.cancel()
             self._hub.leave(connection)
-            self._store.note_seen(device_id, connection.heard_at)
+            self._store.note_seen(connection.device_id, connection.heard_at)
+
+    async def _hello(self, principal: Principal, context: Stream) -> pb.Hello:
+        """Wait for what a session starts with."""
+        patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+        try:
+            async with asyncio.timeout(patience_s):
+                first: Any = await context.read()
+        except TimeoutError:
+            raise PeerError(f"{principal.name} was silent for {patience_s:g} s") from None
+        is_message = first is not None and first is not grpc.aio.EOF
+        if not is_message or first.WhichOneof("body") != "hello":
+            raise PeerError("a session starts with a hello")
+        hello: pb.Hello = first.hello
+        return hello
 
     def _welcome(
         self, principal: Principal, hello: pb.Hello
@@ -94,13 +112,9 @@ class FederationService(pb_grpc.FederationServiceServicer):
         )
         if hello.HasField("model"):
             self._models.note_report(device_id, hello.model)
-        welcome = pb.Welcome(
-            coordinator_version=version("minga"),
-            heartbeat_interval_ms=round(self._heartbeat_interval_s * 1000),
-            reconnect_window_ms=self._reconnect_window_ms(),
-        )
+        interval_s = self._interval_s()
         opening = [
-            pb.SessionResponse(welcome=welcome),
+            self._greeting(interval_s),
             *self._models.offers_to(device.group, hello.model),
             *self._campaigns.greeting(device_id, hello.round_id),
         ]
@@ -114,40 +128,66 @@ class FederationService(pb_grpc.FederationServiceServicer):
             cut=task.cancel,
             serial=principal.serial,
             condition=wire.condition_from_wire(hello),
+            heartbeat_interval_s=interval_s,
+            patience_s=SILENT_HEARTBEATS * interval_s,
+            heard_last=asyncio.get_running_loop().time(),
         )
         self._hub.join(connection)
         return opening, connection
 
-    async def _heard(
-        self, device_id: str, requests: AsyncIterator[pb.SessionRequest | None]
-    ) -> AsyncIterator[pb.SessionRequest | None]:
-        """Give what a device says, until it says nothing for several heartbeats.
+    def _interval_s(self) -> float:
+        """Say how often a device should beat: the more there are, the less often each."""
+        return max(self._heartbeat_interval_s, len(self._hub) / HEARTBEATS_PER_S)
 
-        What cannot be read is None: it shows that the device is alive, if nothing else.
+    def _answer_beat(self, connection: Connection) -> pb.SessionResponse:
+        """Answer a heartbeat; with a new interval, if the fleet has grown or shrunk since."""
+        before, now = connection.heartbeat_interval_s, self._interval_s()
+        if 0.75 * before <= now <= 1.25 * before:
+            connection.patience_s = SILENT_HEARTBEATS * before
+            beat = pb.Heartbeat(reconnect_window_ms=self._reconnect_window_ms())
+            return pb.SessionResponse(heartbeat=beat)
+        # Its next beat may still come after the interval from before.
+        connection.heartbeat_interval_s = now
+        connection.patience_s = SILENT_HEARTBEATS * max(before, now)
+        return self._greeting(now)
 
-        Raises:
-            PeerError: it fell silent.
+    def _greeting(self, interval_s: float) -> pb.SessionResponse:
+        """Greet a device; in the middle of a stream this tells it how often to beat from now on."""
+        welcome = pb.Welcome(
+            coordinator_version=VERSION,
+            heartbeat_interval_ms=round(interval_s * 1000),
+            reconnect_window_ms=self._reconnect_window_ms(),
+        )
+        return pb.SessionResponse(welcome=welcome)
+
+    async def close_silent(self) -> None:
+        """Close streams on which nothing came for several heartbeats, until cancelled.
+
+        All are looked at together: a timer for each would be set anew at every message.
         """
-        patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+        loop = asyncio.get_running_loop()
         while True:
-            try:
-                async with asyncio.timeout(patience_s):
-                    request = await anext(requests)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise PeerError(f"{device_id} was silent for {patience_s:g} s") from None
-            yield request
+            await asyncio.sleep(self._heartbeat_interval_s)
+            for connection in self._hub.connected():
+                silent_s = loop.time() - connection.heard_last
+                if silent_s > connection.patience_s and not connection.is_closed:
+                    _log.warning(
+                        "closing the stream of %s: silent for %.3g s",
+                        connection.device_id,
+                        silent_s,
+                    )
+                    connection.close()
 
-    async def _read(
-        self, connection: Connection, requests: AsyncIterator[pb.SessionRequest | None]
-    ) -> None:
+    async def _read(self, connection: Connection, context: Stream) -> None:
         """Take the device's messages; a bad one is refused and the stream goes on."""
+        time = asyncio.get_running_loop().time
         try:
-            async for request in requests:
+            read: Callable[[], Awaitable[Any]] = context.read  # gives None for what is no message
+            while (request := await read()) is not grpc.aio.EOF:
                 if connection.is_closed:
                     return
                 connection.heard_at = self._clock()
+                connection.heard_last = time()
                 self._take(connection, request)
         except grpc.RpcError:
             pass  # the link broke; the device comes back by itself
@@ -167,8 +207,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
             match request.WhichOneof("body"):
                 case "heartbeat":
                     connection.condition = wire.condition_from_wire(request.heartbeat)
-                    beat = pb.Heartbeat(reconnect_window_ms=self._reconnect_window_ms())
-                    connection.send(pb.SessionResponse(heartbeat=beat))
+                    connection.send(self._answer_beat(connection))
                 case "model_report":
                     self._models.note_report(device_id, request.model_report)
                 case _:

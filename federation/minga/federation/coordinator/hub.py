@@ -6,6 +6,7 @@ device comes back.
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,43 @@ async def wait_for_any(events: Sequence[asyncio.Event], timeout_s: float | None)
             wait.cancel()
 
 
+class Outbox:
+    """Messages for one device, in order; `None` is the last one. One task takes them out.
+
+    An `asyncio.Queue` would do, but holds four times the memory for a device that waits: there are
+    ten thousand of them.
+    """
+
+    __slots__ = ("_messages", "_waiter")
+
+    def __init__(self) -> None:
+        self._messages: list[SessionResponse | None] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def put(self, message: SessionResponse | None) -> None:
+        """Add a message."""
+        self._messages.append(message)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def pop(self) -> None:
+        """Take the oldest message out for nobody."""
+        del self._messages[0]
+
+    async def get(self) -> SessionResponse | None:
+        """Wait for the next message."""
+        while not self._messages:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._messages.pop(0)
+
+
 @dataclass(slots=True, eq=False)
 class Connection:
     """One open control stream. `None` in its outbox ends it; `cut` ends it by force."""
@@ -57,20 +95,23 @@ class Connection:
     cut: Callable[[], object] = lambda: None
     serial: int = 0  # of the certificate that opened it
     condition: Condition | None = None  # what the device last said of its machine
-    outbox: asyncio.Queue[SessionResponse | None] = field(
-        default_factory=lambda: asyncio.Queue(OUTBOX_MESSAGES)
-    )
+    outbox: Outbox = field(default_factory=Outbox)
     is_closed: bool = False
+    heartbeat_interval_s: float = 0.0
+    """How often the device was last told to say that it is alive."""
+    patience_s: float = math.inf
+    """A silence longer than this means that the device hangs."""
+    heard_last: float = 0.0
+    """The event loop's time at which something came."""
 
     def send(self, message: SessionResponse) -> bool:
         """Queue a message; a device that reads nothing for so long is cut off instead."""
         if self.is_closed:
             return False
-        try:
-            self.outbox.put_nowait(message)
-        except asyncio.QueueFull:
+        if len(self.outbox) >= OUTBOX_MESSAGES:
             self.close()
             return False
+        self.outbox.put(message)
         return True
 
     def close(self) -> None:
@@ -78,9 +119,9 @@ class Connection:
         if self.is_closed:
             return
         self.is_closed = True
-        if self.outbox.full():
-            self.outbox.get_nowait()
-        self.outbox.put_nowait(None)
+        if len(self.outbox) >= OUTBOX_MESSAGES:
+            self.outbox.pop()
+        self.outbox.put(None)
         asyncio.get_running_loop().call_later(OUTBOX_CLOSE_S, self.cut)
 
 

@@ -56,6 +56,7 @@ from minga.federation.limits import (
     MAX_RENEWALS_PER_MINUTE,
     RENEWAL_CHECK_S,
 )
+from minga.federation.memory import keep_freed_memory
 from minga.federation.operator import OPERATOR_FOLDER, write_address
 from minga.federation.secagg.masking import ApplyMasks, apply_masks_threaded
 from minga.federation.v1 import federation_pb2 as pb
@@ -163,6 +164,7 @@ class Coordinator:
             self._driver,
             asyncio.create_task(self._keep_clean()),
             asyncio.create_task(self._keep_valid()),
+            asyncio.create_task(self._federation.close_silent()),
         ):
             stack.callback(task.cancel)
 
@@ -281,7 +283,7 @@ class Coordinator:
         pb_grpc.add_IdentityServiceServicer_to_server(
             IdentityServicer(renewer, self._audit, self._renewals), device_server
         )
-        federation = FederationService(
+        self._federation = FederationService(
             store=self._store,
             hub=self._hub,
             campaigns=self._campaigns,
@@ -292,7 +294,7 @@ class Coordinator:
             reconnect_window_ms=self._reconnect_window_ms,
             audit=self._audit,
         )
-        pb_grpc.add_FederationServiceServicer_to_server(federation, device_server)
+        pb_grpc.add_FederationServiceServicer_to_server(self._federation, device_server)
         blobs = BlobServicer(
             self._blobs,
             may_upload=self._may_upload,
@@ -443,6 +445,7 @@ async def run(
     settings: CoordinatorSettings, apply_masks: ApplyMasks = apply_masks_threaded
 ) -> None:
     """Run a coordinator until cancelled."""
+    keep_freed_memory()
     async with Coordinator(settings, apply_masks=apply_masks) as coordinator:
         _log.info("devices: %s (mutual TLS)", coordinator.addresses.device)
         _log.info("enrolment: %s (TLS)", coordinator.addresses.enrol)

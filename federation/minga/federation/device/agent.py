@@ -7,6 +7,7 @@ local model goes on answering meanwhile.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import grpc
 
 from minga.federation import transfer, transport, wire
 from minga.federation.condition import Condition
+from minga.federation.device.capacity import Capacity, Compress
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.link import Link
 from minga.federation.device.machine import measure
@@ -65,7 +67,7 @@ class Agent:
         allow_plain: whether the coordinator may see this device's updates.
         queries: what queries may find out here.
         look: says what this machine is doing.
-        compress: whether models and plain updates travel as Zstandard frames.
+        compress: when models and plain updates travel as Zstandard frames.
     """
 
     def __init__(
@@ -80,14 +82,14 @@ class Agent:
         allow_plain: bool = False,
         queries: Queries = NO_QUERIES,
         look: Callable[[], Condition] = measure,
-        compress: bool = False,
+        compress: Compress = "auto",
     ) -> None:
         self._link = link
         self._redial = Redial(link)
         self._look = look
         self._queries = queries
         self._keepsakes = keepsakes
-        self._compress = compress
+        self._capacity = Capacity(compress, metrics)
         self._allow_plain = allow_plain
         self._trainer = trainer
         self._slots = slots
@@ -98,6 +100,7 @@ class Agent:
         self._pending_bytes = 0
         self._model_turn = asyncio.Lock()
         self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        self._resting_s = HEARTBEAT_INTERVAL_S  # until the next beat, which sets this anew
         self._outbox: Outbox = asyncio.Queue()
         metrics.certificate_end.set_function(link.valid_until)
 
@@ -166,7 +169,7 @@ class Agent:
         """Open one stream and serve it until it ends."""
         outbox = self._outbox = asyncio.Queue()
         self._send(pb.SessionRequest(hello=self._hello()))
-        self._heartbeat_interval_s = HEARTBEAT_INTERVAL_S
+        self._heartbeat_interval_s = self._resting_s = HEARTBEAT_INTERVAL_S
         heart: asyncio.Task[None] | None = None
         try:
             async with self._link.channel() as channel:
@@ -187,12 +190,15 @@ class Agent:
     def _take_welcome(self, message: pb.SessionResponse | None) -> None:
         if message is None or message.WhichOneof("body") != "welcome":
             raise PeerError(f"the coordinator at {self._link.address} did not greet this device")
-        if message.welcome.heartbeat_interval_ms:
-            interval_s = message.welcome.heartbeat_interval_ms / 1000
-            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
-        self._redial.note_window(message.welcome.reconnect_window_ms)
+        self._take_times(message.welcome)
         self._metrics.connected.set(1)
         _log.info("connected to %s as %s", self._link.address, self._link.identity.name)
+
+    def _take_times(self, welcome: pb.Welcome) -> None:
+        self._redial.note_window(welcome.reconnect_window_ms)
+        if welcome.heartbeat_interval_ms:
+            interval_s = welcome.heartbeat_interval_ms / 1000
+            self._heartbeat_interval_s = max(interval_s, MIN_HEARTBEAT_INTERVAL_S)
 
     async def _heard(self, call: "SessionCall") -> AsyncIterator[pb.SessionResponse]:
         """Give what the coordinator says, until it says nothing for several heartbeats.
@@ -203,7 +209,7 @@ class Agent:
         """
         while True:
             message: Any
-            patience_s = SILENT_HEARTBEATS * self._heartbeat_interval_s
+            patience_s = SILENT_HEARTBEATS * max(self._heartbeat_interval_s, self._resting_s)
             try:
                 async with asyncio.timeout(patience_s):
                     message = await call.read()
@@ -236,15 +242,18 @@ class Agent:
 
     async def _beat(self, outbox: Outbox) -> None:
         while True:
-            await asyncio.sleep(self._heartbeat_interval_s)
+            self._resting_s = self._heartbeat_interval_s
+            await asyncio.sleep(self._resting_s)
             beat = pb.Heartbeat(condition=wire.condition_to_wire(self._look()))
             outbox.put_nowait(pb.SessionRequest(heartbeat=beat))
 
     def _take(self, message: pb.SessionResponse) -> None:
         """Start what a message asks for; the stream is read on meanwhile."""
         match message.WhichOneof("body"):
-            case "heartbeat" | "welcome" | "going_away" as kind:
+            case "heartbeat" | "going_away" as kind:
                 self._redial.note_window(getattr(message, kind).reconnect_window_ms)
+            case "welcome":
+                self._take_times(message.welcome)
             case "model_offer":
                 self._spawn(self._take_model(message.model_offer), message.ByteSize())
             case "round_end":
@@ -321,7 +330,7 @@ class Agent:
             message.invite,
             identity=self._link.identity,
             trainer=self._trainer,
-            download=self._download,
+            download=partial(self._download, is_durable=False),
             upload=self._upload,
             metrics=self._metrics,
             keepsakes=self._keepsakes,
@@ -355,19 +364,31 @@ class Agent:
 
     # --- bulk ---
 
-    async def _download(self, digest: bytes, path: Path) -> None:
+    async def _download(self, digest: bytes, path: Path, *, is_durable: bool = True) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.download(
-                stub, digest, path, address=self._link.address, compress=self._compress
+            moved = await transfer.download(
+                stub,
+                digest,
+                path,
+                address=self._link.address,
+                compress=self._capacity.packs("down"),
+                is_durable=is_durable,
             )
+        self._capacity.note("down", moved)
 
-    async def _upload(self, digest: bytes, data: bytes) -> None:
+    async def _upload(self, digest: bytes, data: bytes | memoryview) -> None:
         async with self._link.channel() as channel:
             stub = pb_grpc.BlobServiceStub(channel)
-            await transfer.upload(
-                stub, data, digest, address=self._link.address, compress=self._compress
+            moved = await transfer.upload(
+                stub,
+                data,
+                digest,
+                address=self._link.address,
+                compress=self._capacity.packs("up"),
+                is_new=True,
             )
+        self._capacity.note("up", moved)
 
     # --- models ---
 

@@ -10,19 +10,31 @@ gradients along the way. For plain gradient descent that is the algorithm's opti
 `c_i - c + (x - y_i) / (K * lr)`: there `x - y_i` is `lr` times the sum of K corrected gradients.
 """
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics
-from minga.federation.device.trainer_process import TrainerProcess
+from minga.federation.device.trainer_process import TrainedUpdate, TrainerProcess
 from minga.federation.errors import PeerError, TrainerError
-from minga.federation.parameters import Layout, Parameters
-from minga.federation.parts import is_personal, split_control, split_personal, with_control
+from minga.federation.parameters import Layout, Parameters, read_layout, read_parameters
+from minga.federation.parts import (
+    has_control,
+    is_personal,
+    split_control,
+    split_personal,
+    with_control,
+)
 from minga.federation.trainer import NUM_EXAMPLES, Scalar, Update
 from minga.federation.work import Evaluation, Method
+
+Trained = TypeVar("Trained", bound=TrainedUpdate | Update)
 
 
 class LocalLearning:
@@ -65,23 +77,34 @@ class LocalLearning:
         self._clip = clip
         self._metrics = metrics
 
-    async def train(self, travelling: Parameters) -> tuple[Parameters, int]:
-        """Give what is to be sent, with the layout of what travelled, and the example count.
+    async def train(self, travelling: Path) -> tuple[NDArray[np.float32], int]:
+        """Train on what travelled, a safetensors file.
+
+        Returns:
+            What is to be sent, in the order of the file's layout, and the example count.
 
         Raises:
             TrainerError: user code failed, or its update is none.
             PeerError: what travelled is not what the method needs.
         """
-        model, control = split_control(travelling)
-        if bool(control) != self._method.scaffold:
+        layout = await asyncio.to_thread(read_layout, travelling)
+        if has_control(layout.names) != self._method.scaffold:
             raise PeerError("control variates travel with the model if, and only if, they are used")
+        if self._method.keeps_state:
+            changed, num_examples = await self._train_with_own(travelling)
+            return layout.flatten(changed), num_examples
+        update = await self._timed(self._trainer.fit(travelling, self._config))
+        _require_update(update.layout, update.num_examples, layout)
+        return update.vector, update.num_examples
+
+    async def _train_with_own(self, travelling: Path) -> tuple[Parameters, int]:
+        """Train with tensors of this device's own, and keep what becomes of them."""
+        model, control = split_control(await asyncio.to_thread(read_parameters, travelling))
         personal = await self._personal_of(model)
         own = self._own_control(model)
-        start = time.perf_counter()
-        update = await self._fit({**model, **personal}, control, own)
-        self._metrics.training.observe(time.perf_counter() - start)
+        update = await self._timed(self._fit({**model, **personal}, control, own))
         changed = {name: update.delta[name] for name in model}
-        if self._method.scaffold:
+        if isinstance(update, Update):
             drift = self._control_change(update, own)
             changed = with_control(changed, drift)
             own = {name: own[name] + drift[name] for name in own}
@@ -96,15 +119,32 @@ class LocalLearning:
             )
         return changed, update.num_examples
 
-    async def evaluate(self, asked: Evaluation, travelling: Parameters) -> tuple[Parameters, int]:
-        """Give the metrics' vector as the only tensor, and how many examples it is over."""
-        model, _ = split_control(travelling)
-        personal = await self._personal_of(model)
-        metrics = await self._trainer.evaluate({**model, **personal}, self._config)
+    async def evaluate(
+        self, asked: Evaluation, travelling: Path
+    ) -> tuple[NDArray[np.float32], int]:
+        """Measure what travelled, a safetensors file.
+
+        Returns:
+            The metrics' vector, and how many examples it is over.
+
+        Raises:
+            TrainerError, PeerError: as for `train`.
+        """
+        full: Parameters | Path = travelling
+        if self._method.keeps_state:
+            model, _ = split_control(await asyncio.to_thread(read_parameters, travelling))
+            full = {**model, **await self._personal_of(model)}
+        metrics = await self._trainer.evaluate(full, self._config)
         weight = metrics.get(NUM_EXAMPLES)
         if weight is None:
             weight = await self._trainer.num_examples()
-        return {"metrics": asked.vector_of(metrics)}, max(1, int(weight or 1))
+        return asked.vector_of(metrics), max(1, int(weight or 1))
+
+    async def _timed(self, training: Awaitable[Trained]) -> Trained:
+        start = time.perf_counter()
+        update = await training
+        self._metrics.training.observe(time.perf_counter() - start)
+        return update
 
     async def _personal_of(self, model: Parameters) -> Parameters:
         """Give this device's personal tensors; new ones where none of the right shape are kept.
@@ -135,7 +175,11 @@ class LocalLearning:
             raise PeerError("the campaign's model changed its tensors")
         return own or {name: np.zeros_like(value) for name, value in model.items()}
 
-    async def _fit(self, full: Parameters, control: Parameters, own: Parameters) -> Update:
+    async def _fit(
+        self, full: Parameters, control: Parameters, own: Parameters
+    ) -> TrainedUpdate | Update:
+        """Train from the whole model: corrected, and an `Update`, if the method is SCAFFOLD."""
+        update: TrainedUpdate | Update
         if self._method.scaffold:
             if Layout.of(control) != Layout.of(own):
                 raise PeerError("the control variate is not of this model")
@@ -143,10 +187,7 @@ class LocalLearning:
             update = await self._trainer.fit_corrected(full, self._config, correction)
         else:
             update = await self._trainer.fit(full, self._config)
-        if Layout.of(update.delta) != Layout.of(full):
-            raise TrainerError("the update has other tensors than the model")
-        if update.num_examples < 1:
-            raise TrainerError("the device has no examples to learn from")
+        _require_update(Layout.of(update.delta), update.num_examples, Layout.of(full))
         return update
 
     def _control_change(self, update: Update, own: Parameters) -> Parameters:
@@ -161,3 +202,10 @@ class LocalLearning:
         if self._clip is not None:
             change = {name: np.clip(c, -self._clip, self._clip) for name, c in change.items()}
         return change
+
+
+def _require_update(layout: Layout, num_examples: int, wanted: Layout) -> None:
+    if layout != wanted:
+        raise TrainerError("the update has other tensors than the model")
+    if num_examples < 1:
+        raise TrainerError("the device has no examples to learn from")

@@ -38,3 +38,21 @@ class Metrics:
             ["name", "version"],
             registry=self.registry,
         )
+        self.link_rate = Gauge(
+            "minga_device_link_bytes_per_second",
+            "What the link carried in the newest transfers: down to this device, or up.",
+            ["way"],
+            registry=self.registry,
+        )
+        self.blob_content_bytes = Counter(
+            "minga_device_blob_content_bytes",
+            "Bytes of models and updates that were moved, unpacked.",
+            ["way"],
+            registry=self.registry,
+        )
+        self.blob_wire_bytes = Counter(
+            "minga_device_blob_wire_bytes",
+            "Bytes that these took on the link; packed chunks take fewer.",
+            ["way"],
+            registry=self.registry,
+        )

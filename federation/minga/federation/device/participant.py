@@ -31,7 +31,7 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.identity import CertificateVerifier, Identity
-from minga.federation.parameters import Layout, Parameters, from_bytes
+from minga.federation.parameters import read_layout
 from minga.federation.plain import PlainPlan, update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.fixedpoint import encode_update
@@ -42,7 +42,7 @@ from minga.federation.work import Evaluation, Training
 
 _log = logging.getLogger(__name__)
 
-Upload = Callable[[bytes, bytes], Awaitable[None]]
+Upload = Callable[[bytes, bytes | memoryview], Awaitable[None]]
 """Sends bytes under their digest, resuming by itself."""
 
 Contribution = tuple[NDArray[np.float32], int]
@@ -209,14 +209,16 @@ class Participant:
         """Do what the round asks, and give a vector and how much it counts."""
         if isinstance(self._asked, Question):
             return await self._tell(self._asked)
-        parameters = await self._fetch()
-        match self._asked:
-            case Evaluation():
-                answer, weight = await self._learning.evaluate(self._asked, parameters)
-            case Training():
-                answer, weight = await self._learning.train(parameters)
-                self._require_count(weight)
-        return Layout.of(answer).flatten(answer), min(weight, self._plan.max_weight)
+        with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
+            model = Path(folder) / "model.safetensors"
+            await self._fetch(model)
+            match self._asked:
+                case Evaluation():
+                    vector, weight = await self._learning.evaluate(self._asked, model)
+                case Training():
+                    vector, weight = await self._learning.train(model)
+                    self._require_count(weight)
+        return vector, min(weight, self._plan.max_weight)
 
     async def _tell(self, question: Question) -> Contribution:
         """Answer a question about this site's data."""
@@ -227,17 +229,14 @@ class Participant:
             )
         return vector, min(num_rows, self._plan.max_weight)
 
-    async def _fetch(self) -> Parameters:
-        with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
-            path = Path(folder) / "model.safetensors"
-            await self._download(self._model_digest, path)
-            parameters = from_bytes(await asyncio.to_thread(path.read_bytes))
-        length = self._asked.num_values(Layout.of(parameters).num_values)
+    async def _fetch(self, path: Path) -> None:
+        await self._download(self._model_digest, path)
+        layout = await asyncio.to_thread(read_layout, path)
+        length = self._asked.num_values(layout.num_values)
         if length != self._plan.num_values:
             raise PeerError(
                 f"the round takes {length} values, the plan says {self._plan.num_values}"
             )
-        return parameters
 
     async def _require_examples(self) -> None:
         """Leave before others count on this device, if its trainer knows its count beforehand."""

@@ -16,6 +16,7 @@ from minga.federation.device.slots import ModelSlots
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.durable import replace_file
 from minga.federation.identity import load_identity, save_identity
+from minga.federation.memory import keep_freed_memory
 from minga.inference.app import InferenceApp
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
@@ -33,6 +34,7 @@ async def run(settings: DeviceSettings) -> None:
         IdentityError: the folder holds no identity, or the coordinator refuses it.
         PortInUseError: one of the ports is taken.
     """
+    keep_freed_memory()
     models = ModelRepository()
     metrics = Metrics()
     trainer = None

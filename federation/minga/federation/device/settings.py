@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from minga.federation.device.capacity import Compress
 from minga.federation.limits import QUERY_MIN_COHORT
 from minga.federation.trainer import Scalar
 
@@ -39,9 +40,10 @@ class DeviceSettings(BaseSettings):
     query_min_cohort: Annotated[int, Field(ge=3)] = QUERY_MIN_COHORT
     """Queries are answered only in sums over so many devices."""
 
-    compress: bool = False
-    """Move models and plain updates as Zstandard frames: for links slower than some 100 MB/s.
-    Masked updates are random bits and go as they are."""
+    compress: Compress = "auto"
+    """When models and plain updates travel as Zstandard frames: `auto` while the link is measured
+    to be slower than 5 MB/s, `always` or `never`. Masked updates are random bits and go as they
+    are."""
 
     host: str = "127.0.0.1"
     """Address of the local inference server."""

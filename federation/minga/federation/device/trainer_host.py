@@ -1,9 +1,11 @@
 """The child process in which a device's own training code runs.
 
 The agent stays small and answers the coordinator while the child trains; a crash of user code, or
-memory that it runs out of, ends the child alone. The two speak frames over a pipe: a 4-byte length,
-a JSON header, then `header["size"]` bytes of safetensors. Nothing is pickled. A second set of
-tensors, such as a correction, travels behind the first under the names of control variates.
+memory that it runs out of, ends the child alone. The two speak frames over pipes: a 4-byte length,
+a JSON header, then `header["size"]` bytes. Of a request these are tensors as safetensors, unless
+the header names a file that holds them; of an answer its tensors' float32 values one after the
+other, as the header's names and shapes say. Nothing is pickled. A second set of tensors, such as a
+correction, travels with the first under the names of control variates.
 
 Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE OPTIONS_JSON`.
 """
@@ -16,13 +18,15 @@ import struct
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from minga.federation.analytics import Question
 from minga.federation.errors import TrainerError
-from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.parameters import Layout, Parameters, from_bytes, read_parameters
 from minga.federation.parts import split_control, with_control
 from minga.federation.trainer import (
     CorrectsGradients,
@@ -61,8 +65,17 @@ def _read_frame(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     return (head, body) if len(body) == head["size"] else None
 
 
-def _write_frame(stream: BinaryIO, header: Mapping[str, Any], body: bytes = b"") -> None:
-    stream.write(pack_frame(header, body))
+def _write_frame(
+    stream: BinaryIO, header: Mapping[str, Any], tensors: Parameters | None = None
+) -> None:
+    """Write a frame; the tensors go from where they are into the pipe."""
+    layout = Layout.of(tensors or {})
+    said = {"names": layout.names, "shapes": layout.shapes, "size": 4 * layout.num_values}
+    head = json.dumps({**header, **said}).encode()
+    stream.write(_LENGTH.pack(len(head)) + head)
+    for name in layout.names:
+        values = np.ascontiguousarray((tensors or {})[name], np.float32)
+        stream.write(values.reshape(-1).view(np.uint8).data)
     stream.flush()
 
 
@@ -83,38 +96,41 @@ def load_factory(reference: str) -> Any:
 
 def _answer(
     trainer: LocalTrainer, call: str, parameters: Parameters, config: Mapping[str, Scalar]
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[dict[str, Any], Parameters]:
     match call:
         case "evaluate":
-            return {"metrics": dict(trainer.evaluate(parameters, config))}, b""
+            return {"metrics": dict(trainer.evaluate(parameters, config))}, {}
         case "count":
             count = trainer.num_examples if isinstance(trainer, CountsExamples) else None
-            return {"num_examples": count}, b""
+            return {"num_examples": count}, {}
         case "answer":
             return _answer_question(trainer, _QUESTION.validate_json(str(config["question"])))
         case "initial":
             if not isinstance(trainer, MakesParameters):
                 raise TrainerError("this trainer cannot make personal tensors; give it `initial`")
-            return {}, to_bytes(trainer.initial(config))
+            return {}, trainer.initial(config)
         case "fit_corrected":
             if not isinstance(trainer, CorrectsGradients):
                 raise TrainerError("this trainer knows no SCAFFOLD; give it `fit_corrected`")
             model, correction = split_control(parameters)
-            return _pack_update(trainer.fit_corrected(model, config, correction))
+            update = trainer.fit_corrected(model, config, correction)
+            return _said_of(update), with_control(update.delta, update.gradient or {})
         case _:
-            return _pack_update(trainer.fit(parameters, config))
+            update = trainer.fit(parameters, config)
+            return _said_of(update), update.delta
 
 
-def _answer_question(trainer: LocalTrainer, question: Question) -> tuple[dict[str, Any], bytes]:
+def _answer_question(
+    trainer: LocalTrainer, question: Question
+) -> tuple[dict[str, Any], Parameters]:
     if not isinstance(trainer, HasColumns):
         raise TrainerError("this trainer answers no queries; give it `columns`")
     vector, num_rows = question.answer(trainer.columns(question.columns))
-    return {"num_rows": num_rows}, to_bytes({"answer": vector})
+    return {"num_rows": num_rows}, {"answer": vector}
 
 
-def _pack_update(update: Update) -> tuple[dict[str, Any], bytes]:
-    header = {"num_examples": int(update.num_examples), "metrics": dict(update.metrics)}
-    return header, to_bytes(with_control(update.delta, update.gradient or {}))
+def _said_of(update: Update) -> dict[str, Any]:
+    return {"num_examples": int(update.num_examples), "metrics": dict(update.metrics)}
 
 
 def serve(trainer: LocalTrainer, requests: BinaryIO, answers: BinaryIO) -> None:
@@ -122,11 +138,13 @@ def serve(trainer: LocalTrainer, requests: BinaryIO, answers: BinaryIO) -> None:
     while (frame := _read_frame(requests)) is not None:
         header, body = frame
         try:
-            answer, data = _answer(trainer, header["call"], from_bytes(body), header["config"])
+            file = header.get("file")
+            parameters = from_bytes(body) if file is None else read_parameters(Path(file))
+            answer, tensors = _answer(trainer, header["call"], parameters, header["config"])
         except Exception as error:  # noqa: BLE001 - user code may raise anything; the agent is told
             _write_frame(answers, {"error": f"{type(error).__name__}: {error}"})
         else:
-            _write_frame(answers, answer, data)
+            _write_frame(answers, answer, tensors)
 
 
 def _end_with_agent() -> None:

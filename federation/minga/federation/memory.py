@@ -1,0 +1,31 @@
+"""How a process that moves large blobs uses the C library's heap."""
+
+import ctypes
+from typing import Final
+
+from minga.federation.limits import MIB
+
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
+
+KEPT_BYTES: Final = 4 * MIB
+"""What stays with each heap when it is freed, for the next message."""
+
+_NUM_HEAPS: Final = 2
+"""glibc else gives each thread a heap of its own, up to eight a core, which all keep something."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc use freed memory again instead of giving it back to the kernel at once.
+
+    A message of half a MiB is otherwise fetched from the kernel, page by page, and returned, each
+    time that gRPC or protobuf copies it: more than half of what moving a blob costs (mallopt(3);
+    measured with benchmarks/rounds.py). Memory above `KEPT_BYTES` still goes back. Other C
+    libraries have no such setting, and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 * MIB)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_ARENA_MAX, _NUM_HEAPS)
