@@ -239,6 +239,19 @@ def test_lineage_leads_from_data_to_the_server_and_back(finished, project, capsy
     assert "served nowhere" in ask("model", "stale")[-1]["finding"]
 
 
+def test_champion_is_explained(finished, capsys):
+    """`minga explain` gives each column's share in the answers, over the network's gradients."""
+    from minga.cli.app import main
+
+    words = ["--project", str(finished[0].directory), "--rows", "20", "--json"]
+    with contextlib.suppress(SystemExit):
+        main(["explain", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["method"], len(found["rows"])) == ("gradients", 20)
+    assert set(found["importance"]) == {f"f{index}" for index in range(1, 10)}
+    assert found["completeness_gap"] < 0.1
+
+
 def test_commands_show_the_registry(finished, capsys):
     """`minga model list` and `show` print JSON that names the champion and its gates."""
     from minga.cli.app import main

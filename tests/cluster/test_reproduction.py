@@ -12,9 +12,10 @@ from minga.cli.app import main
 from minga.cluster import pipeline
 from minga.cluster.errors import ReproductionError
 from minga.cluster.project import load
-from minga.cluster.reproduction import first_difference, reproduce
+from minga.cluster.reproduction import first_difference, reproduce, require_training
+from minga.training.bundle import LINEAGE
 from minga.training.errors import DataError
-from minga.training.lineage import Campaign
+from minga.training.lineage import Campaign, Lineage
 
 TASK = '''
 import os
@@ -136,20 +137,29 @@ def test_two_workers_give_the_same_bits_again(folder):
     assert run.data.tags["minga.reproduces"] == found["run_id"]
 
 
-def test_one_worker_whose_task_draws_by_itself_is_told(folder):
-    """A Task that draws by itself gives other weights; a dirty tree and the first epoch are named.
-
-    Without the luck of its own it gives the same bits with one worker too.
-    """
-    (folder / "by-chance").touch()
+@pytest.fixture(scope="module")
+def by_one(folder):
+    """The version that one worker trained, from a tree with uncommitted changes."""
     (folder / "minga.toml").write_text(SETTINGS.replace("num_workers = 2", "num_workers = 1"))
-    version = load(folder).registry().get("line", train(folder).version)
-    found = reproduce(load(folder), version)
+    return load(folder).registry().get("line", train(folder).version)
+
+
+def test_one_worker_gives_the_same_bits_again(folder, by_one):
+    """One worker gives the recorded weights too; that the tree was dirty then is said."""
+    found = reproduce(load(folder), by_one)
+    assert found.is_equal, found.first_difference
+    assert [one.what for one in found.conditions] == ["Git tree"]
+    assert "uncommitted changes" in found.conditions[0].recorded
+
+
+def test_task_that_draws_by_itself_is_told(folder, by_one):
+    """What draws from elsewhere than the seed gives other weights; the first epoch is named."""
+    (folder / "by-chance").touch()
+    found = reproduce(load(folder), by_one)
     assert not found.is_equal
     assert found.first_difference.what.startswith("epoch 1, ")
-    assert found.conditions[0].what == "Git tree"
-    assert "uncommitted changes" in found.conditions[0].recorded
     assert found.metrics.keys() >= {"accuracy", "loss"}
+    assert found.recorded_sha256 == by_one.digests.weights != found.now_sha256
 
 
 @pytest.fixture
@@ -173,19 +183,20 @@ def test_missing_and_changed_data_are_said(folder, version):
         file.write_text(content)
 
 
-def test_runs_that_trained_nothing_are_refused(folder, version):
+@pytest.mark.parametrize(
+    ("campaign", "step", "complaint"),
+    [
+        (None, "register", "from version 4; reproduce that one"),
+        (Campaign(name="c-7", rounds=2, cohort=5), "register", "c-7: devices kept their data"),
+    ],
+    ids=["judged anew", "federated"],
+)
+def test_runs_that_trained_nothing_are_refused(folder, version, campaign, step, complaint):
     """A federated version and one that was only judged anew name what to reproduce instead."""
-    project = load(folder)
-    judged = pipeline.judge_anew(project, 1)
-    with pytest.raises(ReproductionError, match="from version 1; reproduce that one"):
-        reproduce(project, project.registry().get("line", judged.version))
-    parameters = pipeline.read_parameters(judged.bundle_path)
-    campaign = Campaign(name="c-7", rounds=2, cohort=5)
-    federated = pipeline.register_candidate(
-        project, parameters=parameters, params=project.loaded_task.defaults, campaign=campaign
-    )
-    with pytest.raises(ReproductionError, match="campaign c-7: devices kept their data"):
-        reproduce(project, project.registry().get("line", federated.version))
+    lineage = Lineage.read(load(folder).registry().fetch("line", 1) / LINEAGE)
+    told = lineage.model_copy(update={"campaign": campaign, "parent_version": 4})
+    with pytest.raises(ReproductionError, match=complaint):
+        require_training(version, told, {"minga.step": step})
 
 
 RECORDS = ({"epoch": 1.0, "train_loss": 0.5}, {"epoch": 2.0, "train_loss": 0.25})

@@ -68,10 +68,12 @@ def explain(
     folder = bundle or _fetch(loaded, name, which)
     own = _own_rows(open_model(folder), input, csv)
     inputs = own if own is not None else _test_rows(loaded, rows)
-    by_gradients = method == "gradients" or (
+    if loaded is None:
+        _refuse_gradients(method)
+        found = explain_by_occlusion(folder, inputs)
+    elif method == "gradients" or (
         method == "auto" and can_use_gradients() and inputs.dtype.kind == "f"
-    )
-    if loaded is not None and by_gradients:
+    ):
         found = explain_by_gradients(loaded.loaded_task, loaded.splits.train, folder, inputs)
     else:
         found = explain_by_occlusion(folder, inputs)
@@ -84,6 +86,16 @@ def explain(
 def _fetch(project: "Project | None", name: str, which: str) -> Path:
     assert project is not None
     return project.registry().fetch(name or project.loaded_task.name, which)
+
+
+def _refuse_gradients(method: str) -> None:
+    from minga.inference.errors import BadRequestError
+
+    if method == "gradients":
+        raise BadRequestError(
+            "gradients need the network, which the project's Task builds: leave out --bundle, or "
+            "explain by occlusion"
+        )
 
 
 def _own_rows(model: Any, input: Path | None, csv: Path | None) -> "NDArray[Any] | None":  # noqa: A002

@@ -91,7 +91,7 @@ def reproduce(project: Project, version: Version, on_progress: OnProgress = sile
     lineage = Lineage.read(folder / LINEAGE)
     tracker = project.tracker()
     recorded = tracker.read(version.run_id)
-    _require_training(version, lineage, recorded.tags)
+    require_training(version, lineage, recorded.tags)
     with checked_out(project.reference, lineage.code) as (root, code_differs):
         conditions = (
             *(Difference(what=what, recorded=was, now=now) for what, was, now in code_differs),
@@ -170,7 +170,17 @@ class _Again:
     parameters: Parameters
 
 
-def _require_training(version: Version, lineage: Lineage, tags: Mapping[str, str]) -> None:
+def require_training(version: Version, lineage: Lineage, tags: Mapping[str, str]) -> None:
+    """Refuse a version whose run did not train it.
+
+    Args:
+        version: which one.
+        lineage: that it carries.
+        tags: of its run.
+
+    Raises:
+        ReproductionError: it is federated, or was registered from another version.
+    """
     if lineage.campaign is not None:
         raise ReproductionError(
             f"{version.name} version {version.version} is the product of federated campaign "
