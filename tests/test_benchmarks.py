@@ -78,6 +78,32 @@ def test_idle_fleet_is_measured(tmp_path: Path) -> None:
     assert len(figures["start_s"]) == 1
 
 
+SMALL_SUMS = """
+import unmasking
+unmasking.QUICK = (unmasking.Case(num_values=10_000, num_masks=4),)
+unmasking.main()
+"""
+
+
+@pytest.mark.slow
+def test_unmasking_is_measured(tmp_path: Path) -> None:
+    """Threads and Ray's actors give the same bits, and a time for each run."""
+    report = tmp_path / "unmasking.json"
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_SUMS, "--quick", "--json", report],
+        check=True,
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+    )
+    (case,) = json.loads(report.read_text())["cases"]
+    assert case["case"] == {"num_values": 10_000, "num_masks": 4}
+    assert len(case["threads_s"]) == len(case["ray_s"]) == 5
+    assert min(*case["threads_s"], *case["ray_s"]) > 0
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TARGET")]
+    assert TARGET.fullmatch(line)
+
+
 @pytest.mark.slow
 def test_secure_updates_cost_bytes_but_no_accuracy(tmp_path: Path) -> None:
     """Packed updates, rotated or not, learn as well as float32 over five seeds, in fewer bytes.

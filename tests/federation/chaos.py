@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from minga.federation import audit
+from minga.federation.certificates import load_certificate
 from minga.federation.coordinator.audit_log import Kind, read_log
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.store import DATABASE_FILE, Store
-from minga.federation.identity import load_certificate
 from minga.federation.v1 import federation_pb2 as pb
 from tests.federation.exact import WEIGHTS, assert_exact, exact_options, exact_plan
 from tests.federation.fleet import PATIENCE_S, toy_model

@@ -11,12 +11,15 @@ import pytest
 
 from minga.federation import audit, transport
 from minga.federation.audit import Entry
+from minga.federation.certificates import load_certificate
 from minga.federation.coordinator.audit_log import Kind, read_log
 from minga.federation.coordinator.authority import Authority
 from minga.federation.device.enrolment import enrol
 from minga.federation.enrolment_token import EnrolmentToken
 from minga.federation.errors import AccessError, EnrolmentError, IdentityError
-from minga.federation.identity import load_certificate, load_identity
+from minga.federation.identity import (
+    load_identity,
+)
 from minga.federation.operator import connect
 from minga.federation.parameters import from_bytes
 from minga.federation.v1 import federation_pb2 as pb

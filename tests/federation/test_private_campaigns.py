@@ -1,5 +1,7 @@
 """Differential privacy in campaigns, over real gRPC: bounds, noise, ledger, budget."""
 
+import sys
+import threading
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from math import sqrt
@@ -16,6 +18,7 @@ from minga.federation.aggregation.privacy import Privacy
 from minga.federation.aggregation.rules import Median
 from minga.federation.errors import BudgetError, CampaignError, PeerError
 from minga.federation.parameters import from_bytes
+from minga.federation.secagg.plan import RoundPlan
 from minga.federation.v1 import federation_pb2 as pb
 from tests.federation.fleet import Fleet, campaign_plan, toy_model
 
@@ -64,6 +67,48 @@ def epsilon_after(noise_multiplier: float, num_rounds: int) -> float:
     for _ in range(num_rounds):
         ledger = ledger.spend(Gaussian(noise_multiplier=noise_multiplier), plenty)
     return ledger.epsilon(DELTA)
+
+
+async def test_the_loop_does_not_wait_for_the_accountant(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package that counts privacy takes a second to load: that is for another thread."""
+    loaded_by: list[threading.Thread] = []
+
+    class Witness:
+        """Sees who loads the package, and leaves the loading to others."""
+
+        def find_spec(self, name: str, *_: object) -> None:
+            """Take down the thread."""
+            if name == "dp_accounting":
+                loaded_by.append(threading.current_thread())
+
+    for name in [n for n in sys.modules if n.partition(".")[0] == "dp_accounting"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Witness(), *sys.meta_path])
+    campaign_id = await fleet.start_campaign(private_plan(1.0))
+    await fleet.operator.cancel(campaign_id)
+    assert loaded_by
+    assert threading.main_thread() not in loaded_by
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["central", "distributed"])
+def test_private_rounds_are_not_rotated(distributed: bool) -> None:
+    """The bound is on an update's length as it is, and the noise is sized for its coordinates."""
+    for plan, rotated in (
+        (campaign_plan(rotate=True), True),
+        (private_plan(1.0, distributed=distributed, rotate=True), False),
+    ):
+        derived, _ = wire.round_plan(
+            plan,
+            round_id="ab" * 16,
+            model_digest=bytes(32),
+            training={},
+            num_values=NUM_VALUES,
+            num_invited=4,
+        )
+        assert isinstance(derived, RoundPlan)
+        assert derived.rotate is rotated
 
 
 @pytest.mark.parametrize("protection", [pb.PROTECTION_PLAIN, pb.PROTECTION_SECURE])

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("minga.cli.serve:serve", "Serve registered models over the Open Inference Protocol."),
     "predict": ("minga.cli.predict:predict", "Send one request to a served model."),
     "coordinator": ("minga.cli.coordinator:app", "Run the federation's server, make tokens."),
+    "root": ("minga.cli.root:app", "Keep a federation's root authority on an offline machine."),
     "device": ("minga.cli.device:app", "Enrol and run an edge device; list and revoke devices."),
     "audit": ("minga.cli.audit:app", "Show, verify, export the coordinator's audit log."),
     "federate": ("minga.cli.federate:federate", "Train the champion further on the fleet."),

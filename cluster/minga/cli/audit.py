@@ -80,12 +80,13 @@ def verify(
         json: Print JSON.
     """
     from minga.federation import audit
+    from minga.federation.certificates import load_certificate
     from minga.federation.coordinator.audit_log import read_log
-    from minga.federation.coordinator.authority import AUTHORITY_FOLDER, CERTIFICATE_FILE
-    from minga.federation.identity import load_certificate
+    from minga.federation.coordinator.authority import AUTHORITY_FOLDER
+    from minga.federation.coordinator.intermediate import pinned_file
 
     path = log or _database(state)
-    certificate = load_certificate(authority or state / AUTHORITY_FOLDER / CERTIFICATE_FILE)
+    certificate = load_certificate(authority or pinned_file(state / AUTHORITY_FOLDER))
     report = audit.verify(read_log(path), certificate)
     if kept is not None:
         audit.verify(read_log(kept), certificate)

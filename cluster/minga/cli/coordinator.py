@@ -124,6 +124,63 @@ def token(
 
 
 @app.command
+def request(file: Path, *, root: Path | None = None, state: State = Path("coordinator")) -> None:
+    """Ask an offline root for the intermediate that this coordinator issues certificates with.
+
+    Makes a new key, which stays here, and writes a signing request for `minga root sign`. Needed
+    before the first start, in an empty state folder; and again to replace the intermediate, before
+    it ends or because somebody may have its key. A coordinator that runs is not disturbed.
+
+    Example: minga coordinator request request.pem --root root.pem
+
+    Args:
+        file: Where to write the request.
+        root: The root's certificate, `root.pem`; later the default is the one from before.
+        state: The coordinator's state folder; made if missing.
+    """
+    from minga.federation.certificates import load_certificate
+    from minga.federation.coordinator import intermediate
+    from minga.federation.coordinator.authority import AUTHORITY_FOLDER
+    from minga.federation.coordinator.root import fingerprint
+    from minga.federation.errors import IdentityError
+    from minga.federation.identity import utc_now
+
+    folder = state / AUTHORITY_FOLDER
+    if root is None and not (folder / intermediate.ROOT_FILE).exists():
+        raise IdentityError(f"{state} knows no offline root yet; name its certificate: --root")
+    certificate = load_certificate(root or folder / intermediate.ROOT_FILE)
+    csr = intermediate.request(folder, certificate, utc_now())
+    intermediate.write_request(file, csr)
+    print_line(f"request      {file}, for: minga root sign")
+    print_line(f"root         {fingerprint(certificate)}; compare it with what its machine shows")
+
+
+@app.command
+def install(intermediate: Path, *, state: State = Path("coordinator")) -> None:
+    """Put the intermediate in place that the offline root signed; start the coordinator after that.
+
+    Devices go over to it by themselves, and refuse the one before from then on.
+
+    Example: minga coordinator install intermediate.pem
+
+    Args:
+        intermediate: What `minga root sign` wrote.
+        state: The coordinator's state folder.
+    """
+    from minga.federation.certificates import load_certificate
+    from minga.federation.coordinator import intermediate as intermediates
+    from minga.federation.coordinator.authority import AUTHORITY_FOLDER
+    from minga.federation.identity import utc_now
+
+    certificate = load_certificate(intermediate)
+    intermediates.install(state / AUTHORITY_FOLDER, certificate, utc_now())
+    print_line(
+        f"intermediate {certificate.serial_number} issues from the coordinator's next start on, "
+        f"until {certificate.not_valid_after_utc:%Y-%m-%d}"
+    )
+
+
+@app.command
 def cancel(campaign: str, *, state: State = Path("coordinator")) -> None:
     """Stop a campaign; rounds that were committed stay.
 

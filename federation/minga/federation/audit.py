@@ -9,7 +9,8 @@ Rules:
 3. A checkpoint is a signature under the number and hash of one entry, by a key that the authority
    certified for `service/audit`. It also names the checkpoint before. Without the key, nobody can
    compute the hashes anew behind a change.
-4. Verifying needs the authority's certificate and nothing else.
+4. Verifying needs the authority's certificate and nothing else: under an offline root a checkpoint
+   brings the intermediate with it.
 
 What a log cannot show of itself: that its end is missing. A log that was cut back looks like the
 log at that moment; entries after its last checkpoint are chained but not signed. Only a copy kept
@@ -28,7 +29,9 @@ from datetime import UTC, datetime
 from typing import Any, Final, Self
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from minga.federation.certificates import is_newer, issuer_of, parse_chain
 from minga.federation.errors import AuditError, IdentityError
 from minga.federation.identity import CertificateVerifier, Identity, Role
 
@@ -130,7 +133,7 @@ class Checkpoint:
         hash: Its hash, 32 bytes.
         time: When it was signed, as `format_time` writes it.
         previous_checkpoint: Number of the entry that the checkpoint before signed; 0 for none.
-        certificate: The signer's, DER.
+        certificate: The signer's, DER; under an offline root with its intermediate behind it.
         signature: ECDSA over SHA-256, DER.
     """
 
@@ -160,7 +163,7 @@ class Checkpoint:
             hash=digest,
             time=format_time(time),
             previous_checkpoint=previous,
-            certificate=signer.certificate_der,
+            certificate=signer.chain_der,
             signature=signer.sign(message),
         )
 
@@ -176,8 +179,8 @@ class Checkpoint:
             "type": "checkpoint",
         }
 
-    def verify(self, authority: x509.Certificate) -> None:
-        """Check the signature, by the certificate as it held when it was made.
+    def verify(self, authority: x509.Certificate) -> x509.Certificate:
+        """Check the signature, by the certificate as it held when it was made; gives its issuer.
 
         Raises:
             AuditError: it is not by this federation's audit key.
@@ -185,14 +188,18 @@ class Checkpoint:
         message = _checkpoint_message(self.sequence, self.hash, self.time, self.previous_checkpoint)
         try:
             signed_at = parse_time(self.time)
+            leaf, intermediate = parse_chain(self.certificate)
+            issuer = issuer_of(intermediate, authority)
             verifier = CertificateVerifier(
-                authority=authority, clock=lambda: signed_at, role=Role.SERVICE
+                authority=issuer, clock=lambda: signed_at, role=Role.SERVICE
             )
-            verifier.verify(AUDITOR, self.certificate, self.signature, message)
+            leaf_der = leaf.public_bytes(Encoding.DER)
+            verifier.verify(AUDITOR, leaf_der, self.signature, message)
         except (IdentityError, ValueError) as error:
             raise broken(
                 f"the checkpoint of entry {self.sequence} is not valid: {error}"
             ) from error
+        return issuer
 
 
 Record = Entry | Checkpoint
@@ -231,10 +238,11 @@ def verify(records: Iterable[Record], authority: x509.Certificate) -> Report:
     """
     sequence, num_checkpoints, signed_until = 0, 0, 0
     last_hash, last_time = NOTHING, ""
+    issuer: x509.Certificate | None = None
     for record in records:
         if isinstance(record, Checkpoint):
             _check_place(record, sequence, last_hash, signed_until)
-            record.verify(authority)
+            issuer = _later_issuer(issuer, record.verify(authority), record.sequence)
             num_checkpoints, signed_until = num_checkpoints + 1, record.sequence
             continue
         _check_entry(record, sequence, last_hash)
@@ -260,6 +268,18 @@ def _check_entry(entry: Entry, sequence: int, last_hash: bytes) -> None:
         raise broken(f"entry {expected} does not follow the entry before it")
     if not entry.is_intact():
         raise broken(f"entry {expected} was altered: its hash does not fit its content")
+
+
+def _later_issuer(
+    issuer: x509.Certificate | None, next_issuer: x509.Certificate, sequence: int
+) -> x509.Certificate:
+    """Let intermediates follow each other in their order: a replaced one signs no more."""
+    if issuer is not None and next_issuer != issuer and not is_newer(next_issuer, issuer):
+        raise broken(
+            f"the checkpoint of entry {sequence} is by the key of an intermediate that was "
+            "replaced before"
+        )
+    return next_issuer
 
 
 def _check_place(

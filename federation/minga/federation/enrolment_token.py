@@ -1,8 +1,9 @@
 """The text that lets one device into a federation, and all that the device needs to know.
 
 `minga-enrol-v1.<base64url(JSON)>`. The JSON holds the coordinator's two addresses, the secret, the
-authority's certificate, which the device trusts from the first byte on, and a check sum of the
-rest: whoever loses a character when copying is told so, instead of "unknown token".
+authority's certificate, which the device trusts from the first byte on, the intermediate that
+issues in its name if the authority is an offline root, and a check sum of the rest: whoever loses a
+character when copying is told so, instead of "unknown token".
 
 Whoever reads the text may enrol: it is shown once and only the secret's hash is kept.
 """
@@ -16,8 +17,8 @@ from typing import Final, Self
 
 from cryptography import x509
 
+from minga.federation.certificates import issuer_of, parse_certificate, trust_domain_of
 from minga.federation.errors import EnrolmentError, IdentityError
-from minga.federation.identity import parse_certificate, trust_domain_of
 from minga.federation.limits import MAX_TOKEN_CHARS, TOKEN_SECRET_BYTES
 
 PREFIX: Final = "minga-enrol-v1."
@@ -33,17 +34,30 @@ class EnrolmentToken:
         device_address: `host:port` of the control stream and the blobs.
         secret: What is redeemed, 32 random bytes.
         authority_der: Certificate of the authority that the coordinator must be known to.
+        intermediate_der: Certificate of the intermediate that issues in the authority's name; empty
+            if the authority issues itself.
     """
 
     enrol_address: str
     device_address: str
     secret: bytes = field(repr=False)
     authority_der: bytes = field(repr=False)
+    intermediate_der: bytes = field(default=b"", repr=False)
 
     @property
     def authority(self) -> x509.Certificate:
         """The authority's certificate."""
         return parse_certificate(self.authority_der)
+
+    @property
+    def issuer(self) -> x509.Certificate:
+        """Who must have issued the coordinator's certificate.
+
+        Raises:
+            IdentityError: the token's two certificates do not belong together.
+        """
+        intermediate = parse_certificate(self.intermediate_der) if self.intermediate_der else None
+        return issuer_of(intermediate, self.authority)
 
     def to_text(self) -> str:
         """Write the token as one line for a person to copy."""
@@ -53,6 +67,8 @@ class EnrolmentToken:
             "secret": _encode(self.secret),
             "authority": _encode(self.authority_der),
         }
+        if self.intermediate_der:
+            content["intermediate"] = _encode(self.intermediate_der)
         content["check"] = _check_sum(content)
         return PREFIX + _encode(json.dumps(content, separators=(",", ":")).encode())
 
@@ -86,11 +102,12 @@ class EnrolmentToken:
             device_address=content["device"],
             secret=_decode(content["secret"]),
             authority_der=_decode(content["authority"]),
+            intermediate_der=_decode(content.get("intermediate", "")),
         )
         if len(token.secret) != TOKEN_SECRET_BYTES:
             raise ValueError(f"a secret of {len(token.secret)} bytes")
         try:
-            trust_domain_of(token.authority)
+            trust_domain_of(token.issuer)
         except IdentityError as error:
             raise EnrolmentError(f"the enrolment token pins no authority; {_REMEDY}") from error
         return token

@@ -5,9 +5,10 @@ Rules:
 1. A key is P-256 and never leaves the machine that made it: what travels is a signing request.
 2. A certificate names its holder in exactly one URI `spiffe://<trust domain>/<role>/<name>` and in
    nothing else. The subject is for human eyes; nobody here reads it.
-3. A certificate counts only while the authority's signature, the validity, the usages and the
-   trust domain all hold. The authority issues leaves directly: there are no intermediates, so
-   there is no path to build.
+3. A certificate counts only while its issuer's signature, the validity of both, the usages and
+   the trust domain all hold. The issuer is the authority that a token pinned, or the newest
+   intermediate of it that the holder has seen (`certificates`); never another one, so there is no
+   path to build. A holder moves to a newer intermediate, and never back: it is in `cert.pem`.
 4. A signature covers a prefix of its own, so that it cannot be mistaken for one made elsewhere
    with the same key (TLS, signing requests).
 
@@ -28,15 +29,30 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
 from minga.federation import durable
-from minga.federation.errors import IdentityError
-from minga.federation.limits import (
-    MAX_CERTIFICATE_BYTES,
-    MAX_NAME_LENGTH,
-    VERIFIED_CERTIFICATES,
+from minga.federation.certificates import (
+    TRUST_DOMAIN,
+    chain_to_der,
+    chain_to_pem,
+    check_issuer,
+    check_not_ended,
+    check_usages,
+    check_validity,
+    is_newer,
+    is_trust_domain,
+    issuer_of,
+    load_certificate,
+    load_chain,
+    only_uri,
+    p256_key,
+    parse_certificate,
+    parse_chain,
+    trust_domain_of,
 )
+from minga.federation.errors import IdentityError
+from minga.federation.limits import MAX_NAME_LENGTH, VERIFIED_CERTIFICATES
 
 KEY_FILE: Final = "key.pem"
 CERTIFICATE_FILE: Final = "cert.pem"
@@ -44,19 +60,12 @@ AUTHORITY_FILE: Final = "ca.pem"
 
 SIGNATURE_PREFIX: Final = b"minga.federation.v1/identity-signature\x00"
 
-RENEWAL_SHARE: Final = 2 / 3
-"""A certificate is renewed when this share of its lifetime is over."""
-
-RENEWAL_SPREAD: Final = 1 / 12
-"""Renewals are spread over this share of the lifetime, so that a fleet does not come at once."""
-
 Clock = Callable[[], datetime]
 """Gives the time, with its time zone."""
 
 _NAME: Final = re.compile(rf"[a-z0-9][a-z0-9-]{{0,{MAX_NAME_LENGTH - 1}}}")
-_TRUST_DOMAIN: Final = re.compile(r"[a-z0-9][a-z0-9.-]{0,252}")
 _SPIFFE_URI: Final = re.compile(
-    rf"spiffe://(?P<domain>{_TRUST_DOMAIN.pattern})/(?P<role>[a-z]+)/(?P<name>{_NAME.pattern})"
+    rf"spiffe://(?P<domain>{TRUST_DOMAIN.pattern})/(?P<role>[a-z]+)/(?P<name>{_NAME.pattern})"
 )
 
 
@@ -93,9 +102,13 @@ class Principal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """A private key with its certificate and the authority that issued it.
+    """A private key with its certificate and the authority that it trusts.
 
     `key` is kept out of the representation: an identity may be logged.
+
+    Attributes:
+        authority: The federation's, as the token pinned it.
+        intermediate: Who issued the certificate in the authority's name; None: the authority did.
     """
 
     role: Role
@@ -103,6 +116,7 @@ class Identity:
     key: ec.EllipticCurvePrivateKey = field(repr=False)
     certificate: x509.Certificate
     authority: x509.Certificate
+    intermediate: x509.Certificate | None = None
 
     @classmethod
     def of(
@@ -110,14 +124,17 @@ class Identity:
         key: ec.EllipticCurvePrivateKey,
         certificate: x509.Certificate,
         authority: x509.Certificate,
+        intermediate: x509.Certificate | None = None,
     ) -> Self:
-        """Put key and certificate together; role and name are the certificate's.
+        """Put key and certificates together; role and name are the certificate's.
 
         Raises:
-            IdentityError: the certificate is for another key, or names its holder oddly.
+            IdentityError: the certificate is for another key, or names its holder oddly, or the
+                intermediate is not the authority's.
         """
         if certificate.public_key() != key.public_key():
             raise IdentityError("the certificate belongs to another key; enrol again")
+        issuer_of(intermediate, authority)
         principal = principal_of(certificate)
         return cls(
             role=principal.role,
@@ -125,6 +142,7 @@ class Identity:
             key=key,
             certificate=certificate,
             authority=authority,
+            intermediate=intermediate,
         )
 
     @property
@@ -133,19 +151,34 @@ class Identity:
         return self.name
 
     @property
+    def issuer(self) -> x509.Certificate:
+        """Who issues all certificates that count beside this one."""
+        return self.intermediate or self.authority
+
+    @property
     def certificate_der(self) -> bytes:
-        """The certificate as peers receive it."""
+        """The certificate alone, as peers with the same issuer receive it."""
         return self.certificate.public_bytes(serialization.Encoding.DER)
 
     @property
+    def chain_der(self) -> bytes:
+        """The certificate and its intermediate, for who knows the authority alone."""
+        return chain_to_der(self.certificate, self.intermediate)
+
+    @property
     def certificate_pem(self) -> bytes:
-        """The certificate as TLS libraries want it."""
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
+        """The certificate and its intermediate, as TLS libraries want them."""
+        return chain_to_pem(self.certificate, self.intermediate)
 
     @property
     def authority_pem(self) -> bytes:
         """The authority's certificate as TLS libraries want it."""
         return self.authority.public_bytes(serialization.Encoding.PEM)
+
+    @property
+    def issuer_pem(self) -> bytes:
+        """The issuer's certificate as TLS libraries want it."""
+        return self.issuer.public_bytes(serialization.Encoding.PEM)
 
     def key_pem(self) -> bytes:
         """Give the private key, unencrypted; no property, so that no printer shows it."""
@@ -158,7 +191,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerIdentity:
-    """A server's key and certificate, PEM, with the authority that its clients are checked against.
+    """A server's key and chain, PEM, with the authority that its clients are checked against.
 
     The key lives in memory only: a coordinator makes another one at each start and each renewal.
     """
@@ -175,7 +208,10 @@ class ServerIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateVerifier:
-    """Checks that a device, or another role, signed a message; knows nothing but the authority."""
+    """Checks that a device, or another role, signed a message; knows nothing but who issues.
+
+    `authority` is an identity's `issuer`: what an intermediate before it issued does not count.
+    """
 
     authority: x509.Certificate
     clock: Clock = utc_now
@@ -198,7 +234,9 @@ class CertificateVerifier:
         if (principal.role, principal.name) != (self.role, device_id):
             raise IdentityError(f"the certificate is of {principal}, not of {signer}")
         try:
-            _p256(parsed).verify(signature, SIGNATURE_PREFIX + message, ec.ECDSA(hashes.SHA256()))
+            p256_key(parsed).verify(
+                signature, SIGNATURE_PREFIX + message, ec.ECDSA(hashes.SHA256())
+            )
         except InvalidSignature as error:
             raise IdentityError(f"the signature is not by {signer}") from error
 
@@ -209,11 +247,6 @@ class CertificateVerifier:
 def is_name(text: str) -> bool:
     """Tell whether a device, operator, service or group may be called so."""
     return _NAME.fullmatch(text) is not None
-
-
-def is_trust_domain(text: str) -> bool:
-    """Tell whether a federation's certificates may carry this trust domain."""
-    return _TRUST_DOMAIN.fullmatch(text) is not None
 
 
 def spiffe_uri(trust_domain: str, role: Role, name: str) -> str:
@@ -262,85 +295,96 @@ def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def parse_certificate(der: bytes) -> x509.Certificate:
-    """Read a certificate from DER.
-
-    Raises:
-        IdentityError: it is too large or no certificate.
-    """
-    if len(der) > MAX_CERTIFICATE_BYTES:
-        raise IdentityError(
-            f"a certificate of {len(der)} bytes is larger than the {MAX_CERTIFICATE_BYTES} allowed"
-        )
-    try:
-        return x509.load_der_x509_certificate(der)
-    except (ValueError, x509.InvalidVersion) as error:
-        raise IdentityError(f"the bytes are no X.509 certificate ({error})") from error
-
-
-def renewal_time(certificate: x509.Certificate) -> datetime:
-    """Say from when on a certificate should be replaced: after about two thirds of its lifetime.
-
-    The exact moment comes from the serial number, which is random: another one for each
-    certificate, and the same one after each restart.
-    """
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    drawn = certificate.serial_number % 2**32 / 2**32
-    return start + (end - start) * (RENEWAL_SHARE + RENEWAL_SPREAD * drawn)
-
-
 def verify_certificate(
-    certificate_der: bytes, authority: x509.Certificate, now: datetime
+    certificate_der: bytes, issuer: x509.Certificate, now: datetime
 ) -> Principal:
-    """Check a client certificate against the authority.
+    """Check a client certificate against who must have issued it, and that it is valid itself.
 
     Raises:
         IdentityError: any rule of the module's docstring is broken; the message says which one.
     """
-    return _verify(certificate_der, authority, now)[1]
+    return _verify(certificate_der, issuer, now)[1]
+
+
+def verify_chain(
+    chain_der: bytes, authority: x509.Certificate, now: datetime
+) -> tuple[x509.Certificate, Principal]:
+    """Check a client certificate that comes with its intermediate; gives issuer and holder.
+
+    Any intermediate of the authority will do: who trusts one alone compares.
+
+    Raises:
+        IdentityError: as `verify_certificate`, for any of the two.
+    """
+    leaf, intermediate = parse_chain(chain_der)
+    issuer = issuer_of(intermediate, authority)
+    return issuer, verify_certificate(leaf.public_bytes(serialization.Encoding.DER), issuer, now)
+
+
+def accept_certificate(
+    chain_der: bytes,
+    key: ec.EllipticCurvePrivateKey,
+    *,
+    expected: tuple[Role, str],
+    authority: x509.Certificate,
+    issuer: x509.Certificate,
+    now: datetime,
+) -> Identity:
+    """Make an identity of what a coordinator answered to a signing request.
+
+    Args:
+        chain_der: The certificate and its intermediate, if there is one.
+        key: Whose certificate it must be.
+        expected: Role and name that it must give.
+        authority: The federation's: it stays, whatever the answer says.
+        issuer: Who issued until now: this one again, or a newer intermediate.
+        now: The time to check by.
+
+    Raises:
+        IdentityError: it is not what was asked for, or an older issuer's.
+    """
+    now_issuer, principal = verify_chain(chain_der, authority, now)
+    if (principal.role, principal.name) != expected:
+        raise IdentityError(f"the coordinator answered with a certificate of {principal}")
+    if now_issuer != issuer and not is_newer(now_issuer, issuer):
+        raise IdentityError(
+            f"the coordinator issues with intermediate {now_issuer.serial_number}, which was "
+            f"replaced by {issuer.serial_number}; it may be a thief's"
+        )
+    leaf, intermediate = parse_chain(chain_der)
+    return Identity.of(key, leaf, authority, intermediate)
 
 
 def _verify(
-    certificate_der: bytes, authority: x509.Certificate, now: datetime
+    certificate_der: bytes, issuer: x509.Certificate, now: datetime
 ) -> tuple[x509.Certificate, Principal]:
-    certificate, principal = _verified(certificate_der, authority)
-    _check_validity(certificate, now)
+    certificate, principal = _verified(certificate_der, issuer)
+    check_validity(certificate, now)
+    check_not_ended(issuer, now)
     return certificate, principal
 
 
 @lru_cache(maxsize=VERIFIED_CERTIFICATES)
 def _verified(
-    certificate_der: bytes, authority: x509.Certificate
+    certificate_der: bytes, issuer: x509.Certificate
 ) -> tuple[x509.Certificate, Principal]:
     """Check all that time does not change: the same bytes pass for ever, or never."""
     certificate = parse_certificate(certificate_der)
-    _check_issuer(certificate, authority)
-    _check_usages(certificate)
-    _p256(certificate)
+    check_issuer(certificate, issuer)
+    check_usages(certificate)
+    p256_key(certificate)
     domain, principal = _holder(certificate)
-    if domain != trust_domain_of(authority):
+    if domain != trust_domain_of(issuer):
         raise IdentityError(
             f"the certificate of {principal} is for trust domain {domain!r}, "
-            f"expected {trust_domain_of(authority)!r}"
+            f"expected {trust_domain_of(issuer)!r}"
         )
     return certificate, principal
 
 
-def trust_domain_of(authority: x509.Certificate) -> str:
-    """Read an authority's trust domain from its own URI `spiffe://<trust domain>`.
-
-    Raises:
-        IdentityError: the certificate is not one of Minga's authorities.
-    """
-    scheme, _, domain = _only_uri(authority).partition("://")
-    if scheme != "spiffe" or not is_trust_domain(domain):
-        raise IdentityError("the authority's certificate names no trust domain")
-    return domain
-
-
 def _holder(certificate: x509.Certificate) -> tuple[str, Principal]:
     """Read trust domain and principal."""
-    uri = _only_uri(certificate)
+    uri = only_uri(certificate)
     match = _SPIFFE_URI.fullmatch(uri)
     if match is None:
         raise IdentityError(
@@ -352,63 +396,6 @@ def _holder(certificate: x509.Certificate) -> tuple[str, Principal]:
         role=Role(match["role"]), name=match["name"], serial=certificate.serial_number
     )
     return match["domain"], principal
-
-
-def _only_uri(certificate: x509.Certificate) -> str:
-    try:
-        names = list(
-            certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        )
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as error:
-        raise IdentityError(f"the certificate names no holder ({error})") from error
-    if len(names) != 1 or not isinstance(names[0], x509.UniformResourceIdentifier):
-        raise IdentityError(
-            f"the certificate has {len(names)} alternative names, expected one URI alone"
-        )
-    return names[0].value
-
-
-def _check_issuer(certificate: x509.Certificate, authority: x509.Certificate) -> None:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature) as error:
-        raise IdentityError(
-            "the certificate was not issued by this federation's authority; "
-            "enrol with a token of this coordinator"
-        ) from error
-
-
-def _check_validity(certificate: x509.Certificate, now: datetime) -> None:
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if now < start:
-        raise IdentityError(
-            f"the certificate is valid from {start:%Y-%m-%d %H:%M} UTC on and it is "
-            f"{now:%Y-%m-%d %H:%M} now; check this machine's clock"
-        )
-    if now > end:
-        raise IdentityError(
-            f"the certificate expired on {end:%Y-%m-%d %H:%M} UTC; enrol again with a new token"
-        )
-
-
-def _check_usages(certificate: x509.Certificate) -> None:
-    """Refuse a certificate that was not made to authenticate a client (RFC 5280, 4.2.1)."""
-    try:
-        extensions = certificate.extensions
-        is_authority = extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-        signs = extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
-        purposes = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as error:
-        raise IdentityError(f"the certificate does not say what it is for ({error})") from error
-    if is_authority or not signs or ExtendedKeyUsageOID.CLIENT_AUTH not in purposes:
-        raise IdentityError("the certificate is not for clients; use the one from enrolment")
-
-
-def _p256(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
-    key = certificate.public_key()
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise IdentityError("the certificate's key is not a P-256 key")
-    return key
 
 
 # -- the identity folder ----------------------------------------------------------------------
@@ -430,18 +417,19 @@ def load_or_create_key(path: Path) -> ec.EllipticCurvePrivateKey:
         # If another process is faster, its key is the one.
         with suppress(FileExistsError):
             durable.create_file(path, key_to_pem(new_key()), mode=durable.PRIVATE)
-    return _load_key(path)
+    return load_key(path)
 
 
 def save_identity(folder: Path, identity: Identity) -> None:
     """Write an identity's certificates, or renew them; the key must be there already.
 
-    The authority comes first and the certificate last: its presence says that all is there.
+    The authority comes first and the certificate last, with its intermediate in the same file: its
+    presence says that all is there.
 
     Raises:
         IdentityError: the folder's key is another one.
     """
-    if _load_key(folder / KEY_FILE).public_key() != identity.key.public_key():
+    if load_key(folder / KEY_FILE).public_key() != identity.key.public_key():
         raise IdentityError(f"the key in {folder} belongs to another identity; use another folder")
     durable.replace_file(folder / AUTHORITY_FILE, identity.authority_pem)
     durable.replace_file(folder / CERTIFICATE_FILE, identity.certificate_pem)
@@ -455,26 +443,21 @@ def load_identity(folder: Path) -> Identity:
     """
     if not holds_identity(folder):
         raise IdentityError(f"no identity in {folder}; enrol first: minga device enroll")
+    certificate, intermediate = load_chain(folder / CERTIFICATE_FILE)
     return Identity.of(
-        _load_key(folder / KEY_FILE),
-        load_certificate(folder / CERTIFICATE_FILE),
+        load_key(folder / KEY_FILE),
+        certificate,
         load_certificate(folder / AUTHORITY_FILE),
+        intermediate,
     )
 
 
-def load_certificate(path: Path) -> x509.Certificate:
-    """Read a certificate from a PEM file.
+def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a private key.
 
     Raises:
-        IdentityError: the file is missing or damaged.
+        IdentityError: the file is missing, or holds something else.
     """
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise IdentityError(f"cannot read the certificate {path}: {error}") from error
-
-
-def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import grpc
 
 from minga.federation.compression import Packer, unpack
-from minga.federation.errors import FederationError, LimitError, PeerError, UnreachableError
-from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES
+from minga.federation.errors import LimitError, PeerError, UnreachableError
+from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES, REFUSAL_GRACE_S
 from minga.federation.part_file import PartFile
-from minga.federation.transport import calling
+from minga.federation.transport import ACCEPTED_KEY, calling
 from minga.federation.v1 import federation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class _Progress:
             self.failures = 0
         self.offset = offset
 
+
+UploadCall = grpc.aio.StreamUnaryCall[pb.UploadRequest, pb.UploadResponse]
 
 Content = Path | bytes | memoryview
 """What is sent: a file's content, or bytes."""
@@ -142,9 +144,14 @@ async def upload(
                 await send(min(known.offset, size))
 
     if is_new:
-        with suppress(FederationError), calling(address):
-            await send(0)
+        try:
+            with calling(address):
+                await send(0)
             return moved
+        except LimitError:
+            raise
+        except (UnreachableError, PeerError):
+            pass  # the link broke, or it has a part of it already: now it is asked
     await _persist(attempt, retry or Retry(), moved)
     return moved
 
@@ -237,8 +244,9 @@ async def _send(
     pieces = _pieces(source, header.offset)
     try:
         await call.write(pb.UploadRequest(header=header))
-        # Chunks sent into a refusal would be lost, and so would its reason: see `error_of`.
-        await call.initial_metadata()
+        if not await _is_accepted(call):
+            await call  # says why, or that the blob is there already
+            return
         with moved.timing():
             while request := await asyncio.to_thread(_next_request, pieces, packer, moved):
                 await call.write(request)
@@ -246,6 +254,21 @@ async def _send(
             await call
     except (asyncio.InvalidStateError, grpc.aio.InternalError):
         await call  # the coordinator has answered already; the call says what
+
+
+async def _is_accepted(call: UploadCall) -> bool:
+    """Tell whether chunks are welcome, or the coordinator has ended the call, or is about to.
+
+    Chunks sent into a refusal would be lost, and so would its reason: see `error_of`. A coordinator
+    that does not speak of it yet is taken at its silence.
+    """
+    if ACCEPTED_KEY in dict(await call.initial_metadata()):
+        return True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(REFUSAL_GRACE_S):
+            await call.code()
+            return False
+    return True
 
 
 def _next_request(

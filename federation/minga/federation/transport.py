@@ -52,6 +52,9 @@ Options = Sequence[tuple[str, Any]]
 
 ERROR_KEY: Final = "minga-error"
 
+ACCEPTED_KEY: Final = "minga-accepted"
+"""Key in the initial metadata of an upload whose chunks are welcome."""
+
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
@@ -96,32 +99,40 @@ ENROLMENT_SERVER_OPTIONS: Final[Options] = (
 # -- connections ------------------------------------------------------------------------------
 
 
-def open_channel(address: str, identity: Identity, *, clock: Clock = utc_now) -> grpc.aio.Channel:
+def open_channel(
+    address: str, identity: Identity, *, clock: Clock = utc_now, any_intermediate: bool = False
+) -> grpc.aio.Channel:
     """Open a mutual TLS channel; it dials on its first call and again whenever the link breaks.
+
+    The coordinator must have its certificate from the identity's own issuer. TLS alone would take
+    any intermediate of the root, the ones that were replaced too; so it is given the issuer to
+    trust, and not the root.
 
     Args:
         address: `host:port` of the coordinator's device port.
-        identity: Who calls, and the authority that the coordinator must be known to.
+        identity: Who calls, and who must have issued the coordinator's certificate.
         clock: The time to check the certificate by.
+        any_intermediate: Trust the root itself instead: only to ask for a newer intermediate.
 
     Raises:
         IdentityError: the coordinator would refuse the certificate: foreign or expired.
     """
-    verify_certificate(identity.certificate_der, identity.authority, clock())
+    verify_certificate(identity.certificate_der, identity.issuer, clock())
+    trusted = identity.authority_pem if any_intermediate else identity.issuer_pem
     credentials = grpc.ssl_channel_credentials(
-        identity.authority_pem, identity.key_pem(), identity.certificate_pem
+        trusted, identity.key_pem(), identity.certificate_pem
     )
     return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
 
-def open_pinned_channel(address: str, authority: x509.Certificate) -> grpc.aio.Channel:
-    """Open a TLS channel without a client certificate, to a server that the authority knows.
+def open_pinned_channel(address: str, issuer: x509.Certificate) -> grpc.aio.Channel:
+    """Open a TLS channel without a client certificate, to a server that the issuer knows.
 
     Args:
         address: `host:port` of the coordinator's enrolment port.
-        authority: The only authority trusted; the machine's own ones are not.
+        issuer: The only one trusted; the machine's own authorities are not.
     """
-    credentials = grpc.ssl_channel_credentials(authority.public_bytes(Encoding.PEM))
+    credentials = grpc.ssl_channel_credentials(issuer.public_bytes(Encoding.PEM))
     return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
 

@@ -20,10 +20,12 @@ class Depot:
         self.received: dict[str, int] = {}
         self.sent: dict[str, int] = {}
         self.refused: set[bytes] = set()
+        self.num_asked = 0
         self.complaints: list[tuple[str, bytes]] = []
 
     def may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:
         """Refuse what the test refuses."""
+        self.num_asked += 1
         return digest not in self.refused
 
     def may_download(self, principal: Principal, digest: bytes) -> bool:

@@ -282,6 +282,17 @@ async def test_what_is_not_expected_is_refused(
         await transfer.upload(stub, b"unexpected", wanted, address=address)
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+async def test_a_refusal_is_final(depot: Depot, address: str, connect: Any, is_new: bool) -> None:
+    """What the coordinator refuses by its status is sent once, also if it was taken for new."""
+    data = os.urandom(3 * CHUNK_BYTES)
+    digest = transfer.digest_of(data)
+    depot.refused.add(digest)
+    with pytest.raises(AccessError, match="may not upload"):
+        await transfer.upload(connect(address), data, digest, address=address, is_new=is_new)
+    assert depot.num_asked == 1
+
+
 async def test_a_missing_blob_is_told(address: str, connect: Any, tmp_path: Path) -> None:
     """At once, without patience."""
     with pytest.raises(MissingBlobError, match="deleted, or never uploaded"):

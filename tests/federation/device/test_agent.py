@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import grpc
 import onnx
 import pytest
 
+from minga.federation import transfer
 from minga.federation.device.agent import Agent
 from minga.federation.device.link import Link
 from minga.federation.device.metrics import Metrics
@@ -58,6 +60,9 @@ class ScriptedCoordinator(pb_grpc.FederationServiceServicer, pb_grpc.BlobService
         self.streams: asyncio.Queue[Stream] = asyncio.Queue()
         self.blobs = {digest_of(MODEL): MODEL}
         self.downloads: list[bytes] = []
+        self.is_reachable = asyncio.Event()
+        self.is_reachable.set()
+        self.num_broken = 0
 
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: object
@@ -71,6 +76,11 @@ class ScriptedCoordinator(pb_grpc.FederationServiceServicer, pb_grpc.BlobService
         self, request: pb.DownloadRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DownloadResponse]:
         self.downloads.append(request.digest)
+        if not self.is_reachable.is_set():
+            try:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            finally:
+                self.num_broken += 1
         if request.digest not in self.blobs:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such blob")
         blob = self.blobs[request.digest]
@@ -158,6 +168,8 @@ def with_plan(**changes: object) -> pb.SessionResponse:
         setattr(invite.plan, name, value)
     return pb.SessionResponse(invite=invite)
 
+
+STRANGE = pb.SessionResponse(neighbour_keys=pb.NeighbourKeys(round_id="ff" * 16))
 
 LIES = {
     "an unknown round": pb.SessionResponse(neighbour_keys=pb.NeighbourKeys(round_id=ROUND)),
@@ -299,6 +311,38 @@ async def test_stopped_while_training(
 
 
 # --- links ---
+
+
+async def test_a_download_that_a_broken_link_stops_is_no_error(
+    coordinator: ScriptedCoordinator,
+    run_agent: RunAgent,
+    trainer: TrainerProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line tells of it, without a traceback; the next round fetches its model again."""
+    monkeypatch.setattr(transfer, "Retry", partial(transfer.Retry, attempts=2, first_delay_s=0.01))
+    coordinator.is_reachable.clear()
+    async with run_agent(coordinator.add_services, trainer):
+        stream, _ = await coordinator.stream()
+        stream.say(pb.SessionResponse(invite=invite_of(1)))
+        assert (await stream.hear()).WhichOneof("body") == "key_advert"
+        async with asyncio.timeout(PATIENCE_S):
+            while coordinator.num_broken < 2:
+                await asyncio.sleep(0.01)
+        for _ in range(3):  # whoever answers after that has heard of it
+            stream.say(STRANGE)
+            await stream.hear()
+        stream.say(pb.SessionResponse(round_end=pb.RoundEnd(round_id=ROUND)))
+        coordinator.is_reachable.set()
+        stream.say(pb.SessionResponse(invite=invite_of(2)))
+        assert (await stream.hear()).WhichOneof("body") == "key_advert"
+        async with asyncio.timeout(PATIENCE_S):
+            while trainer.pid is None or len(coordinator.downloads) < 3:
+                await asyncio.sleep(0.01)
+    told = [record for record in caplog.records if "gone" in record.message]
+    assert [(record.levelname, record.exc_info) for record in told] == [("WARNING", None)]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_bytes_that_are_no_message(run_agent: RunAgent) -> None:

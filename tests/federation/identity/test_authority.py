@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from minga.federation.certificates import trust_domain_of
 from minga.federation.coordinator.authority import (
     CERTIFICATE_FILE,
     KEY_FILE,
@@ -18,7 +19,12 @@ from minga.federation.coordinator.authority import (
     Lifetimes,
 )
 from minga.federation.errors import EnrolmentError, IdentityError
-from minga.federation.identity import Role, make_csr, new_key, trust_domain_of, utc_now
+from minga.federation.identity import (
+    Role,
+    make_csr,
+    new_key,
+    utc_now,
+)
 
 
 def test_an_authority_is_made_once(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Office:
             store=self.table,
             enrol_address=self.address,
             device_address="127.0.0.1:7002",
-            authority_der=self.authority.certificate_der,
+            authority_der=self.authority.pinned_der,
             clock=clock,
         )
 
@@ -131,7 +131,7 @@ async def test_a_wrong_token_is_refused(office: Office, tmp_path: Path) -> None:
         enrol_address=office.address,
         device_address=office.address,
         secret=b"w" * 32,
-        authority_der=office.authority.certificate_der,
+        authority_der=office.authority.pinned_der,
     )
     with pytest.raises(EnrolmentError, match="knows no such"):
         await enrol(wrong.to_text(), tmp_path / "device", "press-7")
@@ -225,7 +225,7 @@ async def test_whoever_answers_must_be_the_token_s_coordinator(
         enrol_address=impostor.address,
         device_address=impostor.address,
         secret=EnrolmentToken.parse(impostor.token()).secret,
-        authority_der=authority.certificate_der,
+        authority_der=authority.pinned_der,
     )
     with pytest.raises(IdentityError, match="does not trust"):
         await enrol(token.to_text(), tmp_path / "device", "press-7")

@@ -183,7 +183,7 @@ def test_certificates_for_other_ends_are_refused(authority: Authority) -> None:
         with pytest.raises(IdentityError, match=message):
             verify_certificate(der(certificate), authority.certificate, utc_now())
     with pytest.raises(IdentityError, match=r"does not say what it is for|names no holder"):
-        verify_certificate(authority.certificate_der, authority.certificate, utc_now())
+        verify_certificate(authority.pinned_der, authority.certificate, utc_now())
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\x30", b"\x00" * 100, b"\x30\x82" * 4000])

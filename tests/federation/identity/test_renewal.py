@@ -11,6 +11,7 @@ import pytest
 from cryptography import x509
 
 from minga.federation.audit import AUDITOR, Entry
+from minga.federation.certificates import renewal_time
 from minga.federation.coordinator.audit_log import AuditLog, Kind, read_log
 from minga.federation.coordinator.authority import Authority, Lifetimes
 from minga.federation.coordinator.credentials import OwnIdentity
@@ -36,7 +37,6 @@ from minga.federation.identity import (
     load_or_create_key,
     make_csr,
     new_key,
-    renewal_time,
     save_identity,
     utc_now,
 )

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from cryptography import x509
 
+from minga.federation.certificates import renewal_time
 from minga.federation.coordinator.authority import Authority, Lifetimes
 from minga.federation.coordinator.credentials import OwnIdentity, ServerCertificate
 from minga.federation.identity import (
@@ -20,7 +21,6 @@ from minga.federation.identity import (
     load_identity,
     make_csr,
     new_key,
-    renewal_time,
 )
 from minga.federation.transport import (
     SERVER_OPTIONS,

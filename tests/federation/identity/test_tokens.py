@@ -36,7 +36,7 @@ def issuer_of(store: TokenStore, authority: Authority, **options: object) -> Tok
         store=store,
         enrol_address="127.0.0.1:7001",
         device_address="127.0.0.1:7002",
-        authority_der=authority.certificate_der,
+        authority_der=authority.pinned_der,
         **options,  # type: ignore[arg-type]
     )
 

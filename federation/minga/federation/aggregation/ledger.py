@@ -186,6 +186,15 @@ def _rho(mechanism: Mechanism) -> float:
             return rho
 
 
+def load_accounting() -> None:
+    """Load dp-accounting now: it takes a second or two, and does nothing once it is loaded.
+
+    Raises:
+        PrivacyError: it is not installed.
+    """
+    _accounting()
+
+
 def _accounting() -> ModuleType:
     try:
         return import_module("dp_accounting")  # it brings SciPy, which no device needs

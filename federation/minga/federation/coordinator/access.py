@@ -7,7 +7,7 @@ The caller's role and name come from the certificate that TLS accepted, never fr
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from types import TracebackType
@@ -17,6 +17,8 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from minga.federation.certificates import chain_to_der, is_newer, p256_key
+from minga.federation.coordinator.enrolment import digest_of_key
 from minga.federation.errors import AccessError, IdentityError
 from minga.federation.identity import (
     Clock,
@@ -25,6 +27,7 @@ from minga.federation.identity import (
     principal_of,
     utc_now,
     verify_certificate,
+    verify_chain,
 )
 from minga.federation.interception import Context, Handler, around, reading_anything
 from minga.federation.limits import REFUSAL_GRACE_S, VERIFIED_CERTIFICATES
@@ -37,13 +40,14 @@ class Everybody(Enum):
 
 
 _PACKAGE: Final = "/minga.federation.v1"
+_RENEW: Final = f"{_PACKAGE}.IdentityService/Renew"
 _DEVICES: Final = frozenset({Role.DEVICE})
 _OPERATORS: Final = frozenset({Role.OPERATOR})
 
 ALLOWED: Final[Mapping[str, frozenset[Role] | Everybody]] = {
     # Its proof is the enrolment token.
     f"{_PACKAGE}.EnrollmentService/Enroll": Everybody.ANYBODY,
-    f"{_PACKAGE}.IdentityService/Renew": _DEVICES,
+    _RENEW: _DEVICES,
     f"{_PACKAGE}.FederationService/Session": _DEVICES,
     f"{_PACKAGE}.BlobService/Upload": _DEVICES | _OPERATORS,
     f"{_PACKAGE}.BlobService/GetUploadOffset": _DEVICES | _OPERATORS,
@@ -68,13 +72,20 @@ class Gatekeeper:
         authority: Issuer of all client certificates.
         is_revoked: Tells whether a principal is refused from now on.
         clock: The time to check certificates by.
+        root: The offline root that signed `authority`, if there is one.
+        key_on_record: Gives SHA-256 of the public key that a device enrolled with, 32 bytes; needed
+            under an offline root.
     """
 
     authority: x509.Certificate
     is_revoked: Callable[[Principal], bool]
     clock: Clock = utc_now
+    root: x509.Certificate | None = None
+    key_on_record: Callable[[str], bytes | None] = field(default=lambda _: None)
 
-    def admit(self, method: str, certificate_pem: bytes | None) -> None:
+    def admit(
+        self, method: str, certificate_pem: bytes | None, intermediate_pem: bytes | None = None
+    ) -> None:
         """Let a call pass, or refuse it.
 
         TLS has checked the certificate once, when the connection was made; here it is checked at
@@ -83,6 +94,7 @@ class Gatekeeper:
         Args:
             method: `/package.Service/Method`.
             certificate_pem: The caller's certificate, if it has shown one.
+            intermediate_pem: What it has shown as its issuer, if it did.
 
         Raises:
             IdentityError: no certificate, or one that does not hold (any more).
@@ -91,15 +103,57 @@ class Gatekeeper:
         allowed = ALLOWED.get(method, frozenset())
         if isinstance(allowed, Everybody):
             return
-        principal = self._authenticate(certificate_pem)
+        principal = self._authenticate(method, certificate_pem, intermediate_pem)
         if principal.role not in allowed:
             raise AccessError(f"{principal} may not call {method.rpartition('/')[2]}")
 
-    def _authenticate(self, certificate_pem: bytes | None) -> Principal:
-        der = _load(certificate_pem).public_bytes(Encoding.DER)
-        principal = verify_certificate(der, self.authority, self.clock())
+    def _authenticate(
+        self, method: str, certificate_pem: bytes | None, intermediate_pem: bytes | None
+    ) -> Principal:
+        certificate = _load(certificate_pem)
+        intermediate = self._other_issuer(intermediate_pem)
+        if intermediate is None:
+            der = certificate.public_bytes(Encoding.DER)
+            principal = verify_certificate(der, self.authority, self.clock())
+        else:
+            principal = self._enrolled_before(method, certificate, intermediate)
         if self.is_revoked(principal):
             raise IdentityError(f"{principal} was revoked; ask the operator to let it in again")
+        return principal
+
+    def _other_issuer(self, intermediate_pem: bytes | None) -> x509.Certificate | None:
+        """Give the intermediate that a caller hangs by, if it is not the one in use."""
+        if self.root is None or not intermediate_pem:
+            return None
+        intermediate = _load(intermediate_pem)
+        return None if intermediate == self.authority else intermediate
+
+    def _enrolled_before(
+        self,
+        method: str,
+        certificate: x509.Certificate,
+        intermediate: x509.Certificate,
+    ) -> Principal:
+        """Know a device by a certificate of an intermediate that was replaced, for renewal alone.
+
+        Whoever has that intermediate's key can issue a certificate to any name, but not for the
+        key that the device enrolled with and holds.
+        """
+        assert self.root is not None
+        chain = chain_to_der(certificate, intermediate)
+        issuer, principal = verify_chain(chain, self.root, self.clock())
+        if not is_newer(self.authority, issuer):
+            raise IdentityError(
+                f"{principal} knows intermediate {issuer.serial_number} and this coordinator has "
+                f"{self.authority.serial_number}; install the newest one"
+            )
+        if method != _RENEW:
+            raise IdentityError(
+                f"the intermediate that issued the certificate of {principal} was replaced; "
+                "renew the certificate first"
+            )
+        if digest_of_key(p256_key(certificate)) != self.key_on_record(principal.name):
+            raise IdentityError(f"the certificate of {principal} is for a key that never enrolled")
         return principal
 
 
@@ -143,7 +197,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     async def admit(self, method: str, context: Context, *, is_stream: bool) -> None:
         """Let a call pass, or refuse it and say so; raises as `Gatekeeper.admit` does."""
         try:
-            self._gatekeeper.admit(method, _certificate_pem_of(context))
+            self._gatekeeper.admit(
+                method, _certificate_pem_of(context), _intermediate_pem_of(context)
+            )
         except IdentityError as error:
             if is_stream:
                 await _take_opening(context)
@@ -216,6 +272,11 @@ async def _take_opening(context: Context) -> None:
 
 def _certificate_pem_of(context: Context) -> bytes | None:
     return next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+
+
+def _intermediate_pem_of(context: Context) -> bytes | None:
+    """Give what came behind the caller's own certificate; gRPC 1.85 tells it without that one."""
+    return next(iter(context.auth_context().get("x509_pem_cert_chain", ())), None)
 
 
 @lru_cache(maxsize=VERIFIED_CERTIFICATES)

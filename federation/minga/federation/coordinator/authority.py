@@ -2,7 +2,9 @@
 
 State: a folder with `authority.key.pem` (0600) and `authority.pem`, made on first use and read
 from then on. Both are created exclusively and the key comes first, so that a crash in between, or
-two processes that start at once, still end with one key and one certificate.
+two processes that start at once, still end with one key and one certificate. A folder with a
+`root.pem` beside them belongs to an offline root: the two are then an intermediate of it, and come
+there as `coordinator.intermediate` says.
 
 What is issued takes from a signing request nothing but the public key, after its signature proved
 that the requester holds the private one. Names come from the caller, who knows what the token or
@@ -13,7 +15,7 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final, Self
 
@@ -23,18 +25,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from minga.federation import durable
+from minga.federation.certificates import (
+    chain_to_der,
+    chain_to_pem,
+    is_trust_domain,
+    load_certificate,
+    trust_domain_of,
+)
+from minga.federation.coordinator import intermediate as intermediates
+from minga.federation.coordinator.intermediate import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE
 from minga.federation.errors import EnrolmentError, IdentityError
 from minga.federation.identity import (
     Clock,
+    Identity,
     Role,
     ServerIdentity,
-    is_trust_domain,
     key_to_pem,
-    load_certificate,
     load_or_create_key,
     new_key,
     spiffe_uri,
-    trust_domain_of,
     utc_now,
 )
 from minga.federation.limits import MAX_REQUEST_BYTES
@@ -42,8 +51,6 @@ from minga.federation.limits import MAX_REQUEST_BYTES
 AUTHORITY_FOLDER: Final = "authority"
 """Its place in the coordinator's state folder."""
 
-KEY_FILE: Final = "authority.key.pem"
-CERTIFICATE_FILE: Final = "authority.pem"
 DEFAULT_TRUST_DOMAIN: Final = "minga"
 
 AUTHORITY_LIFETIME: Final = timedelta(days=3650)
@@ -65,10 +72,20 @@ class Lifetimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Authority:
-    """Issues the certificates of one federation."""
+    """Issues the certificates of one federation.
+
+    Attributes:
+        certificate: The one whose key issues.
+        key: That key.
+        root: The offline root whose intermediate `certificate` is; None: there is no other
+            authority, and devices pin `certificate`.
+        lifetimes: How long issued certificates hold.
+        clock: The time to issue by.
+    """
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey = field(repr=False)
+    root: x509.Certificate | None = None
     lifetimes: Lifetimes = Lifetimes()
     clock: Clock = utc_now
 
@@ -85,18 +102,26 @@ class Authority:
 
         Args:
             folder: Where key and certificate are kept; made if missing.
-            trust_domain: Named in all certificates; has effect on first use only.
+            trust_domain: Named in all certificates; has effect on first use only, and none under
+                an offline root.
             lifetimes: How long issued certificates hold.
             clock: The time to issue by.
 
         Raises:
-            IdentityError: the files are damaged or do not belong together.
+            IdentityError: the files are damaged or do not belong together, or an offline root has
+                not signed yet, or its intermediate has ended.
             ValueError: the trust domain has other characters than a host name.
         """
+        lifetimes = lifetimes or Lifetimes()
+        if (folder / ROOT_FILE).exists():
+            root, certificate, key = intermediates.load(folder, clock())
+            return cls(
+                certificate=certificate, key=key, root=root, lifetimes=lifetimes, clock=clock
+            )
         key = load_or_create_key(folder / KEY_FILE)
         path = folder / CERTIFICATE_FILE
         if not path.exists():
-            certificate = _self_signed(key, trust_domain, clock)
+            certificate = self_signed(key, trust_domain, clock())
             # If another process is faster, its certificate is the one.
             with suppress(FileExistsError):
                 durable.create_file(path, certificate.public_bytes(serialization.Encoding.PEM))
@@ -104,19 +129,39 @@ class Authority:
         if certificate.public_key() != key.public_key():
             raise IdentityError(f"{path} does not belong to {folder / KEY_FILE}; restore the pair")
         trust_domain_of(certificate)
-        return cls(
-            certificate=certificate, key=key, lifetimes=lifetimes or Lifetimes(), clock=clock
+        return cls(certificate=certificate, key=key, lifetimes=lifetimes, clock=clock)
+
+    @property
+    def pinned(self) -> x509.Certificate:
+        """The certificate that devices trust from enrolment on."""
+        return self.root or self.certificate
+
+    @property
+    def intermediate(self) -> x509.Certificate | None:
+        """What issues in the offline root's name; None without one."""
+        return None if self.root is None else self.certificate
+
+    @property
+    def pinned_der(self) -> bytes:
+        """The pinned certificate as tokens carry it."""
+        return self.pinned.public_bytes(serialization.Encoding.DER)
+
+    @property
+    def intermediate_der(self) -> bytes:
+        """The intermediate as tokens carry it; empty without one."""
+        return (
+            b"" if self.root is None else self.certificate.public_bytes(serialization.Encoding.DER)
         )
 
-    @property
-    def certificate_der(self) -> bytes:
-        """The authority's certificate as tokens carry it."""
-        return self.certificate.public_bytes(serialization.Encoding.DER)
+    def chain_of(self, leaf: x509.Certificate) -> bytes:
+        """Give an issued certificate as it goes over the wire: with its intermediate, DER."""
+        return chain_to_der(leaf, self.intermediate)
 
-    @property
-    def certificate_pem(self) -> bytes:
-        """The authority's certificate as TLS libraries want it."""
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
+    def identity_of(
+        self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate
+    ) -> Identity:
+        """Put an issued certificate and its key together with what they hang by."""
+        return Identity.of(key, certificate, self.pinned, self.intermediate)
 
     def issue_client(self, role: Role, name: str, csr: bytes) -> x509.Certificate:
         """Issue a client certificate for the key of a signing request.
@@ -160,23 +205,22 @@ class Authority:
         )
         return ServerIdentity(
             key_pem=key_to_pem(key),
-            certificate_pem=certificate.public_bytes(serialization.Encoding.PEM),
-            authority_pem=self.certificate_pem,
+            certificate_pem=chain_to_pem(certificate, self.intermediate),
+            authority_pem=self.pinned.public_bytes(serialization.Encoding.PEM),
         )
 
     def _issue(
         self,
         public_key: ec.EllipticCurvePublicKey,
-        common_name: str,
+        name: str,
         lifetime: timedelta,
         names: Iterable[x509.GeneralName],
         purpose: x509.ObjectIdentifier,
     ) -> x509.Certificate:
         now = self.clock()
         end = min(now + lifetime, self.certificate.not_valid_after_utc)
-        authority_key = x509.SubjectKeyIdentifier.from_public_key(self.key.public_key())
         return (
-            _builder(_subject(common_name), public_key)
+            _builder(common_name(name), public_key, x509.random_serial_number())
             .issuer_name(self.certificate.subject)
             .not_valid_before(now - BACKDATING)
             .not_valid_after(end)
@@ -184,10 +228,7 @@ class Authority:
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=True)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_key),
-                critical=False,
-            )
+            .add_extension(key_identifier(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())
         )
 
@@ -212,42 +253,81 @@ def public_key_of_request(csr: bytes) -> ec.EllipticCurvePublicKey:
     return key
 
 
-def _self_signed(
-    key: ec.EllipticCurvePrivateKey, trust_domain: str, clock: Clock
+def self_signed(
+    key: ec.EllipticCurvePrivateKey,
+    trust_domain: str,
+    now: datetime,
+    *,
+    path_length: int = 0,
+    lifetime: timedelta = AUTHORITY_LIFETIME,
+    what: str = "authority",
 ) -> x509.Certificate:
+    """Make the certificate that devices pin: an authority's, or with path length 1 a root's.
+
+    Raises:
+        ValueError: the trust domain has other characters than a host name.
+    """
     if not is_trust_domain(trust_domain):
         raise ValueError(
             f"trust domain {trust_domain!r} may only have a-z, 0-9, '-' and '.', as a host name"
         )
-    now = clock()
-    subject = _subject(f"Minga authority of {trust_domain}"[:64])
-    uri = x509.UniformResourceIdentifier(f"spiffe://{trust_domain}")
+    subject = common_name(f"Minga {what} of {trust_domain}")
     return (
-        _builder(subject, key.public_key())
+        authority_builder(
+            subject,
+            key.public_key(),
+            trust_domain,
+            path_length=path_length,
+            serial_number=x509.random_serial_number(),
+        )
         .issuer_name(subject)
         .not_valid_before(now - BACKDATING)
-        .not_valid_after(now + AUTHORITY_LIFETIME)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectAlternativeName([uri]), critical=False)
+        .not_valid_after(now + lifetime)
         .sign(key, hashes.SHA256())
     )
 
 
-def _builder(subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    """Start a certificate with what all certificates have, a random serial number among it."""
+def authority_builder(
+    subject: x509.Name,
+    public_key: ec.EllipticCurvePublicKey,
+    trust_domain: str,
+    *,
+    path_length: int,
+    serial_number: int,
+) -> x509.CertificateBuilder:
+    """Start the certificate of an authority, which may sign others."""
+    uri = x509.UniformResourceIdentifier(f"spiffe://{trust_domain}")
+    return (
+        _builder(subject, public_key, serial_number)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectAlternativeName([uri]), critical=False)
+    )
+
+
+def key_identifier(issuer_key: ec.EllipticCurvePublicKey) -> x509.AuthorityKeyIdentifier:
+    """Name the key that signs a certificate, for who looks for it."""
+    identifier = x509.SubjectKeyIdentifier.from_public_key(issuer_key)
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+
+
+def common_name(text: str) -> x509.Name:
+    """Make a subject for human eyes; X.509 has room for 64 characters."""
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
+
+
+def _builder(
+    subject: x509.Name, public_key: ec.EllipticCurvePublicKey, serial_number: int
+) -> x509.CertificateBuilder:
+    """Start a certificate with what all certificates have."""
     subject_key = x509.SubjectKeyIdentifier.from_public_key(public_key)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .public_key(public_key)
-        .serial_number(x509.random_serial_number())
+        .serial_number(serial_number)
         .add_extension(subject_key, critical=False)
     )
-
-
-def _subject(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
 def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:

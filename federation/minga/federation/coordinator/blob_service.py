@@ -15,6 +15,7 @@ from minga.federation.coordinator.access import principal_of_call
 from minga.federation.errors import AccessError, PeerError
 from minga.federation.identity import Principal
 from minga.federation.interception import Context
+from minga.federation.transport import ACCEPTED_KEY
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
@@ -86,7 +87,7 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
             )
             with upload:
                 # Tells a sender that waits for it that its chunks are welcome.
-                await context.send_initial_metadata(())
+                await context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
                 try:
                     await self._receive(upload, header.offset, request_iterator, principal)
                 except PeerError as error:

@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 from minga.federation import identity as identities
+from minga.federation.certificates import load_chain, renewal_time
 from minga.federation.coordinator.authority import Authority
-from minga.federation.identity import Identity, Role, ServerIdentity, renewal_time
+from minga.federation.identity import Identity, Role, ServerIdentity
 
 
 class ServerCertificate:
@@ -52,6 +53,9 @@ class ServerCertificate:
 class OwnIdentity:
     """An identity that the coordinator issues to itself; its key stays, in the folder.
 
+    Only under another intermediate than before it gets another key: the one before is replaced
+    because somebody may have its key, and then has this one too.
+
     Args:
         authority: Who issues.
         folder: The identity folder; made if missing.
@@ -64,6 +68,7 @@ class OwnIdentity:
         self._folder = folder
         self._role = role
         self._name = name
+        self._drop_key_of_another_issuer()
         self._key = identities.load_or_create_key(folder / identities.KEY_FILE)
         self._issue()
 
@@ -84,6 +89,15 @@ class OwnIdentity:
     def _issue(self) -> None:
         csr = identities.make_csr(self._key, self._name)
         certificate = self._authority.issue_client(self._role, self._name, csr)
-        identity = Identity.of(self._key, certificate, self._authority.certificate)
+        identity = self._authority.identity_of(self._key, certificate)
         identities.save_identity(self._folder, identity)
         self._identity = identity
+
+    def _drop_key_of_another_issuer(self) -> None:
+        if not identities.holds_identity(self._folder):
+            return
+        path = self._folder / identities.CERTIFICATE_FILE
+        if load_chain(path)[1] != self._authority.intermediate:
+            # The key goes first: were it the last, a crash in between would keep it.
+            (self._folder / identities.KEY_FILE).unlink(missing_ok=True)
+            path.unlink()

@@ -50,10 +50,10 @@ class RegisterDevice(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enrolled:
-    """What a device gets: DER certificates and the name that it goes by."""
+    """What a device gets: its name, its certificate with the intermediate, and the authority's."""
 
     device_id: str
-    certificate_der: bytes
+    chain_der: bytes
     authority_der: bytes
 
 
@@ -89,8 +89,8 @@ class Enroller:
         _log.info("enrolled device %s in group %s", device_name, group)
         return Enrolled(
             device_id=device_name,
-            certificate_der=certificate.public_bytes(serialization.Encoding.DER),
-            authority_der=self.authority.certificate_der,
+            chain_der=self.authority.chain_of(certificate),
+            authority_der=self.authority.pinned_der,
         )
 
 

@@ -37,7 +37,7 @@ class EnrolmentServicer(pb_grpc.EnrollmentServiceServicer):
             self._on_refused(request, context.peer(), error)
             raise
         return pb.EnrollResponse(
-            certificate=enrolled.certificate_der,
+            certificate=enrolled.chain_der,
             authority_certificate=enrolled.authority_der,
             device_id=enrolled.device_id,
         )

@@ -1,7 +1,5 @@
 """The devices' renewal service: unpacks, asks the `Renewer`, writes it down, packs."""
 
-from cryptography.hazmat.primitives.serialization import Encoding
-
 from minga.federation.audit import format_time
 from minga.federation.coordinator.access import principal_of_call
 from minga.federation.coordinator.audit_log import AuditLog, Kind
@@ -42,4 +40,4 @@ class IdentityServicer(pb_grpc.IdentityServiceServicer):
             replaces=f"{device.serial:x}",
             valid_until=format_time(certificate.not_valid_after_utc),
         )
-        return pb.RenewResponse(certificate=certificate.public_bytes(Encoding.DER))
+        return pb.RenewResponse(certificate=self._renewer.authority.chain_of(certificate))

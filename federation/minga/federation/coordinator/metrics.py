@@ -22,6 +22,12 @@ class Metrics:
             "When the newest certificate of the coordinator's ports ends, in seconds since 1970.",
             registry=self.registry,
         )
+        self.authority_end = Gauge(
+            "minga_coordinator_authority_end_timestamp_seconds",
+            "When what issues certificates ends, in seconds since 1970: the authority, or its "
+            "intermediate under an offline root.",
+            registry=self.registry,
+        )
         self._rounds = Counter(
             "minga_coordinator_rounds",
             "Rounds that ended, by result.",

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from minga.federation.aggregation.ledger import load_accounting
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import principal_of_call
 from minga.federation.coordinator.audit_log import AuditLog, Kind
@@ -108,6 +109,8 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         """Start a campaign."""
         # Off the loop: it may load code and make a strategy.
         await asyncio.to_thread(self._campaigns.strategies.require_possible, request.plan)
+        if request.plan.HasField("privacy"):
+            await asyncio.to_thread(load_accounting)
         campaign = self._campaigns.start(request.plan, principal_of_call(context).path)
         return pb.StartCampaignResponse(campaign_id=campaign.campaign_id)
 

@@ -140,6 +140,7 @@ class Coordinator:
         self._hub = Hub(self._clock)
         self._metrics = Metrics()
         self._metrics.connected.set_function(self._hub.__len__)
+        self._metrics.authority_end.set(self._authority.certificate.not_valid_after_utc.timestamp())
         self._campaigns = Campaigns(
             store=self._store,
             blobs=self._blobs,
@@ -223,6 +224,8 @@ class Coordinator:
             authority=self._authority.certificate,
             is_revoked=self._is_revoked,
             clock=self._certificate_clock,
+            root=self._authority.root,
+            key_on_record=self._key_on_record,
         )
         interceptors = [
             transport.ErrorInterceptor(),
@@ -255,7 +258,8 @@ class Coordinator:
             store=AuditedTokens(TokenTable(self._store.connection), self._store, self._audit),
             enrol_address=self.addresses.enrol,
             device_address=self.addresses.device,
-            authority_der=self._authority.certificate_der,
+            authority_der=self._authority.pinned_der,
+            intermediate_der=self._authority.intermediate_der,
             clock=self._certificate_clock,
         )
         self._add_services(device_server, enrol_server, tokens)

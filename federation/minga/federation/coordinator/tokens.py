@@ -73,6 +73,7 @@ class TokenIssuer:
         enrol_address: `host:port` where devices redeem.
         device_address: `host:port` where enrolled devices connect.
         authority_der: The authority that tokens pin.
+        intermediate_der: What issues in its name, if it is an offline root; else empty.
         clock: The time to issue and redeem by.
     """
 
@@ -80,6 +81,7 @@ class TokenIssuer:
     enrol_address: str
     device_address: str
     authority_der: bytes
+    intermediate_der: bytes = b""
     clock: Clock = utc_now
 
     def mint(self, group: str, lifetime: timedelta, uses: int = 1) -> str:
@@ -109,6 +111,7 @@ class TokenIssuer:
             device_address=self.device_address,
             secret=secret,
             authority_der=self.authority_der,
+            intermediate_der=self.intermediate_der,
         )
         return token.to_text()
 

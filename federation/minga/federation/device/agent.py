@@ -118,9 +118,7 @@ class Agent:
             while True:
                 opened_at = clock()
                 try:
-                    self._link.require_valid()
-                    await self._link.try_to_renew()
-                    await self._stay()
+                    await self._connect()
                     _log.info("the coordinator closed the stream")
                 except (AccessError, IdentityError):
                     raise
@@ -132,6 +130,18 @@ class Agent:
                 await self._redial.pause(in_round=self._participant is not None)
         finally:
             await self._close()
+
+    async def _connect(self) -> None:
+        """Serve a stream; a coordinator whose issuer is not known may have a newer one."""
+        self._link.require_valid()
+        await self._link.try_to_renew()
+        try:
+            await self._stay()
+        except AccessError:
+            raise
+        except IdentityError:
+            if not await self._link.follow():
+                raise
 
     async def _close(self) -> None:
         self._drop_participant()
@@ -285,7 +295,10 @@ class Agent:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, UnreachableError):
+            _log.warning("%s", error)  # a round that still needs it asks again
+        elif error is not None:
             _log.error("%s: %s", type(error).__name__, error, exc_info=error)
 
     # --- rounds ---

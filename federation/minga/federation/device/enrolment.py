@@ -11,9 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from minga.federation import durable
 from minga.federation.enrolment_token import EnrolmentToken
 from minga.federation.errors import EnrolmentError, IdentityError
@@ -21,14 +18,13 @@ from minga.federation.identity import (
     KEY_FILE,
     Identity,
     Role,
+    accept_certificate,
     holds_identity,
     is_name,
     load_or_create_key,
     make_csr,
-    parse_certificate,
     save_identity,
     utc_now,
-    verify_certificate,
 )
 from minga.federation.limits import CALL_TIMEOUT_S
 from minga.federation.transport import calling, open_pinned_channel
@@ -91,7 +87,16 @@ async def enrol(token_text: str, directory: Path, name: str) -> Identity:
         )
     key = load_or_create_key(directory / KEY_FILE)
     response = await _redeem(token, name, make_csr(key, name))
-    identity = _identity_of(response, key, token.authority, name)
+    # The authority stays the token's, whatever the answer says; and the clock of a machine that was
+    # never online may be wrong: then it is told so here.
+    identity = accept_certificate(
+        response.certificate,
+        key,
+        expected=(Role.DEVICE, name),
+        authority=token.authority,
+        issuer=token.issuer,
+        now=utc_now(),
+    )
     CoordinatorAddress(enrol_address=token.enrol_address, device_address=token.device_address).save(
         directory
     )
@@ -100,7 +105,7 @@ async def enrol(token_text: str, directory: Path, name: str) -> Identity:
 
 
 async def _redeem(token: EnrolmentToken, name: str, csr: bytes) -> pb.EnrollResponse:
-    async with open_pinned_channel(token.enrol_address, token.authority) as channel:
+    async with open_pinned_channel(token.enrol_address, token.issuer) as channel:
         with calling(token.enrol_address):
             return await EnrollmentServiceStub(channel).Enroll(
                 pb.EnrollRequest(
@@ -110,19 +115,3 @@ async def _redeem(token: EnrolmentToken, name: str, csr: bytes) -> pb.EnrollResp
                 ),
                 timeout=CALL_TIMEOUT_S,
             )
-
-
-def _identity_of(
-    response: pb.EnrollResponse,
-    key: ec.EllipticCurvePrivateKey,
-    authority: x509.Certificate,
-    name: str,
-) -> Identity:
-    """Check what came: the authority stays the token's, whatever the answer says.
-
-    The clock of a device that was never online may be wrong; then it is told so here.
-    """
-    principal = verify_certificate(response.certificate, authority, utc_now())
-    if (principal.role, principal.name) != (Role.DEVICE, name):
-        raise IdentityError(f"the coordinator answered with a certificate of {principal}")
-    return Identity.of(key, parse_certificate(response.certificate), authority)

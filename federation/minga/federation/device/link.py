@@ -9,6 +9,9 @@ Rules:
    certificate before is still valid for a third of its lifetime. The channel is closed after its
    last user left.
 4. A failed renewal is tried again until the certificate ends; then only a new enrolment helps.
+5. The coordinator must be known to the issuer that this device knows. Under an offline root it may
+   have a newer one: then the device asks it for a certificate of that, as for a renewal, and trusts
+   nobody else from then on. An older issuer is refused, also after a restart.
 """
 
 import asyncio
@@ -20,13 +23,13 @@ from dataclasses import dataclass
 import grpc
 
 from minga.federation import transport
-from minga.federation.errors import FederationError, IdentityError, StorageError
+from minga.federation.certificates import renewal_time
+from minga.federation.errors import FederationError, StorageError
 from minga.federation.identity import (
     Clock,
     Identity,
+    accept_certificate,
     make_csr,
-    parse_certificate,
-    renewal_time,
     utc_now,
     verify_certificate,
 )
@@ -124,7 +127,7 @@ class Link:
         Raises:
             IdentityError: the certificate has expired, or the clock is far off.
         """
-        verify_certificate(self.identity.certificate_der, self.identity.authority, self._clock())
+        verify_certificate(self.identity.certificate_der, self.identity.issuer, self._clock())
 
     async def renew_if_due(self) -> None:
         """Renew the certificate if it is time.
@@ -138,25 +141,56 @@ class Link:
             if self._clock() < renewal_time(self.identity.certificate):
                 return
             self.require_valid()
-            renewed = await self._renew(self.identity)
-            try:
-                await asyncio.to_thread(self._keep, renewed)
-            except OSError as error:
-                raise StorageError(f"cannot keep the new certificate ({error})") from error
-            await self._switch_to(renewed)
+            async with self.channel() as channel:
+                renewed = await self._ask(channel)
+            await self._take(renewed)
 
-    async def _renew(self, identity: Identity) -> Identity:
+    async def follow(self) -> bool:
+        """Go over to the coordinator's issuer if it is newer than the one known; True if so.
+
+        Raises:
+            IdentityError: the coordinator's issuer is older, or another root's, or this device is
+                refused.
+            StorageError: the new certificate could not be kept.
+            FederationError: the coordinator was not reached.
+        """
+        async with self._turn:
+            before = self.identity.intermediate
+            if before is None:
+                return False
+            self.require_valid()
+            async with transport.open_channel(
+                self.address, self.identity, clock=self._clock, any_intermediate=True
+            ) as channel:
+                renewed = await self._ask(channel)
+            if renewed.intermediate == before:
+                return False
+            await self._take(renewed)
+            _log.info("the federation's authority issues with another intermediate from now on")
+            return True
+
+    async def _ask(self, channel: grpc.aio.Channel) -> Identity:
         """Ask for a new certificate and check what comes."""
+        identity = self.identity
         request = pb.RenewRequest(certificate_signing_request=make_csr(identity.key, identity.name))
-        async with self.channel() as channel:
-            with transport.calling(self.address):
-                response = await IdentityServiceStub(channel).Renew(request, timeout=CALL_TIMEOUT_S)
-        principal = verify_certificate(response.certificate, identity.authority, self._clock())
-        if (principal.role, principal.name) != (identity.role, identity.name):
-            raise IdentityError(f"the coordinator answered with a certificate of {principal}")
-        return Identity.of(
-            identity.key, parse_certificate(response.certificate), identity.authority
+        with transport.calling(self.address):
+            response = await IdentityServiceStub(channel).Renew(request, timeout=CALL_TIMEOUT_S)
+        return accept_certificate(
+            response.certificate,
+            identity.key,
+            expected=(identity.role, identity.name),
+            authority=identity.authority,
+            issuer=identity.issuer,
+            now=self._clock(),
         )
+
+    async def _take(self, renewed: Identity) -> None:
+        """Use a new certificate from now on, once it is on the disk."""
+        try:
+            await asyncio.to_thread(self._keep, renewed)
+        except OSError as error:
+            raise StorageError(f"cannot keep the new certificate ({error})") from error
+        await self._switch_to(renewed)
 
     async def _switch_to(self, identity: Identity) -> None:
         older = self._line

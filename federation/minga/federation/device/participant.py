@@ -87,7 +87,7 @@ class Participant:
             queries.require_allowed(self._asked, self._plan)
         self._session: DeviceSession | None = None
         if isinstance(self._plan, RoundPlan):
-            verifier = CertificateVerifier(authority=identity.authority)
+            verifier = CertificateVerifier(authority=identity.issuer)
             self._session = DeviceSession(self._plan, identity, verifier)
         elif not allow_plain:
             raise PlainRefusedError(

@@ -183,6 +183,7 @@ class EnrollResponse(_message.Message):
     AUTHORITY_CERTIFICATE_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     certificate: _builtins.bytes
+    """Under an offline root the intermediate that issued it follows, DER behind DER."""
     authority_certificate: _builtins.bytes
     device_id: _builtins.str
     def __init__(
@@ -230,6 +231,7 @@ class RenewResponse(_message.Message):
 
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     certificate: _builtins.bytes
+    """As in EnrollResponse."""
     def __init__(
         self,
         *,
