@@ -189,7 +189,11 @@ def require_training(version: Version, lineage: Lineage, tags: Mapping[str, str]
     if tags.get("minga.step") != "train":
         raise ReproductionError(
             f"{version.name} version {version.version} was not trained by its run but registered "
-            f"from version {lineage.parent_version or 'elsewhere'}; reproduce that one"
+            + (
+                f"from version {lineage.parent_version}; reproduce that one"
+                if lineage.parent_version
+                else "with weights from elsewhere, of which no training is recorded"
+            )
         )
 
 

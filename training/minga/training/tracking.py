@@ -20,8 +20,9 @@ from minga.training.history import Record
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Params
 
-# MLflow reads this when it is imported: nothing is to be sent anywhere.
+# MLflow reads this when it is imported: nothing is to be sent anywhere, and progress is ours to show.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow.onnx
 import onnx
