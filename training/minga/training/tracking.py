@@ -20,7 +20,8 @@ from minga.training.history import Record
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Params
 
-# MLflow reads this when it is imported: nothing is to be sent anywhere, and progress is ours to show.
+# MLflow reads these when it is imported: nothing is to be sent anywhere, and progress is ours
+# to show.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
