@@ -3,11 +3,11 @@
 import pytest
 
 from minga.cluster.errors import ProjectError
-from minga.cluster.fleet import campaign_plan
 from minga.cluster.project import load
 from minga.federation import wire
 from minga.federation.condition import Requirements
 from minga.federation.limits import MIB
+from minga.federation.planning import campaign_plan
 from minga.federation.work import Evaluation, Method
 
 SOUND = 'task = "task.py:T"\n[data]\nsource = "data/a.csv"\n'

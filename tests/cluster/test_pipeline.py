@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minga.cluster import pipeline, template
+from minga.cluster.checking import check_data
 from minga.cluster.federate import federate, personal_of
 from minga.cluster.project import load
 from minga.federation.flower.folder import TRAINER, client_app_of
@@ -125,11 +126,11 @@ def test_later_data_is_checked_against_the_champion(project):
     table = np.loadtxt(project.source, delimiter=",", skiprows=1)
     table[:, 0] += 100
     np.savetxt(source, table, fmt="%g", delimiter=",", header="x", comments="")
-    report = pipeline.check_data(project, "data/moved.csv")
+    report = check_data(project, "data/moved.csv")
     assert report.reference == "version 1"
-    assert {(found.kind, found.column) for found in report.violations} >= {
-        ("range", "f1"),
-        ("drift", "f1"),
+    assert {(found.kind, found.path) for found in report.violations} >= {
+        ("range", "train.f1"),
+        ("drift", "train.f1"),
     }
 
 

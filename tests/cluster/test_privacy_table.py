@@ -3,11 +3,12 @@
 import pytest
 
 from minga.cluster.errors import ProjectError
-from minga.cluster.fleet import campaign_plan, describe_campaign, privacy_note, report_campaign
+from minga.cluster.fleet import describe_campaign, privacy_note, report_campaign
 from minga.cluster.project import load
 from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.ledger import Budget
 from minga.federation.aggregation.privacy import Privacy
+from minga.federation.planning import campaign_plan
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.wire import privacy_from_wire
 

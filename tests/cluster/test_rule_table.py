@@ -3,7 +3,6 @@
 import pytest
 
 from minga.cluster.errors import ProjectError
-from minga.cluster.fleet import campaign_plan
 from minga.cluster.project import load
 from minga.federation.aggregation.rules import (
     Clip,
@@ -14,6 +13,7 @@ from minga.federation.aggregation.rules import (
     MultiKrum,
     TrimmedMean,
 )
+from minga.federation.planning import campaign_plan
 from minga.federation.wire import rule_from_wire
 
 SOUND = 'task = "task.py:T"\n[data]\nsource = "data/a.csv"\n'

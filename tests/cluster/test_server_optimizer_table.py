@@ -3,7 +3,6 @@
 import pytest
 
 from minga.cluster.errors import ProjectError
-from minga.cluster.fleet import campaign_plan
 from minga.cluster.project import load
 from minga.federation.aggregation.optimizers import (
     FedAdagrad,
@@ -12,6 +11,7 @@ from minga.federation.aggregation.optimizers import (
     FedAvgM,
     FedYogi,
 )
+from minga.federation.planning import campaign_plan
 from minga.federation.wire import config_from_wire, optimizer_from_wire
 
 SOUND = 'task = "task.py:T"\n[data]\nsource = "data/a.csv"\n'

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback whose link can be slow, go dead without a word, or break."""
+"""A TCP proxy on loopback whose link can be slow, go dead, break, or damage what it carries."""
 
 import asyncio
 import socket
@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 _PIECE_BYTES = 64 * 1024
+_LONG_BYTES = 16 * 1024  # of a blob, as all else is short
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
 
 
@@ -33,6 +34,7 @@ class Proxy:
         self._is_up = asyncio.Event()
         self._is_up.set()
         self._is_cut = False
+        self._damages = False
         self._alarm: tuple[int, Callable[[], None], asyncio.Event] | None = None
         self._calls: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -61,6 +63,10 @@ class Proxy:
             _reset(writer)
         for call in self._calls:
             call.cancel()
+
+    def damage(self) -> None:
+        """Change one byte of the next long piece, whichever way it goes."""
+        self._damages = True
 
     def heal(self) -> None:
         """Carry again."""
@@ -129,6 +135,10 @@ class Proxy:
             if self.latency_s:
                 await asyncio.sleep(self.latency_s)
             await self._is_up.wait()
+            if self._damages and len(piece) > _LONG_BYTES:
+                self._damages = False
+                middle = len(piece) // 2
+                piece = piece[:middle] + bytes([piece[middle] ^ 1]) + piece[middle + 1 :]
             writer.write(piece)
             await writer.drain()
             if is_up:

@@ -131,6 +131,21 @@ async def test_link_breaks_in_an_upload(far: tuple[Fleet, Proxy], kind: str) -> 
     assert proxy.bytes_up - before < 1.5 * upload_bytes
 
 
+async def test_link_damages_what_it_carries(far: tuple[Fleet, Proxy]) -> None:
+    """TLS finds one changed byte in a model, and one in an update; what was hit is sent again."""
+    fleet, proxy = far
+    await fleet.until(is_here)
+    proxy.damage()
+    campaign_id = await fleet.start_campaign(plan(), LARGE)
+    await fleet.reach(campaign_id, pb.ROUND_STAGE_UPDATES)
+    await asyncio.wait_for(proxy.carried_up(10**6, then=proxy.damage), PATIENCE_S)
+    campaign = await fleet.finish(campaign_id)
+    await assert_exact(fleet, campaign, LARGE)
+    (round_,) = campaign.rounds
+    assert list(round_.survivors) == NAMES
+    assert not round_.lost
+
+
 @pytest.mark.parametrize("kind", PARTITIONS)
 async def test_link_stays_broken_too_long(tmp_path: Path, kind: str) -> None:
     """A round does not wait for ever; who was cut off hears of its end and is in the next one."""

@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 from minga.training import Split, Splits
 from minga.training.config import DataConfig
 from minga.training.data import DataReport, check, digest_of, profile_of
-from minga.training.errors import DataError
+from minga.training.data.tfdv import to_tfdv
+from minga.training.errors import SchemaError
 from minga.training.profile import profile_columns, stability_index
 from minga.training.schema import infer_schema
 
@@ -28,7 +29,7 @@ def violations(blobs, splits, reference=None):
 
 def kinds(found):
     """What was found, in short."""
-    return {(violation.severity, violation.kind, violation.split) for violation in found}
+    return {(item.severity, item.kind, item.path.partition(".")[0]) for item in found}
 
 
 def with_column(split, index, values):
@@ -127,7 +128,13 @@ def test_unknown_category_is_named(blobs, splits):
     other = replace(gears, **{p: with_column(splits[p], 3, 7.0) for p in ("train", "test")})
     found = violations(blobs, other, gears)
     assert {("error", "category", "train"), ("warning", "category", "test")} <= kinds(found)
-    assert next(item for item in found if item.kind == "category").seen == "7"
+    named = next(item for item in found if item.kind == "category")
+    assert (named.path, named.expected, named.seen, named.count) == (
+        "train.x3",
+        "one of 1",
+        "7",
+        300,
+    )
 
 
 def test_wrong_shape_and_emptiness_stop_a_run(blobs, splits):
@@ -163,5 +170,100 @@ def test_report_refuses_with_the_first_error(blobs, splits):
         reference="itself",
     )
     assert DataReport.model_validate_json(report.model_dump_json()) == report
-    with pytest.raises(DataError, match=r"a.csv: test.x1: missing is 100.00%, should be <= 0.00%"):
+    with pytest.raises(
+        SchemaError, match=r"a.csv: test.x1: missing is 100.00%, should be <= 0.00%"
+    ):
         report.require_valid()
+
+
+def test_kept_words_name_categories():
+    """Declared categories take the place of those seen, and texts name them in messages."""
+    split = Split(inputs=np.array([[0.0], [2.0]]), targets=np.zeros(2))
+    schema = infer_schema(split, ("type",), {"type": ("L", "M", "H")})
+    assert schema.columns[0].categories == (0, 1, 2)
+    assert schema.columns[0].named(2) == "H"
+
+
+def test_repeated_identifiers_warn(blobs, splits):
+    """A column that identified each example must go on doing so."""
+    numbered = replace(splits, train=with_column(splits.train, 0, np.arange(300)))
+    repeated = replace(splits, train=with_column(splits.train, 0, np.arange(300) // 3))
+    found = violations(blobs, repeated, numbered)
+    duplicate = next(item for item in found if item.kind == "duplicate")
+    assert (duplicate.path, duplicate.count) == ("train.x0", 200)
+
+
+def test_fractions_among_whole_numbers_warn(blobs, splits):
+    """A column of whole numbers that gets fractions has changed its type."""
+    counts = np.random.default_rng(0).integers(0, 1000, 300)
+    whole = replace(splits, train=with_column(splits.train, 0, counts))
+    halves = replace(splits, train=with_column(splits.train, 0, counts + 0.5))
+    assert ("warning", "type", "train") in kinds(violations(blobs, halves, whole))
+
+
+def test_target_among_the_inputs_warns(blobs, splits):
+    """A column from which the target follows is no input."""
+    leaking = replace(splits, train=with_column(splits.train, 2, 5 - 3 * splits.train.targets))
+    found = violations(blobs, leaking)
+    assert {(item.kind, item.path) for item in found} >= {("leak", "train.x2")}
+
+
+def test_too_little_data_warns(blobs, splits):
+    """A training split of less than half of the reference's size is noticed."""
+    few = Split(inputs=splits.train.inputs[:149], targets=splits.train.targets[:149])
+    found = violations(blobs, replace(splits, train=few), splits)
+    volume = next(item for item in found if item.kind == "volume")
+    assert (volume.expected, volume.seen) == ("150 rows or more", "149 rows")
+
+
+def test_unknown_targets_stop_a_run(blobs, splits):
+    """A label that the reference did not have is an error in training data."""
+    labels = splits.train.targets.copy()
+    labels[:7] = 3
+    odd = replace(splits, train=Split(inputs=splits.train.inputs, targets=labels))
+    found = violations(blobs, odd, splits)
+    category = next(item for item in found if item.path == "train.targets")
+    assert (category.severity, category.kind, category.count) == ("error", "category", 7)
+
+
+def test_holes_may_vary_by_chance(blobs, splits):
+    """A column with 10 % of holes may have 13 % another time, but not 30 %."""
+    generator = np.random.default_rng(0)
+
+    def with_holes(share):
+        values = splits.train.inputs[:, 0].copy()
+        values[generator.permutation(300)[: round(300 * share)]] = np.nan
+        return replace(splits, train=with_column(splits.train, 0, values))
+
+    reference = with_holes(0.1)
+    assert ("error", "missing", "train") not in kinds(
+        violations(blobs, with_holes(0.13), reference)
+    )
+    assert ("error", "missing", "train") in kinds(violations(blobs, with_holes(0.3), reference))
+
+
+def test_strict_makes_warnings_errors(blobs, splits):
+    """Whoever wants no warning to pass says so in the settings."""
+    far = replace(splits, test=with_column(splits.test, 2, 1e6))
+    strict = DataConfig(source="1", strict=True)
+    found = check(far, infer_schema(splits.train), profile_of(blobs, splits.train), strict)
+    assert found
+    assert {item.severity for item in found} == {"error"}
+
+
+def test_schema_is_read_by_tensorflow_data_validation():
+    """The exported text is TFDV's own message: types, domains, presence, drift."""
+    schema_pb2 = pytest.importorskip("tensorflow_metadata.proto.v0.schema_pb2")
+    from google.protobuf import text_format
+
+    inputs = np.column_stack([[0, 1, 1, 2], [0.5, -1.5, 2.5, np.nan], [3.0, 1.0, 2.0, 1.0]])
+    split = Split(inputs=inputs, targets=np.array([0.5, 0.25, 1.0, 0.0]))
+    schema = infer_schema(split, ("type", "torque", "gear"), {"type": ("L", "M", "H")})
+    read = text_format.Parse(to_tfdv(schema, CONFIG), schema_pb2.Schema())
+    kind, torque, gear, target = read.feature
+    assert (kind.type, list(kind.string_domain.value)) == (schema_pb2.BYTES, ["L", "M", "H"])
+    assert (torque.float_domain.min, torque.float_domain.max) == (-1.5, 2.5)
+    assert torque.presence.min_fraction == pytest.approx(0.75)
+    assert (gear.type, gear.int_domain.max) == (schema_pb2.INT, 3)
+    assert target.name == "target"
+    assert 0 < target.drift_comparator.jensen_shannon_divergence.threshold < 0.1

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("minga.cli.project:run", "Check data, search, train, gate and register a model."),
     "tune": ("minga.cli.project:tune", "Search hyper-parameters with Ray Tune."),
     "train": ("minga.cli.project:train", "Train once with given parameters and register."),
+    "simulate": ("minga.cli.simulate:simulate", "Play a federation on virtual devices."),
     "data": ("minga.cli.data:app", "Check data against its schema."),
     "model": ("minga.cli.model:app", "List, show, promote registered model versions."),
     "explain": ("minga.cli.explain:explain", "Explain a version's answers, column by column."),

@@ -1,5 +1,6 @@
-"""`minga data`: check data before anything is trained on it."""
+"""`minga data`: look at data, and check it, before anything is trained on it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,33 +9,111 @@ from cyclopts import App
 from minga.cli.output import print_json, print_line, print_table
 
 if TYPE_CHECKING:
-    from minga.training.data import DataReport
+    from minga.training.data import DataReport, Violation
 
-app = App(name="data", help="Check data against its schema.")
+app = App(name="data", help="Describe data, check it against its schema.")
 
 
 @app.command
-def check(*, project: Path = Path(), source: str | None = None, json: bool = False) -> None:
-    """Check data against the champion's schema and profile, or its own before there is a champion.
+def check(
+    *,
+    project: Path = Path(),
+    source: str | None = None,
+    report: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Check data against the kept schema and the champion's profile.
+
+    Without a schema.json in the project the champion's schema counts, and before there is a
+    champion the data's own training split. Errors end with exit code 40; so do warnings if
+    `[data] strict` is set.
 
     Example: minga data check --source data/new.csv
 
     Args:
         project: The project folder.
         source: Other data than the project's; a relative path is taken from the project folder.
+        report: Write what is wrong to this file, as JSON.
         json: Print JSON.
     """
     from minga.cluster.project import load
 
     loaded = load(project)  # before what takes seconds to import: a mistake is answered at once
-    from minga.cluster.pipeline import check_data
+    from minga.cluster.checking import check_data
 
-    report = check_data(loaded, source)
+    found = check_data(loaded, source)
+    if report is not None:
+        _write_violations(report, found)
     if json:
-        print_json(report)
+        print_json(found)
     else:
-        _show(report)
-    report.require_valid()
+        _show(found)
+    found.require_valid()
+
+
+@app.command
+def schema(
+    *,
+    project: Path = Path(),
+    replace: bool = False,
+    tfdv: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Infer the schema of the training data and keep it in the project, as schema.json.
+
+    From then on all data is checked against it, on devices too: commit it, and edit it where you
+    know better than the data.
+
+    Example: minga data schema --tfdv schema.pbtxt
+
+    Args:
+        project: The project folder.
+        replace: Take the data's schema where another one is kept.
+        tfdv: Write the schema for TensorFlow Data Validation too, to this file.
+        json: Print JSON.
+    """
+    from minga.cluster.project import load
+
+    loaded = load(project)
+    from minga.cluster.checking import keep_schema
+
+    kept, changes = keep_schema(loaded, replace=replace)
+    if tfdv is not None:
+        from minga.training.data.tfdv import to_tfdv
+
+        tfdv.write_text(to_tfdv(kept, loaded.data), encoding="utf-8")
+    if json:
+        print_json(kept)
+        return
+    for change in changes:
+        print_line(change)
+    print_table(
+        ("column", "kind", "low", "high", "categories", "missing"),
+        [
+            (
+                column.name,
+                "identifier" if column.unique else column.kind,
+                f"{column.low:g}",
+                f"{column.high:g}",
+                ", ".join(column.named(value) for value in column.categories),
+                f"{column.missing:.2%}",
+            )
+            for column in kept.columns
+        ],
+    )
+    print_line(f"kept in {loaded.schema_file}")
+
+
+def _write_violations(file: Path, found: "DataReport") -> None:
+    import orjson
+
+    content = {
+        "source": found.source,
+        "digest": found.digest,
+        "reference": found.reference,
+        "violations": [violation.model_dump() for violation in found.violations],
+    }
+    file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def _show(report: "DataReport") -> None:
@@ -53,22 +132,20 @@ def _show(report: "DataReport") -> None:
         ],
     )
     if report.violations:
-        print_table(
-            ("severity", "where", "what", "seen", "should be"),
-            [
-                (
-                    found.severity,
-                    f"{found.split}.{found.column}".rstrip("."),
-                    found.kind,
-                    found.seen,
-                    found.goal,
-                )
-                for found in report.violations
-            ],
-        )
+        _show_violations(report.violations)
     counts = ", ".join(f"{count} {name}" for name, count in report.num_examples.items())
     num_warnings = len(report.violations) - len(report.errors)
     print_line(
         f"{counts}; checked against {report.reference}: "
         f"{len(report.errors)} errors, {num_warnings} warnings; sha256 {report.digest[:12]}"
+    )
+
+
+def _show_violations(violations: "Sequence[Violation]") -> None:
+    print_table(
+        ("severity", "path", "what", "expected", "seen", "count"),
+        [
+            (found.severity, found.path, found.kind, found.expected, found.seen, str(found.count))
+            for found in violations
+        ],
     )

@@ -16,12 +16,15 @@ The rest of the table is `EXIT_CODES`.
 EVERYTHING = "'minga[cluster]'"
 """The extra with which every command works; a device that trains needs `minga[train]` alone."""
 
+EXTRAS = {"tensorflow_metadata": "'minga[tfdv]'"}
+"""Packages that are in an extra of their own."""
+
 EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
     "minga.cluster.errors.ProjectError": 10,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
-    "minga.cluster.errors.ReproductionError": 42,
+    "minga.cluster.errors.ReproductionError": 48,
     # minga.training.errors
     "minga.training.errors.TaskError": 11,
     "minga.training.errors.ShapeError": 12,
@@ -29,8 +32,10 @@ EXIT_CODES: dict[str, int] = {
     "minga.training.errors.TrainingError": 14,
     "minga.training.errors.GateError": 15,
     "minga.training.errors.RegistryError": 16,
-    "minga.training.errors.ConflictError": 40,
-    "minga.training.errors.VerdictError": 41,
+    "minga.training.errors.SchemaError": 40,
+    "minga.training.errors.TamperedError": 41,
+    "minga.training.errors.ConflictError": 46,
+    "minga.training.errors.VerdictError": 47,
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,
@@ -67,7 +72,9 @@ def message_of(error: BaseException) -> str:
     """Give the message of a known error as it is; name the class of an unknown one."""
     text = str(error).strip()
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed, and this command needs it: pip install {EVERYTHING}"
+        package = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(package, EVERYTHING)
+        return f"{error.name} is not installed, and this command needs it: pip install {extra}"
     if exit_code_of(error) != 1:
         return text
     return (

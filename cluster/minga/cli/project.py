@@ -123,7 +123,7 @@ def train(*, project: Path = Path(), params: Path | None = None, json: bool = Fa
     loaded = _load(project)
     from minga.cluster.pipeline import register_candidate, train_model
 
-    chosen, origin = _choose_params(loaded, params)
+    chosen, origin = choose_params(loaded, params)
     print_note(f"parameters from {origin}: {_words(chosen)}")
     with show_progress() as show:
         trained = train_model(loaded, chosen, show)
@@ -150,7 +150,7 @@ def _load(project: Path) -> "Project":
     return load(project)
 
 
-def _choose_params(project: "Project", file: Path | None) -> "tuple[Params, str]":
+def choose_params(project: "Project", file: Path | None) -> "tuple[Params, str]":
     """Give hyper-parameters and where they come from."""
     from minga.cluster.pipeline import finished_search
 

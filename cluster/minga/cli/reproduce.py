@@ -18,7 +18,7 @@ def reproduce(
     The recorded commit is checked out into a folder of its own; yours stays as it is. On the same
     kind of machine the weights are equal bit by bit, with one worker and with several. Where they
     are not, the metrics are compared and the first thing that differs is named, and the command
-    ends with exit code 42.
+    ends with exit code 48.
 
     Example: minga reproduce champion
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from minga.cluster.fleet import OnCampaign, campaign_plan, committed
+from minga.cluster.fleet import OnCampaign, committed
 from minga.cluster.project import Project
 from minga.federation import wire
 from minga.federation.analytics import ColumnQuery, ColumnStatistics, Query
 from minga.federation.errors import CampaignError, PeerError
 from minga.federation.operator import connect
+from minga.federation.planning import campaign_plan
 from minga.federation.v1 import federation_pb2 as pb
 
 

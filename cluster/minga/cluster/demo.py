@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from minga.cluster import pipeline, template
+from minga.cluster.checking import require_valid_data
 from minga.cluster.demo_report import (
     DemoReport,
     DeviceAnswer,
@@ -114,7 +115,7 @@ class Demo:
         with ExitStack() as stack:
             with self._step("data"):
                 project = self._write_project()
-                pipeline.check_data(project).require_valid()
+                require_valid_data(project)
             with self._step("start Ray"):
                 stack.enter_context(local_ray())
             central, params = self._train_centrally(project)

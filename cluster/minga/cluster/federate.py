@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minga.cluster import pipeline
-from minga.cluster.fleet import OnCampaign, campaign_plan, committed, follow_campaign
+from minga.cluster.fleet import OnCampaign, committed, follow_campaign
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project
 from minga.federation.errors import CampaignError
@@ -18,6 +18,7 @@ from minga.federation.flower.arrays import FLOWER_ARRAYS, names_to_text
 from minga.federation.operator import Operator, connect
 from minga.federation.parameters import Parameters, to_bytes
 from minga.federation.parts import split_personal
+from minga.federation.planning import campaign_plan
 from minga.federation.trainer import Scalar
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.bundle import LINEAGE, MODEL, read_parameters

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from minga.cluster.project import Project
 from minga.inference.engine import ModelRef
@@ -10,11 +11,14 @@ from minga.serving.config import ServingConfig
 from minga.serving.registry_source import RegistrySource
 from minga.serving.watcher import ModelSource, Watcher, current_versions
 
+if TYPE_CHECKING:
+    from minga.serving.host import ServeHost
+
 
 @contextmanager
 def following(
     config: ServingConfig, source: ModelSource, refs: Sequence[ModelRef], *, tracking_uri: str
-) -> Iterator[str]:
+) -> Iterator["ServeHost"]:
     """Serve models on the Ray of this process, and swap versions whenever the source says so.
 
     Ray must be shut down afterwards: Ray Serve itself ends with it.
@@ -26,7 +30,7 @@ def following(
         tracking_uri: of MLflow, where it is recorded what is served here and when.
 
     Yields:
-        The server's URL, once it answers.
+        The host, once it answers.
 
     Raises:
         PortInUseError: the port is taken.
@@ -46,7 +50,7 @@ def following(
     try:
         host.wait_ready()
         thread.start()
-        yield host.url
+        yield host
     finally:
         stop.set()
         if thread.ident is not None:
@@ -58,8 +62,8 @@ def following(
 @contextmanager
 def following_champion(project: Project) -> Iterator[str]:
     """Serve a project's champion at a free port; see `following`."""
-    config = project.serving.model_copy(update={"port": 0})
+    config = project.serving.model_copy(update={"port": 0, "grpc_port": None})
     source = RegistrySource(project.tracking_uri, alias=config.alias)
     refs = current_versions(source, [project.loaded_task.name])
-    with following(config, source, refs, tracking_uri=project.tracking_uri) as url:
-        yield url
+    with following(config, source, refs, tracking_uri=project.tracking_uri) as host:
+        yield host.url

@@ -19,12 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minga.cluster.checking import find_champion, require_valid_data
 from minga.cluster.project import Project
 from minga.cluster.runtimes import runtimes_for
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
-from minga.training.bundle import LINEAGE, MODEL, PROFILE, SCHEMA, Bundle, read_parameters
+from minga.training.bundle import LINEAGE, MODEL, SCHEMA, Bundle, read_parameters
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
@@ -33,9 +34,8 @@ from minga.training.history import Record
 from minga.training.lineage import Campaign, Lineage, trace
 from minga.training.network import build_network, load_parameters
 from minga.training.probe import probe
-from minga.training.profile import Profile
 from minga.training.progress import OnProgress, Progress, silent
-from minga.training.registry import CHALLENGER, CHAMPION, Version
+from minga.training.registry import CHALLENGER, Version
 from minga.training.schema import Schema
 from minga.training.space import Params
 from minga.training.task import SplitName
@@ -91,14 +91,13 @@ def run(
     """Check data, search, train, judge, register, and promote if all gates passed.
 
     Raises:
-        DataError: the data breaks its schema.
+        SchemaError: the data breaks its schema.
         TrainingError: search or training failed; its subclasses say how.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
     clock = _Clock()
     with clock.step("data"):
-        report = check_data(project)
-        report.require_valid()
+        report = require_valid_data(project)
         # Before Ray is started, which takes seconds.
         probe(project.loaded_task, project.loaded_task.defaults, project.splits)
         on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
@@ -127,40 +126,6 @@ def run(
     )
 
 
-def check_data(project: Project, source: str | None = None) -> DataReport:
-    """Check data against the champion's schema and profile, or its own if there is no champion.
-
-    Args:
-        project: whose Task reads the data.
-        source: other data than the project's; a relative path is taken from the project folder.
-
-    Raises:
-        DataError: the Task cannot read the source.
-    """
-    task = project.loaded_task
-    if source is None:
-        name, splits = project.source, project.splits
-    else:
-        name = project.reference.resolve(source)
-        splits = data.read_splits(task, name)
-    schema, profile = task.schema(splits.train), data.profile_of(task, splits.train)
-    champion = _find_champion(project)
-    expected, reference = schema, profile
-    if champion is not None:
-        folder = project.registry().fetch(champion.name, champion.version)
-        expected, reference = Schema.read(folder / SCHEMA), Profile.read(folder / PROFILE)
-    return DataReport(
-        task=task.name,
-        source=name,
-        digest=digest_of(splits),
-        num_examples={part: len(splits[part]) for part in data.SPLIT_NAMES},
-        data_schema=schema,
-        profile=profile,
-        violations=data.check(splits, expected, reference, project.data),
-        reference=f"version {champion.version}" if champion else "itself",
-    )
-
-
 def search(
     project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
 ) -> SearchResult:
@@ -174,6 +139,7 @@ def search(
         fresh: search anew, even if there is a finished or an interrupted search.
 
     Raises:
+        SchemaError: the data breaks its schema; nothing was started.
         ShapeError: one training step does not work; nothing was started.
         TrainingError: every trial failed.
         KeyboardInterrupt: the user stopped it; the same call goes on.
@@ -183,6 +149,7 @@ def search(
         note = "kept from an earlier search of the same code, data and settings"
         on_progress(Progress(step="search", done=total, total=total, note=note))
         return kept
+    require_valid_data(project)
     probe(project.loaded_task, project.loaded_task.defaults, project.splits)
     folder = _search_folder(project)
     if fresh:
@@ -230,10 +197,12 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
         on_progress: hears of every epoch.
 
     Raises:
+        SchemaError: the data breaks its schema; nothing was started.
         ShapeError: one training step does not work; nothing was started.
         TrainingError: it failed more often than it may.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
+    require_valid_data(project)
     probe(project.loaded_task, params, project.splits)
     tracker = project.tracker(on_progress)
     tags = {"minga.step": "train", "minga.data_sha256": digest_of(project.splits)}
@@ -251,7 +220,7 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
             config=project.training,
             seed=project.seed,
             folder=project.ray_storage
-            / f"train-{_fingerprint(project, (project.training, dict(params)))}",
+            / f"train-{fingerprint(project, (project.training, dict(params)))}",
             on_progress=on_progress,
         )
         tracker.log(run_id, history=trained.history)
@@ -367,7 +336,7 @@ def _assess(project: Project, parameters: Parameters, params: Params) -> tuple[C
     network = build_network(task, params, splits.train, seed=project.seed)
     load_parameters(network, parameters)
     schema = task.schema(splits.train)
-    champion = _find_champion(project)
+    champion = find_champion(project)
     candidate = assess(
         task,
         network,
@@ -428,13 +397,6 @@ def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
     )
 
 
-def _find_champion(project: Project) -> Version | None:
-    """Give the champion without making a database only to find none in it."""
-    if not project.has_registry:
-        return None
-    return project.registry().find(project.loaded_task.name, CHAMPION)
-
-
 def _read_champion(project: Project, version: Version) -> Champion:
     folder = project.registry().fetch(version.name, version.version)
     return Champion(
@@ -445,14 +407,14 @@ def _read_champion(project: Project, version: Version) -> Champion:
 
 
 def _search_folder(project: Project) -> Path:
-    return project.ray_storage / f"search-{_fingerprint(project, project.search)}"
+    return project.ray_storage / f"search-{fingerprint(project, project.search)}"
 
 
 def _search_file(project: Project) -> Path:
     return _search_folder(project).with_suffix(".json")
 
 
-def _fingerprint(project: Project, settings: object) -> str:
+def fingerprint(project: Project, settings: object) -> str:
     """Name work by all that decides its result: code beside the Task, data, seed and settings."""
     digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
     for file in sorted(project.reference.file.parent.glob("*.py")):

@@ -20,13 +20,16 @@ from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainCon
 from minga.training.data import read_splits
 from minga.training.progress import OnProgress, silent
 from minga.training.signing import Keyring
+from minga.training.simulation.config import SimulationConfig
 from minga.training.task import Splits, Task, TaskReference
 
 if TYPE_CHECKING:
+    from minga.training.data import DataReport
     from minga.training.registry import Registry
     from minga.training.tracking import Tracker
 
 FILE = "minga.toml"
+SCHEMA_FILE = "schema.json"
 
 
 class Project(BaseModel):
@@ -49,8 +52,10 @@ class Project(BaseModel):
     gates: GateConfig = GateConfig()
     serving: ServingConfig = Field(default_factory=lambda: ServingConfig.model_validate({}))
     federation: FederationConfig = FederationConfig()
+    simulation: SimulationConfig = SimulationConfig()
 
     _directory: Path = PrivateAttr()
+    _checked: "DataReport | None" = PrivateAttr(default=None)
 
     @property
     def directory(self) -> Path:
@@ -81,6 +86,11 @@ class Project(BaseModel):
     def splits(self) -> Splits:
         """The data of `[data] source`."""
         return read_splits(self.loaded_task, self.source)
+
+    @property
+    def schema_file(self) -> Path:
+        """Where the project keeps its schema, if it does: `minga data schema` writes it."""
+        return self._directory / SCHEMA_FILE
 
     @property
     def tracking_uri(self) -> str:

@@ -236,8 +236,10 @@ WIRE_ERRORS: Final = (
 
 _BY_KEY: Final = {row.key: row for row in WIRE_ERRORS}
 _BY_CLASS: Final = {row.error: row for row in WIRE_ERRORS}
-# What gRPC itself says. A server that stops cancels its calls: to the client it went away.
+# What gRPC itself says. A server that stops cancels its calls: to the client it went away. UNKNOWN
+# is what a call becomes whose bytes were damaged on the way; a server of ours says INTERNAL.
 _BY_STATUS: Final[dict[grpc.StatusCode, type[FederationError]]] = {
+    grpc.StatusCode.UNKNOWN: UnreachableError,
     grpc.StatusCode.UNAVAILABLE: UnreachableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: UnreachableError,
     grpc.StatusCode.CANCELLED: UnreachableError,

@@ -28,6 +28,10 @@ class DataConfig(Table):
     """Largest share of a column's values outside the reference's range."""
     max_drift: Positive = 0.25
     """Largest population stability index of a column against the reference profile."""
+    min_volume: Share = 0.5
+    """Smallest number of training examples, as a share of the reference's."""
+    strict: bool = False
+    """Whether what is only a warning stops a run too."""
 
 
 class SearchConfig(Table):

@@ -4,7 +4,9 @@
     ├── DivergedError            the loss is no longer a finite number
     ├── TaskError (ValueError)   the researcher's Task cannot be used
     │   └── ShapeError           its model, its data and its loss disagree in shape
-    ├── DataError (ValueError)   the data cannot be used, or broke its schema
+    ├── DataError (ValueError)   the data cannot be used
+    │   ├── SchemaError          it broke the schema that it is checked against
+    │   └── TamperedError        it is not what its version says
     ├── GateError                a version that failed its gates was to be promoted
     ├── ConflictError            somebody else promoted another version in the meantime
     └── RegistryError            a version is missing, or its files are not what was registered
@@ -31,7 +33,15 @@ class ShapeError(TaskError):
 
 
 class DataError(TrainingError, ValueError):
-    """The data cannot be used, or broke the schema it is checked against."""
+    """The data cannot be read or used."""
+
+
+class SchemaError(DataError):
+    """The data broke the schema that it is checked against."""
+
+
+class TamperedError(DataError):
+    """The data is not what its recorded version says."""
 
 
 class GateError(TrainingError):

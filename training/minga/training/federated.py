@@ -18,14 +18,16 @@ from minga.federation.trainer import (
     Update,
     proximal_mu,
 )
-from minga.training.data import read_splits
+from minga.training.config import DataConfig
+from minga.training.data import check, read_splits
+from minga.training.data.checks import require_none
 from minga.training.errors import TaskError
 from minga.training.evaluate import evaluate
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.proximal import Pull
 from minga.training.scaffold import Correction
-from minga.training.schema import iterate_columns
+from minga.training.schema import iterate_columns, read_schema
 from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 
@@ -147,6 +149,7 @@ def trainer_from_options(options: Mapping[str, Scalar]) -> TaskTrainer:
     Raises:
         TaskError: an option is missing, or the project's Task cannot be used.
         DataError: the Task cannot read the source.
+        SchemaError: the data breaks the schema that the project keeps.
     """
     missing = [name for name in ("project", "source") if name not in options]
     if missing:
@@ -157,7 +160,18 @@ def trainer_from_options(options: Mapping[str, Scalar]) -> TaskTrainer:
     root = Path(str(options["project"])).absolute()
     reference = TaskReference(root=root, name=_task_name(root / "minga.toml"))
     task = reference.load()
-    return TaskTrainer(task, read_splits(task, reference.resolve(str(options["source"]))))
+    source = reference.resolve(str(options["source"]))
+    splits = read_splits(task, source)
+    _require_schema(root / "schema.json", source, splits)
+    return TaskTrainer(task, splits)
+
+
+def _require_schema(file: Path, source: str, splits: Splits) -> None:
+    """Check this site's data against the schema that the project keeps, if it keeps one."""
+    if file.exists():
+        found = check(splits, read_schema(file), None, DataConfig(source=source))
+        errors = tuple(violation for violation in found if violation.severity == "error")
+        require_none(source, errors, "its project keeps another schema.json")
 
 
 def _task_name(file: Path) -> str:

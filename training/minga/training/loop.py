@@ -115,8 +115,8 @@ def fit(
     with one_thread():
         for epoch in range(len(learner.history), epochs):
             record: Record = {"epoch": epoch + 1}
-            torch.manual_seed(_epoch_seed(seed, epoch) + shard.rank)
-            batches = _batches(examples, batch_size, _epoch_seed(seed, epoch), shard)
+            torch.manual_seed(epoch_seed(seed, epoch) + shard.rank)
+            batches = _batches(examples, batch_size, epoch_seed(seed, epoch), shard)
             record["train_loss"] = _train_epoch(learner, batches, epoch, on_gradient)
             if validation is not None:
                 record |= evaluate(learner.task, learner.bare_network, validation)
@@ -155,21 +155,28 @@ def _train_epoch(
 
 
 def _batches(examples: Batch, batch_size: int, seed: int, shard: Shard) -> Iterator[Batch]:
-    """Cut the shuffled examples into batches and take this worker's part of each.
+    """Cut the shuffled examples into batches and take this worker's part of each."""
+    for part in batch_places(len(examples.inputs), batch_size, seed, shard):
+        yield Batch(examples.inputs[part], examples.targets[part])
+
+
+def batch_places(
+    num_examples: int, batch_size: int, seed: int, shard: Shard = WHOLE
+) -> Iterator[Tensor]:
+    """Give the places of the examples of each batch of one epoch, for this worker.
 
     Workers must take equally many steps of equal size, so what does not divide by their number is
     left out; so is a lone last example, on which batch normalisation fails. Shuffling anew each
     epoch leaves out others.
     """
-    num_examples = len(examples.inputs)
     order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed))
     for whole in torch.split(order, max(batch_size, 2 * shard.num_workers)):
         share = len(whole) // shard.num_workers
         part = whole[shard.rank * share : (shard.rank + 1) * share]
         if len(part) > 1 or num_examples < 2 * shard.num_workers:
-            yield Batch(examples.inputs[part], examples.targets[part])
+            yield part
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
     """Give seeds that neighbouring epochs, seeds and ranks do not share."""
     return (seed * 1_000_003 + epoch) * 1_009 % 2**62

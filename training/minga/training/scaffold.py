@@ -23,7 +23,10 @@ class Correction:
             for name, parameter in network.named_parameters()
             if parameter.requires_grad and name in correction
         }
-        self._corrections = {name: torch.from_numpy(correction[name]) for name in self._parameters}
+        self._corrections = {
+            name: torch.from_numpy(correction[name]).to(parameter.device)
+            for name, parameter in self._parameters.items()
+        }
         self._sums = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         self._num_steps = 0
 
@@ -38,4 +41,4 @@ class Correction:
 
     def mean_gradient(self) -> Parameters:
         """Give the mean of the uncorrected gradients of all steps so far, at least one."""
-        return {name: (total / self._num_steps).numpy() for name, total in self._sums.items()}
+        return {name: (total / self._num_steps).cpu().numpy() for name, total in self._sums.items()}

@@ -3,13 +3,17 @@
 Here are the types, the statistics behind drift are in `minga.training.profile`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from minga.training.document import Document
+from minga.training.errors import DataError
 from minga.training.task import Split
 
 MAX_CATEGORIES = 20
@@ -17,6 +21,9 @@ MAX_CATEGORIES = 20
 
 MAX_COLUMNS = 512
 """Wider inputs, and those that are no table, are described as one column of all values."""
+
+MIN_UNIQUE = 100
+"""So many whole numbers without a repetition are taken for an identifier."""
 
 ColumnKind = Literal["number", "category"]
 
@@ -32,6 +39,17 @@ class Column(Document):
     """The values of a category, in order; empty for a number."""
     missing: float
     """Share of missing values, 0 to 1."""
+    whole: bool = False
+    """Whether all values are whole numbers."""
+    unique: bool = False
+    """Whether no value is there twice, as in an identifier."""
+    names: tuple[str, ...] = ()
+    """What the categories are called where the data has text, in the order of `categories`."""
+
+    def named(self, category: float) -> str:
+        """Give what a category is called."""
+        named = dict(zip(self.categories, self.names, strict=False))
+        return named.get(category, f"{category:g}")
 
 
 class Schema(Document):
@@ -42,6 +60,7 @@ class Schema(Document):
     target_shape: tuple[int, ...]
     target_dtype: str
     columns: tuple[Column, ...]
+    targets: tuple[Column, ...] = ()
 
     def breaks(self, other: "Schema") -> tuple[str, ...]:
         """Say what a client written for this schema would trip over in `other`."""
@@ -56,22 +75,71 @@ class Schema(Document):
             found.append(f"columns are {theirs}, were {mine}")
         return tuple(found)
 
+    def changes(self, other: "Schema") -> tuple[str, ...]:
+        """Say in what `other` differs, column by column, for people to read."""
+        mine = {f"inputs.{column.name}": column for column in self.columns}
+        mine |= {f"targets.{column.name}": column for column in self.targets}
+        theirs = {f"inputs.{column.name}": column for column in other.columns}
+        theirs |= {f"targets.{column.name}": column for column in other.targets}
+        found = list(self.breaks(other)) if mine.keys() == theirs.keys() else []
+        for path in (*mine, *(path for path in theirs if path not in mine)):
+            if path not in theirs:
+                found.append(f"{path} is gone")
+            elif path not in mine:
+                found.append(f"{path} is new")
+            else:
+                found += _changes(path, mine[path], theirs[path])
+        return tuple(found)
 
-def infer_schema(train: Split, names: Sequence[str] = ()) -> Schema:
+
+def _changes(path: str, column: Column, other: Column) -> list[str]:
+    return [
+        f"{path}: {name} is {getattr(other, name)}, was {getattr(column, name)}"
+        for name in ("kind", "low", "high", "categories", "missing", "whole", "unique", "names")
+        if getattr(other, name) != getattr(column, name)
+    ]
+
+
+def read_schema(file: Path) -> Schema:
+    """Read a schema that people may have edited.
+
+    Raises:
+        DataError: the file is no schema; the message says where it is not.
+    """
+    try:
+        return Schema.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{file} is no schema: {path}: {first['msg']}; mend it, or remove it and write it "
+            "anew with: minga data schema"
+        ) from error
+
+
+def infer_schema(
+    train: Split,
+    names: Sequence[str] = (),
+    categories: Mapping[str, Sequence[str | float]] = MappingProxyType({}),
+) -> Schema:
     """Describe a training split.
 
     Args:
         train: at least one example.
         names: of the columns of inputs of shape `(n, columns)`; otherwise they are numbered.
+        categories: the values that a column may have, for columns where that is known.
     """
+    table = train.targets[:, None] if train.targets.ndim == 1 else train.targets
     return Schema(
         input_shape=train.inputs.shape[1:],
         input_dtype=str(train.inputs.dtype),
         target_shape=train.targets.shape[1:],
         target_dtype=str(train.targets.dtype),
         columns=tuple(
-            _describe(name, values) for name, values in iterate_columns(train.inputs, names)
+            _known(_describe(name, values), categories.get(name, ()))
+            for name, values in iterate_columns(train.inputs, names)
         ),
+        targets=tuple(_describe(name, values) for name, values in iterate_columns(table)),
     )
 
 
@@ -91,10 +159,28 @@ def iterate_columns(
         yield "values", inputs.reshape(-1).astype(np.float64)
 
 
+def _known(column: Column, categories: Sequence[str | float]) -> Column:
+    """Put the categories that a Task declares in place of those that were seen."""
+    if not categories:
+        return column
+    values = category_values(categories)
+    texts = tuple(value for value in categories if isinstance(value, str))
+    update = {"kind": "category", "categories": values, "names": texts}
+    return column.model_copy(update={**update, "low": min(values), "high": max(values)})
+
+
+def category_values(categories: Sequence[str | float]) -> tuple[float, ...]:
+    """Give the numbers that stand for categories: themselves, or the places of texts."""
+    if all(isinstance(value, str) for value in categories):
+        return tuple(map(float, range(len(categories))))
+    return tuple(map(float, categories))
+
+
 def _describe(name: str, values: NDArray[np.float64]) -> Column:
     present = values[np.isfinite(values)]
     distinct = np.unique(present)
-    is_category = len(distinct) <= MAX_CATEGORIES and bool(np.all(distinct == np.round(distinct)))
+    is_whole = bool(np.all(distinct == np.round(distinct)))
+    is_category = len(distinct) <= MAX_CATEGORIES and is_whole
     return Column(
         name=name,
         kind="category" if is_category else "number",
@@ -102,4 +188,6 @@ def _describe(name: str, values: NDArray[np.float64]) -> Column:
         high=float(distinct[-1]) if len(distinct) else 0.0,
         categories=tuple(map(float, distinct)) if is_category else (),
         missing=1 - len(present) / len(values) if len(values) else 0.0,
+        whole=is_whole,
+        unique=is_whole and not is_category and len(distinct) == len(values) >= MIN_UNIQUE,
     )

@@ -50,13 +50,16 @@ class Split:
     """Examples: `inputs` of shape `(n, ...)` and `targets` of shape `(n, ...)`.
 
     Float arrays of another width become float32, the only width that networks compute in here.
+    `owners`, shape `(n,)`, says whose each example is, for simulations that give each owner a
+    device; nothing else looks at it.
 
     Raises:
-        DataError: the two differ in length, or inputs are not numbers.
+        DataError: they differ in length, or inputs are not numbers.
     """
 
     inputs: NDArray[Any]
     targets: NDArray[Any]
+    owners: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
@@ -73,6 +76,11 @@ class Split:
             raise DataError(
                 f"{len(self.inputs)} inputs but {len(self.targets)} targets; "
                 "each example needs one of each"
+            )
+        if self.owners is not None and np.shape(self.owners) != (len(self.inputs),):
+            raise DataError(
+                f"owners have shape {np.shape(self.owners)}; give one for each of "
+                f"{len(self.inputs)} examples"
             )
 
     def __len__(self) -> int:
@@ -103,6 +111,8 @@ class Task(ABC):
         search_space: domains of the hyper-parameters to search; each has a default.
         objective: the metric that search, checkpoints and gates go by.
         columns: names of the inputs' columns, for messages and profiles.
+        categories: column -> the values that it may have, in an order that never changes. Texts
+            stand for the numbers 0, 1, 2 and so on.
     """
 
     name: ClassVar[str]
@@ -110,6 +120,7 @@ class Task(ABC):
     search_space: ClassVar[Mapping[str, Domain]] = {}
     objective: ClassVar[Objective]
     columns: ClassVar[tuple[str, ...]] = ()
+    categories: ClassVar[Mapping[str, tuple[str | float, ...]]] = {}
 
     @abstractmethod
     def data(self, source: str) -> Splits:
@@ -178,7 +189,7 @@ class Task(ABC):
         """Describe valid data; inferred from the training split unless overridden."""
         from minga.training.schema import infer_schema
 
-        return infer_schema(train, self.columns)
+        return infer_schema(train, self.columns, self.categories)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ MLflow's file store is out of support.
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -191,6 +192,13 @@ class Tracker:
                 if name.startswith(TEST)
             },
         )
+
+    def log_file(self, run_id: str, name: str, data: bytes) -> None:
+        """Keep bytes with a run, as its artifact of this name."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(data)
+            self.client.log_artifact(run_id, str(path))
 
 
 def connect(tracking_uri: str, on_progress: OnProgress = silent) -> Any:

@@ -66,6 +66,8 @@ class VectorContribution:
     name: str
     values: Vector
     weight: int
+    factor: float = 1.0
+    """Values are scaled by it as they are read."""
 
     @property
     def num_values(self) -> int:
@@ -74,7 +76,8 @@ class VectorContribution:
 
     def read(self, start: int, stop: int) -> Vector:
         """Give the values from `start` to before `stop`."""
-        return self.values[start:stop]
+        values = self.values[start:stop]
+        return values if self.factor == 1.0 else values * np.float32(self.factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -195,6 +198,9 @@ def _squares(fitting: Sequence[Contribution], num_values: int, block_bytes: int)
 
 def in_parallel(work: Callable[[slice], _Result], pieces: Iterable[slice]) -> list[_Result]:
     """Work on blocks on all cores; numpy leaves the interpreter's lock. In order."""
+    pieces = list(pieces)
+    if len(pieces) == 1:  # threads would take longer than a small model does
+        return [work(pieces[0])]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return list(pool.map(work, pieces))
 

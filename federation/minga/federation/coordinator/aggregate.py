@@ -1,18 +1,29 @@
-"""From updates on the disk to the next global model."""
+"""From a round's updates to the next global model.
+
+`take_step` is all of the arithmetic and knows no disk: where updates are is for `Uploads` to say,
+so that a simulation of devices uses the same. `aggregate` is it for a coordinator, whose updates
+and models are blobs.
+"""
 
 import logging
 import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minga.federation import wire
 from minga.federation.aggregation.combination import Combined, combine
-from minga.federation.aggregation.contributions import FileContribution, VectorContribution
-from minga.federation.aggregation.noise import add_gaussian
+from minga.federation.aggregation.contributions import (
+    Contribution,
+    FileContribution,
+    VectorContribution,
+)
+from minga.federation.aggregation.noise import RandomBytes, add_gaussian
 from minga.federation.aggregation.optimizers import (
     ServerOptimizer,
     Vector,
@@ -70,8 +81,29 @@ class Recipe:
         )
 
 
-class Uploads:
-    """The uploads of one round: plain ones are read where they lie, masked ones unmasked by group.
+class Uploads(Protocol):
+    """The updates of one round, wherever they are."""
+
+    @property
+    def liars(self) -> Collection[str]:
+        """Devices whose false shares had to be left out so far."""
+        ...
+
+    def contributions(self, round_: PlainRound) -> Sequence[Contribution]:
+        """Give the updates of a plain round, in the order of its survivors."""
+        ...
+
+    def unmasked_sum(self, round_: SecureRound, group: tuple[str, ...]) -> Unmasked:
+        """Add one group's updates, none of which is seen.
+
+        Raises:
+            FederationError: a secret cannot be rebuilt, or an upload is gone.
+        """
+        ...
+
+
+class StoredUploads:
+    """Uploads that are blobs: plain ones are read where they lie, masked ones unmasked by group.
 
     Args:
         blobs: has them.
@@ -83,6 +115,20 @@ class Uploads:
         self.liars: set[str] = set()
         """Devices whose false shares had to be left out so far."""
         self._apply_masks = apply_masks
+
+    def contributions(self, round_: PlainRound) -> list[FileContribution]:
+        """Give the updates of a plain round where they lie."""
+        updates = [round_.updates[name] for name in round_.survivors]
+        return [
+            FileContribution(
+                name=update.device_id,
+                path=self.blobs.path(update.digest),
+                num_values=update.size // VALUE.itemsize,
+                weight=update.num_examples,
+                factor=round_.factor_of(update.device_id),
+            )
+            for update in updates
+        ]
 
     def unmasked_sum(self, round_: SecureRound, group: tuple[str, ...]) -> Unmasked:
         """Add one group's masked updates and unmask their sum.
@@ -110,9 +156,68 @@ class Uploads:
         return result
 
 
-def aggregate(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """The step that a round's updates came to."""
+
+    values: Vector
+    """The next model, tensor behind tensor."""
+    total_weight: int
+    rejected: tuple[tuple[str, str], ...]
+    """Devices whose updates turned out to be unusable, each with the reason."""
+    max_norm: float
+    """The bound on updates' lengths with which a private campaign goes on; 0: it has none."""
+
+
+def take_step(
     round_: Round,
     uploads: Uploads,
+    recipe: Recipe,
+    *,
+    model: Iterable[tuple[str, NDArray[np.float32]]],
+    state: Mapping[str, Vector],
+    random_bytes: RandomBytes = os.urandom,
+) -> Taken:
+    """Make one mean of a round's updates, and let the server optimiser take its step.
+
+    Memory beside the model's is one vector as long, and the rule's blocks.
+
+    Args:
+        round_: the round, with all that its devices sent.
+        uploads: what they sent.
+        recipe: what is made of it.
+        model: the tensors that the round started from, in the order of their layout.
+        state: what the optimiser kept, each vector as long as the model; becomes its next state.
+        random_bytes: source of the noise, for private campaigns.
+
+    Raises:
+        FederationError: see `aggregate`.
+    """
+    max_norm = 0.0
+    if recipe.privacy is None:
+        values, combined = _mean(round_, uploads, recipe.rule)
+    else:
+        values, combined, max_norm = _private_mean(round_, uploads, recipe.privacy, random_bytes)
+    start = 0
+    for name, tensor in model:
+        part = slice(start, start + tensor.size)  # the next model grows in the mean's place
+        if name.startswith(CONTROL):
+            values[part] = tensor.ravel() + values[part] * _share(round_, combined)
+        else:
+            kept = {key: vector[part] for key, vector in state.items()}
+            advance(recipe.optimizer, kept, tensor.ravel(), values[part])
+        start += tensor.size
+    return Taken(
+        values=values,
+        total_weight=combined.total_weight,
+        rejected=tuple(combined.rejected.items()),
+        max_norm=max_norm,
+    )
+
+
+def aggregate(
+    round_: Round,
+    uploads: StoredUploads,
     recipe: Recipe,
     optimizer_digest: bytes,
 ) -> SumComputed:
@@ -140,31 +245,25 @@ def aggregate(
     """
     try:
         if not isinstance(round_.order.work, Training):
-            return _measured(round_, uploads, optimizer_digest)
-        optimizer, privacy, max_norm = recipe.optimizer, recipe.privacy, 0.0
+            return measured(round_, uploads, optimizer_digest)
         blobs = uploads.blobs
-        if privacy is None:
-            values, combined = _mean(round_, uploads, recipe.rule)
-        else:
-            values, combined, max_norm = _private_mean(round_, uploads, privacy)
         model = blobs.path(round_.order.model_digest)
-        state = _state(optimizer, blobs, optimizer_digest, values.size)
-        start, names = 0, read_layout(model).names
-        for name, tensor in zip(names, read_tensors(model), strict=True):
-            part = slice(start, start + tensor.size)  # the next model grows in the mean's place
-            if name.startswith(CONTROL):
-                values[part] = tensor.ravel() + values[part] * _share(round_, combined)
-            else:
-                kept = {key: vector[part] for key, vector in state.items()}
-                advance(optimizer, kept, tensor.ravel(), values[part])
-            start += tensor.size
+        layout = read_layout(model)
+        state = _state(recipe.optimizer, blobs, optimizer_digest, layout.num_values)
+        taken = take_step(
+            round_,
+            uploads,
+            recipe,
+            model=zip(layout.names, read_tensors(model), strict=True),
+            state=state,
+        )
         return SumComputed(
-            model_digest=blobs.put_bytes(to_bytes(read_layout(model).unflatten(values))),
-            total_weight=combined.total_weight,
+            model_digest=blobs.put_bytes(to_bytes(layout.unflatten(taken.values))),
+            total_weight=taken.total_weight,
             optimizer_digest=blobs.put_bytes(to_bytes(state)) if state else b"",
-            rejected=tuple(combined.rejected.items()),
+            rejected=taken.rejected,
             liars=tuple(sorted(uploads.liars)),
-            max_norm=max_norm,
+            max_norm=taken.max_norm,
         )
     except OSError as error:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
@@ -178,7 +277,7 @@ def first_model(plan: pb.CampaignPlan, blobs: BlobStore) -> bytes:
     return blobs.put_bytes(to_bytes(with_control(model)))
 
 
-def _measured(round_: Round, uploads: Uploads, optimizer_digest: bytes) -> SumComputed:
+def measured(round_: Round, uploads: Uploads, optimizer_digest: bytes) -> SumComputed:
     """Give the weighted mean of what devices measured, or answered, in the place of a model."""
     values, combined = _mean(round_, uploads, Mean())
     rejected, total_weight = tuple(combined.rejected.items()), combined.total_weight
@@ -222,7 +321,7 @@ def _state(
 
 
 def _private_mean(
-    round_: Round, uploads: Uploads, privacy: Privacy
+    round_: Round, uploads: Uploads, privacy: Privacy, random_bytes: RandomBytes
 ) -> tuple[Vector, Combined, float]:
     """Make a mean that each device changes by a bounded length, and add noise unless devices did.
 
@@ -247,9 +346,9 @@ def _private_mean(
     if privacy.clip is not None:
         noise_multiplier = privacy.clip.update_noise(noise_multiplier, num_devices)
         within = sum(length < max_norm * _WITHIN for length in combined.lengths)
-        max_norm = privacy.clip.next_norm(max_norm, within, num_devices, os.urandom)
+        max_norm = privacy.clip.next_norm(max_norm, within, num_devices, random_bytes)
     std = central_std(noise_multiplier=noise_multiplier, max_norm=longest, num_devices=num_devices)
-    add_gaussian(values, std, os.urandom)
+    add_gaussian(values, std, random_bytes)
     return values, combined, max_norm
 
 
@@ -259,7 +358,7 @@ def _mean(round_: Round, uploads: Uploads, rule: Rule) -> tuple[Vector, Combined
         case SecureRound():
             return _secure_mean(round_, uploads, rule)
         case PlainRound():
-            return _plain_mean(round_, uploads.blobs, rule)
+            return _plain_mean(round_, uploads, rule)
         case _:
             raise AssertionError(f"{type(round_).__name__} has no mean")
 
@@ -293,24 +392,13 @@ def _contribution(group: tuple[str, ...], values: Vector, result: Unmasked) -> V
 # --- plain rounds -----------------------------------------------------------------------------
 
 
-def _plain_mean(round_: PlainRound, blobs: BlobStore, rule: Rule) -> tuple[Vector, Combined]:
-    """Combine the updates where they lie."""
-    updates = [round_.updates[name] for name in round_.survivors]
-    contributions = [
-        FileContribution(
-            name=update.device_id,
-            path=blobs.path(update.digest),
-            num_values=update.size // VALUE.itemsize,
-            weight=update.num_examples,
-            factor=round_.factor_of(update.device_id),
-        )
-        for update in updates
-    ]
+def _plain_mean(round_: PlainRound, uploads: Uploads, rule: Rule) -> tuple[Vector, Combined]:
+    """Combine the updates as they are."""
     values = np.empty(round_.order.plan.num_values, np.float32)
-    combined = combine(rule, contributions, values)
+    combined = combine(rule, uploads.contributions(round_), values)
     if len(combined.counted) < round_.order.min_cohort:
         raise QuorumError(
-            f"{len(combined.rejected)} of {len(updates)} updates are unusable "
+            f"{len(combined.rejected)} of {len(round_.survivors)} updates are unusable "
             f"({'; '.join(sorted(set(combined.rejected.values())))}); "
             f"{round_.order.min_cohort} good ones are needed"
         )

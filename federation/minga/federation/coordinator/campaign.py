@@ -134,6 +134,7 @@ class Campaign:
         *,
         work: Work = TRAINING,
         population: int = 0,
+        round_id: str = "",
     ) -> RoundOrder:
         """Fix what the next round is to do, with as many of some devices as a plan exists for.
 
@@ -143,11 +144,12 @@ class Campaign:
             training: what the devices' training is told.
             work: what is asked.
             population: how many devices there are, here or not.
+            round_id: 32 hexadecimal digits that no other round has; drawn if none are given.
 
         Raises:
             PlanError: there is no plan, not even for the smallest cohort.
         """
-        round_id = secrets.token_hex(16)
+        round_id = round_id or secrets.token_hex(16)
         while True:
             devices = devices[: _invitable(self.plan, len(devices))]
             try:

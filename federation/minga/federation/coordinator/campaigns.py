@@ -15,7 +15,7 @@ from contextlib import suppress
 from minga.federation import wire
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator import campaign_audit, journal
-from minga.federation.coordinator.aggregate import Recipe, Uploads, aggregate, first_model
+from minga.federation.coordinator.aggregate import Recipe, StoredUploads, aggregate, first_model
 from minga.federation.coordinator.audit_log import AuditLog
 from minga.federation.coordinator.campaign import RUNNING, Campaign, model_layout, require_possible
 from minga.federation.coordinator.herald import Herald
@@ -388,7 +388,7 @@ class Campaigns:
         by_strategy = self.strategies.aggregate(campaign, round_)
         if by_strategy is not None:
             return by_strategy
-        uploads = Uploads(self._blobs, self._apply_masks)
+        uploads = StoredUploads(self._blobs, self._apply_masks)
         recipe = Recipe.of(campaign.plan)
         return aggregate(round_, uploads, recipe, campaign.optimizer_digest)
 

@@ -5,20 +5,37 @@ asks for it. A round is charged before its sum is made, once, however often a cr
 again; what it was charged stays charged if it fails later.
 """
 
+from collections.abc import Mapping
 from math import ceil
+from typing import Protocol
 
 from minga.federation import wire
 from minga.federation.aggregation.ledger import Concentrated, Ledger, Mechanism, Spent
 from minga.federation.aggregation.privacy import Privacy, distributed_rho
 from minga.federation.coordinator.rounds import Round, SecureRound
-from minga.federation.coordinator.store import Store
 from minga.federation.v1 import federation_pb2 as pb
+
+
+class Spendings(Protocol):
+    """Where it is written down what rounds spent; the coordinator's `Store` is one."""
+
+    def privacy_spent(self) -> Mapping[str, str]:
+        """Give what rounds spent, oldest first: round -> spending."""
+        ...
+
+    def spend_privacy(self, round_id: str, spent: str) -> None:
+        """Keep what a round spent; a round spends once.
+
+        Raises:
+            StorageError: it could not be written down.
+        """
+        ...
 
 
 class PrivacyAccount:
     """What was spent, and whether a round may spend more."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Spendings) -> None:
         self._store = store
 
     def ledger(self) -> Ledger:

@@ -13,7 +13,7 @@ from minga.federation import wire
 from minga.federation.aggregation.optimizers import FedAvg
 from minga.federation.aggregation.rules import Mean
 from minga.federation.blobs import BlobStore
-from minga.federation.coordinator.aggregate import Uploads
+from minga.federation.coordinator.aggregate import StoredUploads
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.rounds import PlainRound, Round, SecureRound, SumComputed
 from minga.federation.coordinator.rounds.machine import NOT_NEEDED
@@ -118,7 +118,7 @@ class Strategies:
             return None
         order = round_.order
         with _disk():
-            uploads = Uploads(self._blobs, self._apply_masks)
+            uploads = StoredUploads(self._blobs, self._apply_masks)
             results, rejected = _results(round_, uploads)
             model, state = self._read(order.model_digest), self._state(campaign)
         absent = {
@@ -169,7 +169,7 @@ def _disk() -> Iterator[None]:
         raise StorageError(f"the coordinator's disk fails ({error}); free space on it") from error
 
 
-def _results(round_: Round, uploads: Uploads) -> tuple[list[Result], Rejected]:
+def _results(round_: Round, uploads: StoredUploads) -> tuple[list[Result], Rejected]:
     """Give each update of a plain round, or each group's mean of a secure one."""
     match round_:
         case SecureRound():

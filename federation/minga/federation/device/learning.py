@@ -194,14 +194,26 @@ class LocalLearning:
         """Say how this device's variate changes, as far as the sum will have it."""
         gradient = update.gradient or {}
         change = {
-            name: np.asarray(gradient.get(name, np.zeros_like(value)) - value, np.float32)
+            name: control_change(gradient.get(name, np.zeros_like(value)), value, self._clip)
             for name, value in own.items()
         }
         if Layout.of(change) != Layout.of(own):
             raise TrainerError("the mean gradient has other shapes than the model")
-        if self._clip is not None:
-            change = {name: np.clip(c, -self._clip, self._clip) for name, c in change.items()}
         return change
+
+
+def control_change(
+    gradient: NDArray[np.float32], own: NDArray[np.float32], clip: float | None
+) -> NDArray[np.float32]:
+    """Say how a device's control variate changes, of any shape.
+
+    Args:
+        gradient: the mean of the uncorrected gradients along the way.
+        own: the variate so far.
+        clip: bounds each coordinate of the change, as masking does; None: nothing does.
+    """
+    change = np.asarray(gradient - own, np.float32)
+    return change if clip is None else np.clip(change, -clip, clip)
 
 
 def _require_update(layout: Layout, num_examples: int, wanted: Layout) -> None:

@@ -23,6 +23,7 @@ from minga.federation.device.metrics import Metrics
 from minga.federation.device.queries import NO_QUERIES, Queries
 from minga.federation.device.trainer_process import TrainerProcess
 from minga.federation.errors import (
+    AccessError,
     FederationError,
     IneligibleError,
     PeerError,
@@ -103,11 +104,12 @@ class Participant:
             round_id=self.round_id,
             campaign_id=invite.campaign_id,
             model_name=invite.model_name,
-            clip=_clip_of(self._plan),
+            clip=control_clip(self._plan),
             metrics=metrics,
         )
         self._download = download
         self._upload = upload
+        self._sent = b""  # the digest of the update that the coordinator has
         self._turn = asyncio.Lock()
         self._result = asyncio.create_task(self._work())
 
@@ -177,8 +179,7 @@ class Participant:
         inbox = [wire.share_from_wire(share) for share in message.shares]
         encode = encode_update if self._encoding is None else self._encoding.encode
         masked = await asyncio.to_thread(session.mask, inbox, delta, weight, encode)
-        digest = digest_of(masked)
-        await self._upload(digest, masked)
+        digest = await self._put(masked)
         return pb.SessionRequest(
             masked_update=pb.MaskedUpdate(round_id=self.round_id, digest=digest, size=len(masked))
         )
@@ -190,13 +191,27 @@ class Participant:
         if self._encoding is not None:
             delta, _ = clip_length(delta, self._encoding.max_norm)
         data = update_to_bytes(delta)
-        digest = digest_of(data)
-        await self._upload(digest, data)
+        digest = await self._put(data)
         return pb.SessionRequest(
             plain_update=pb.PlainUpdate(
                 round_id=self.round_id, digest=digest, size=len(data), num_examples=weight
             )
         )
+
+    async def _put(self, data: bytes | memoryview) -> bytes:
+        """Upload an update and give its digest.
+
+        Asked once more, after a reconnect, for what it took meanwhile, the coordinator expects no
+        upload any more.
+        """
+        digest = digest_of(data)
+        try:
+            await self._upload(digest, data)
+        except AccessError:
+            if digest != self._sent:
+                raise
+        self._sent = digest
+        return digest
 
     async def _contribution(self) -> Contribution:
         """Wait for the work's result; work that could not fetch its model begins anew."""
@@ -253,6 +268,6 @@ class Participant:
         return wire.withdrawal(self.round_id, reason)
 
 
-def _clip_of(plan: RoundPlan | PlainPlan) -> float | None:
+def control_clip(plan: RoundPlan | PlainPlan) -> float | None:
     """Say how far masking lets a coordinate go; after a rotation that is none of the update's."""
     return plan.clip if isinstance(plan, RoundPlan) and not plan.rotate else None

@@ -1,0 +1,299 @@
+"""Many devices' training as one batched computation.
+
+For small networks nearly all time goes into calling operations, not into their arithmetic. So the
+parameters of many devices are stacked along a new first axis, and one call serves all of them:
+`torch.func.vmap` over a functional call of the network, or batched products of matrices where it
+has dense layers alone (see `dense`).
+
+Everything else is as in `minga.training.loop`: the same batches in the same order, the Task's own
+loss and optimiser, FedProx and SCAFFOLD, and gradients clipped, each device's by itself. An
+optimiser is used on the stack as it is, which is right for those that treat each coordinate alone.
+
+Devices are sorted by their numbers of steps and cut into chunks of equally many, so that nothing is
+computed for devices that are done. Batches of unequal size are padded with examples of no weight,
+where the loss of a batch is the mean of its examples' losses; else each size goes by itself.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby, pairwise
+from math import prod
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minga.federation.flower.arrays import without_names
+from minga.federation.parameters import Layout
+from minga.federation.trainer import Scalar, proximal_mu
+from minga.training.errors import TaskError
+from minga.training.loop import BATCH_SIZE, MAX_GRAD_NORM, batch_places, epoch_seed
+from minga.training.network import one_thread, parameters_of
+from minga.training.proximal import Pull
+from minga.training.scaffold import Correction
+from minga.training.simulation.lesson import Learnt, Lesson, Matrix
+from minga.training.simulation.losses import PROBED_EXAMPLES, Batches, StackedLoss
+from minga.training.simulation.partition import Places, Population
+from minga.training.space import Params
+from minga.training.task import Batch, Task
+
+CHUNK_BYTES: Final = 2 << 20
+"""Parameters of one chunk on a CPU: a stack that leaves the cache is slower."""
+
+CHUNK_BYTES_GPU: Final = 1 << 30
+"""Parameters of one chunk on a GPU; gradients, optimiser and activations take several times it."""
+
+Stacks = dict[str, Tensor]
+"""The network's tensors by name; stacks have a first axis for the devices."""
+
+COORDINATEWISE: Final = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+)
+"""Optimisers whose step of one coordinate depends on that coordinate alone."""
+
+
+class Stack:
+    """Trains the devices of a round together.
+
+    Args:
+        task: what they learn.
+        network: as the Task builds it; its values do not matter.
+        population: the devices' examples.
+    """
+
+    def __init__(self, task: Task, network: nn.Module, population: Population) -> None:
+        self._task = task
+        self._population = population
+        layout = Layout.of(parameters_of(network))
+        ends = np.cumsum([0, *map(prod, layout.shapes)])
+        self._num_values = layout.num_values
+        self._shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        self._columns = {
+            name: slice(low, high)
+            for name, (low, high) in zip(layout.names, pairwise(ends), strict=True)
+        }
+        self._twins = _twins(network)
+        self._trained = {
+            name for name, parameter in network.named_parameters() if parameter.requires_grad
+        }
+        self._at = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._network = network.to(self._at).train()
+        self._skeleton = copy.deepcopy(self._network)
+        self._inputs = torch.from_numpy(population.train.inputs).to(self._at)
+        self._targets = torch.from_numpy(population.train.targets).to(self._at)
+        some = np.linspace(0, len(population.train) - 1, PROBED_EXAMPLES).astype(np.int64)
+        self._loss = StackedLoss(task, self._network, self._read(some))
+
+    def fit(self, devices: Sequence[int], lesson: Lesson) -> Learnt:
+        """Train devices: the same as `OneByOne.fit`, up to rounding.
+
+        Raises:
+            TaskError: the Task's optimiser does not treat coordinates alone.
+            RuntimeError: the network does what cannot be stacked.
+        """
+        deltas = np.empty((len(devices), self._num_values), np.float32)
+        gradients = None if lesson.corrections is None else np.zeros_like(deltas)
+        with one_thread():
+            for rows, steps in self._chunks(devices, lesson.config):
+                self._fit_chunk(rows, steps, lesson.of(rows), deltas, gradients)
+        with np.errstate(invalid="ignore"):
+            diverged = np.flatnonzero(~np.isfinite(deltas.sum(axis=1)))
+        reason = "the loss is no longer a finite number"
+        failures = {int(row): reason for row in diverged}
+        return Learnt(deltas=deltas, gradients=gradients, failures=failures)
+
+    def _chunks(
+        self, devices: Sequence[int], config: Mapping[str, Scalar]
+    ) -> Iterator[tuple[Places, list[list[Places]]]]:
+        """Cut devices into chunks of equally many steps.
+
+        Yields:
+            The devices' rows, and for each step each device's batch.
+        """
+        params = {**self._task.defaults, **config}
+        batch_size = int(params.get("batch_size", BATCH_SIZE))
+        epochs, seed = int(config.get("epochs", 1)), int(config.get("seed", 0))
+        examples = [self._population.train_of[device] for device in devices]
+        plans = [_plan(len(own), batch_size, epochs, seed) for own in examples]
+        rows = sorted(range(len(devices)), key=lambda row: (len(plans[row]), len(examples[row])))
+        size = max(1, self._chunk_bytes // (4 * self._num_values))
+        for _, alike in groupby(rows, key=lambda row: len(plans[row])):
+            group = list(alike)
+            for low in range(0, len(group), size):
+                chunk = group[low : low + size]
+                places = ([examples[row][part] for part in plans[row]] for row in chunk)
+                yield np.array(chunk), [list(step) for step in zip(*places, strict=True)]
+
+    @property
+    def _chunk_bytes(self) -> int:
+        return CHUNK_BYTES_GPU if self._at.type == "cuda" else CHUNK_BYTES
+
+    def _fit_chunk(
+        self,
+        rows: Places,
+        steps: Sequence[Sequence[Places]],
+        lesson: Lesson,
+        deltas: Matrix,
+        gradients: Matrix | None,
+    ) -> None:
+        """Take all steps of one chunk, and write what came of it into the devices' rows."""
+        params = {**self._task.defaults, **without_names(lesson.config)}
+        max_norm = float(params.get("max_grad_norm", MAX_GRAD_NORM))
+        learning, fixed, shared = self._start(lesson, len(rows))
+        optimiser = self._optimiser(params, learning)
+        corrected, pull, mu = None, None, proximal_mu(lesson.config)
+        if lesson.corrections is not None:
+            corrected = Correction(self._skeleton, self._cut(lesson.corrections))
+        if mu > 0:
+            pull = Pull(self._skeleton, mu)
+        for step in steps:
+            optimiser.zero_grad()
+            loss = self._loss({**learning, **fixed}, shared, self._batches(step))
+            loss.backward()  # type: ignore[no-untyped-call]
+            if corrected is not None:
+                corrected()
+            if pull is not None:
+                pull()
+            _clip_rows(
+                [stack.grad for stack in learning.values() if stack.grad is not None], max_norm
+            )
+            optimiser.step()
+        self._write_changes(rows, learning, lesson, deltas)
+        if corrected is not None and gradients is not None:
+            for name, mean in corrected.mean_gradient().items():
+                gradients[_span(rows), self._columns[name]] = mean.reshape(len(rows), -1)
+
+    def _start(self, lesson: Lesson, count: int) -> tuple[Stacks, Stacks, Stacks]:
+        """Give the stacks that learn, those that do not, and what is the same for all devices."""
+        learning, fixed, shared = Stacks(), Stacks(), Stacks()
+        start = torch.from_numpy(lesson.start)
+        for name, columns in self._columns.items():
+            if name in self._twins:
+                continue
+            shape = self._shapes[name]
+            value = start[columns].reshape(shape).to(self._at)
+            is_own = lesson.is_own is not None and bool(lesson.is_own[columns].any())
+            if name not in self._trained and not is_own:
+                shared[name] = value
+                continue
+            stack = value.expand(count, *shape).clone()
+            if is_own:
+                assert lesson.own is not None
+                stack.copy_(torch.from_numpy(lesson.own_part(columns)).reshape(count, *shape))
+            if name in self._trained:
+                learning[name] = self._put(name, stack)
+            else:
+                fixed[name] = stack
+        return learning, fixed, shared
+
+    def _put(self, name: str, stack: Tensor) -> nn.Parameter:
+        """Make a stack the skeleton's parameter, where FedProx and SCAFFOLD look for it."""
+        path, _, own_name = name.rpartition(".")
+        parameter = nn.Parameter(stack)
+        self._skeleton.get_submodule(path).register_parameter(own_name, parameter)
+        return parameter
+
+    def _optimiser(self, params: Params, learning: Stacks) -> torch.optim.Optimizer:
+        """Give the Task's optimiser, at work on stacks in the place of parameters.
+
+        It is made for one device's network, so that a Task may look at names and shapes.
+        """
+        single = self._task.optimiser(self._network, params)
+        kind = type(single)
+        if kind not in COORDINATEWISE:
+            raise TaskError(f"{kind.__name__} is not known to treat each coordinate alone")
+        stack_of = {
+            id(parameter): learning[name]
+            for name, parameter in self._network.named_parameters()
+            if name in learning
+        }
+        groups = [
+            {**group, "params": [stack_of[id(parameter)] for parameter in group["params"]]}
+            for group in single.param_groups
+        ]
+        return kind(groups)
+
+    def _batches(self, step: Sequence[Places]) -> Batches:
+        """Read one step's batches."""
+        sizes = tuple(len(places) for places in step)
+        longest = max(sizes)
+        if min(sizes) == longest:
+            places = np.stack(step)
+        else:
+            places = np.empty((len(step), longest), np.int64)
+            for row, own in zip(places, step, strict=True):
+                row[: len(own)], row[len(own) :] = own, own[0]  # padding is a real example: finite
+        read = self._read(places)
+        return Batches(inputs=read.inputs, targets=read.targets, sizes=sizes)
+
+    def _read(self, places: Places) -> Batch:
+        """Read examples: shapes `places.shape + ...`."""
+        where = torch.from_numpy(places).to(self._at)
+        return Batch(self._inputs[where], self._targets[where])
+
+    def _cut(self, matrix: Matrix) -> dict[str, NDArray[np.float32]]:
+        """Cut rows of values into stacks by name."""
+        return {
+            name: matrix[:, self._columns[name]].reshape(len(matrix), *self._shapes[name])
+            for name in self._trained
+        }
+
+    def _write_changes(
+        self, rows: Places, learning: Stacks, lesson: Lesson, deltas: Matrix
+    ) -> None:
+        where = _span(rows)
+        for name, columns in self._columns.items():
+            stack = learning.get(self._twins.get(name, name))
+            if stack is None:
+                deltas[where, columns] = 0.0
+                continue
+            values = stack.detach().cpu().numpy().reshape(len(rows), -1)
+            deltas[where, columns] = values - lesson.starts(columns)
+
+
+def _twins(network: nn.Module) -> dict[str, str]:
+    """Give the names under which a parameter is in a network again -> its first name."""
+    first = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in network.named_parameters(remove_duplicate=False)
+        if first[id(parameter)] != name
+    }
+
+
+def _span(rows: Places) -> slice | Places:
+    """Give rows as a slice where they are one: that is much faster."""
+    low, high = int(rows[0]), int(rows[-1]) + 1
+    is_span = high - low == len(rows) and bool((np.diff(rows) == 1).all())
+    return slice(low, high) if is_span else rows
+
+
+def _clip_rows(gradients: Sequence[Tensor], max_norm: float) -> None:
+    """Scale each device's gradient down to a norm, as `nn.utils.clip_grad_norm_` does for one."""
+    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
+    factors = max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)
+    if bool((factors < 1).any()):
+        factors.clamp_(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+@lru_cache(maxsize=4096)
+def _plan(num_examples: int, batch_size: int, epochs: int, seed: int) -> tuple[Places, ...]:
+    """Give the places of each batch of all epochs, of a device with so many examples."""
+    return tuple(
+        part.numpy()
+        for epoch in range(epochs)
+        for part in batch_places(num_examples, batch_size, epoch_seed(seed, epoch))
+    )
