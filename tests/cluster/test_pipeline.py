@@ -79,7 +79,16 @@ def test_run_ends_with_a_champion(finished, project):
     assert printed["promoted"]
     assert printed["metrics"]["average_precision"] > 0.9
     assert len(printed["trials"]) == 3
-    assert {gate["name"] for gate in printed["gates"]} >= {"onnx parity", "latency p95", "size"}
+    assert {gate["name"] for gate in printed["gates"]} >= {
+        "onnx parity",
+        "latency p95",
+        "size",
+        "noise of 0.1",
+        "10% of values missing",
+        "calibration error",
+        "runs in serving",
+        "runs in device",
+    }
     assert project.registry().get("shuttle-anomaly", "champion").version == 1
 
 
@@ -210,6 +219,72 @@ def test_personal_tensors_stay_the_parents(project):
     assert shared.keys() | personal.keys() == parameters.keys()
     assert all(np.array_equal(personal[name], parameters[name]) for name in personal)
     assert not personal_of(registry, parent, pb.Campaign())
+
+
+def test_overtaken_version_is_judged_anew(finished, capsys):
+    """A version that was judged before there was this champion gets a verdict against it.
+
+    The verdict is on a new version of the same weights, and `minga model history` tells the rest.
+    """
+    from minga.cli.app import main
+
+    words = ["--project", str(finished[0].directory), "--json"]
+    with contextlib.suppress(SystemExit):
+        main(["model", "judge", "1", *words])
+    judged = json.loads(capsys.readouterr().out)
+    assert (judged["champion"], judged["blessed"]) == (1, True)
+    registry = finished[0].registry()
+    before, after = (registry.get("shuttle-anomaly", n) for n in (1, judged["version"]))
+    assert before.digests.weights == after.digests.weights
+    assert before.digests.bundle != after.digests.bundle
+    with contextlib.suppress(SystemExit):
+        main(["model", "history", *words])
+    (promotion,) = json.loads(capsys.readouterr().out)
+    assert (promotion["version"], promotion["champion_before"]) == (1, None)
+
+
+def test_lineage_leads_from_data_to_the_server_and_back(finished, project, capsys):
+    """`minga lineage` finds what the data came to, and what a server's answers were made from."""
+    from minga.cli.app import main
+    from minga.serving.registry_source import RegistrySource
+    from minga.serving.service_record import ServiceRecord
+
+    served = RegistrySource(project.tracking_uri).current("shuttle-anomaly")
+    record = ServiceRecord(project.tracking_uri, "http://127.0.0.1:8123")
+    record.note([served])
+    directory = ["--project", str(finished[0].directory)]
+
+    def ask(*words):
+        with contextlib.suppress(SystemExit):
+            main([*words, *directory, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    digest = finished[1]["data"]["digest"]
+    (forward,) = ask("lineage", "--data", digest[:10])
+    reached = {node["id"] for node in forward["went_into"]["nodes"]}
+    (service,) = (name for name in reached if ":8123/" in name)
+    (back,) = ask("lineage", "--place", service.removeprefix("service:"))
+    made_from = {node["id"] for node in back["made_from"]["nodes"]}
+    assert {f"data:{digest}", "version:shuttle-anomaly/1"} <= made_from
+    (period,) = ask("model", "served")
+    assert (period["version"], period["until"]) == ("1", "")
+    record.close()
+    (period,) = ask("model", "served")
+    assert period["until"]
+    assert "served nowhere" in ask("model", "stale")[-1]["finding"]
+
+
+def test_champion_is_explained(finished, capsys):
+    """`minga explain` gives each column's share in the answers, over the network's gradients."""
+    from minga.cli.app import main
+
+    words = ["--project", str(finished[0].directory), "--rows", "20", "--json"]
+    with contextlib.suppress(SystemExit):
+        main(["explain", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["method"], len(found["rows"])) == ("gradients", 20)
+    assert set(found["importance"]) == {f"f{index}" for index in range(1, 10)}
+    assert found["completeness_gap"] < 0.1
 
 
 def test_commands_show_the_registry(finished, capsys):

@@ -25,6 +25,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.cluster.errors.BusyError": 42,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
+    "minga.cluster.errors.ReproductionError": 48,
     # minga.training.errors
     "minga.training.errors.TaskError": 11,
     "minga.training.errors.ShapeError": 12,
@@ -34,6 +35,8 @@ EXIT_CODES: dict[str, int] = {
     "minga.training.errors.RegistryError": 16,
     "minga.training.errors.SchemaError": 44,
     "minga.training.errors.TamperedError": 45,
+    "minga.training.errors.ConflictError": 46,
+    "minga.training.errors.VerdictError": 47,
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,

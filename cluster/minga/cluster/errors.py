@@ -4,6 +4,7 @@
     BusyError                    another process works in the project
     StackError                   a process of the local stack does not start, or ended
     DemoError                    a step of the demo did not give what it must
+    ReproductionError            a run cannot be trained again, or gave other weights
 
 Each message says what is wrong, the value seen, and what to do. The parts below have error trees
 of their own: `minga.training.errors`, `minga.serving.errors`, `minga.federation.errors`.
@@ -24,3 +25,7 @@ class StackError(Exception):
 
 class DemoError(Exception):
     """A step of the demo did not give what it must."""
+
+
+class ReproductionError(Exception):
+    """A run cannot be trained again, or gave other weights."""

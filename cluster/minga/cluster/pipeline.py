@@ -7,6 +7,7 @@ needs from an earlier one is an argument. An interrupted search or training goes
 step is called again for the same code, data and settings.
 """
 
+import inspect
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,10 +20,11 @@ from minga.cluster.checking import find_champion, require_valid_data
 from minga.cluster.learning import fingerprint, finished_search, search, train_model
 from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
+from minga.cluster.runtimes import runtimes_for
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
-from minga.training.bundle import MODEL, SCHEMA, Bundle
+from minga.training.bundle import LINEAGE, MODEL, SCHEMA, Bundle, read_parameters
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
@@ -185,6 +187,7 @@ def register_candidate(
         profile=candidate.profile,
         gates=candidate.report,
         lineage=lineage,
+        description=inspect.getdoc(project.loaded_task) or "",
     )
     registered = _store(project, bundle, run_id or _open_run(project, lineage, on_progress))
     verdict = "all gates passed" if registered.report.blessed else "refused"
@@ -192,11 +195,35 @@ def register_candidate(
     return registered
 
 
-def promote(project: Project, version: int | str, *, override: bool = False) -> Version:
-    """Make a version of the project's model the champion.
+def judge_anew(project: Project, which: int | str, on_progress: OnProgress = silent) -> Registered:
+    """Judge a version against today's champion, data and limits, and register it with that verdict.
+
+    Versions do not change, so the verdict is on a new one with the same weights.
 
     Raises:
-        GateError: its gates refused it, and `override` is not set.
+        RegistryError: there is no such version, or its files are not what was registered.
+        ShapeError: the Task's network is another one now.
+    """
+    registry = project.registry()
+    version = registry.get(project.loaded_task.name, which)
+    folder = registry.fetch(version.name, version.version)
+    lineage = Lineage.read(folder / LINEAGE)
+    return register_candidate(
+        project,
+        parameters=read_parameters(folder),
+        params=lineage.params,
+        parent_version=version.version,
+        campaign=lineage.campaign,
+        on_progress=on_progress,
+    )
+
+
+def promote(project: Project, version: int | str, *, override: str = "") -> Version:
+    """Make a version of the project's model the champion; see `Registry.promote`.
+
+    Raises:
+        GateError: its gates refused it, and `override` gives no reason to do it nevertheless.
+        ConflictError: somebody else promoted another version in the meantime.
         RegistryError: there is no such version, or its files are not what was registered.
     """
     return project.registry().promote(project.loaded_task.name, version, override=override)
@@ -231,6 +258,7 @@ def _assess(project: Project, parameters: Parameters, params: Params) -> tuple[C
         champion=_read_champion(project, champion) if champion else None,
         config=project.gates,
         seed=project.seed,
+        try_out=runtimes_for(task.name, timeout_s=project.gates.trial_timeout_s),
     )
     return candidate, schema
 
@@ -258,7 +286,7 @@ def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
     registry, report, lineage = project.registry(), bundle.gates, bundle.lineage
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
-        bundle.write(folder)
+        bundle.write(folder, project.keyring)
         version = registry.register(
             lineage.task,
             folder,

@@ -127,9 +127,34 @@ class GateConfig(Table):
     """Bootstrap resamples of the test split behind the comparison with the champion."""
     max_slice_gap: Positive = 0.1
     """How much worse than on the whole test split the objective may be on a slice."""
+    min_slice_examples: Count = 30
+    """A slice with fewer examples is reported, not judged: chance alone would refuse it."""
+    noise: Annotated[float, Field(ge=0)] = 0.1
+    """Noise on the numbers among the inputs, in units of each column's deviation."""
+    max_noise_loss: Positive = 0.1
+    """How much worse the objective may be under that noise."""
+    missing: Share = 0.1
+    """Share of all input values that are taken away, to see what the model does without."""
+    max_missing_loss: Positive = 0.3
+    """How much worse the objective may be without them."""
+    max_calibration_error: Positive = 0.1
+    """Largest expected calibration error, where the Task gives probabilities."""
+    max_selection_gap: Share | None = None
+    """Largest difference between the shares of the Task's groups that get the positive answer
+    (demographic parity); reported and not judged without it."""
+    max_odds_gap: Share | None = None
+    """Largest difference between the Task's groups in the rate of true or of false positives
+    (equalised odds); reported and not judged without it."""
     max_parity_error: Positive = 1e-4
     """Largest difference between the outputs of the ONNX model and of the network."""
     max_latency_ms: Positive = 50.0
     """95th percentile of the time for one example, on one thread."""
     max_size_mb: Positive = 100.0
     """Size of the ONNX model."""
+    trial_timeout_s: Positive = 60.0
+    """How long a fresh process of each runtime may take to load the model and to answer."""
+    max_age_days: Positive = 90.0
+    """A champion that was made longer ago is reported as stale."""
+    trusted_keys: tuple[str, ...] = Field(default=(), strict=False)
+    """Public keys of colleagues and machines whose verdicts are believed beside this project's
+    own; each is what their `minga model key` prints."""

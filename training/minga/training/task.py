@@ -194,9 +194,32 @@ class Task(ABC):
 
         return weighted_loss(self.loss, outputs, batch.targets, batch.weights)
 
-    def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:  # noqa: ARG002
-        """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail."""
+    def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:
+        """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail.
+
+        Unless overridden they are the groups.
+        """
+        return {
+            f"{attribute}={group}": np.asarray(labels) == group
+            for attribute, labels in self.groups(split).items()
+            for group in np.unique(labels)
+        }
+
+    def groups(self, split: Split) -> Mapping[str, NDArray[Any]]:  # noqa: ARG002
+        """Name attributes by which examples must not be treated unequally.
+
+        Each has every example's group, shape `(n,)`. A classifier that gives `probabilities` is
+        measured on them; see `max_selection_gap` and `max_odds_gap` in `[gates]`.
+        """
         return {}
+
+    def probabilities(self, outputs: NDArray[Any]) -> NDArray[Any] | None:  # noqa: ARG002
+        """Turn a classifier's raw outputs into probabilities, so that its calibration is judged.
+
+        Give shape `(n,)` for the positive class of two, or `(n, classes)`; None, as here, if the
+        outputs are none.
+        """
+        return None
 
     def schema(self, train: Split) -> "Schema":
         """Describe valid data; inferred from the training split unless overridden."""

@@ -5,6 +5,7 @@ several may live in one process. The database is SQLite unless the URI says othe
 MLflow's file store is out of support.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -20,8 +21,10 @@ from minga.training.history import Record
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Params
 
-# MLflow reads this when it is imported: nothing is to be sent anywhere.
+# MLflow reads these when it is imported: nothing is to be sent anywhere, and progress is ours
+# to show.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow.onnx
 import onnx
@@ -41,9 +44,31 @@ QUOTED_PARENT = f"`{PARENT_TAG}`"
 
 MAX_RUNS = 10_000
 """The most nested runs that are looked at: more than MLflow gives at once by default."""
+SETTINGS = "minga.json"
+"""The artifact with a run's resolved settings."""
+
+TEST = "test_"
+"""What the names of metrics on the test split begin with."""
 
 BATCH_METRICS = 1000
 """The most values that MLflow takes at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What a run left behind.
+
+    Attributes:
+        tags: of the run.
+        settings: the resolved settings; empty if the run kept none.
+        history: one record for each epoch.
+        metrics: on the test split, by the Task's names.
+    """
+
+    tags: Mapping[str, str]
+    settings: dict[str, Any]
+    history: tuple[Record, ...]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +215,32 @@ class Tracker:
 
     def log_settings(self, run_id: str, settings: dict[str, Any]) -> None:
         """Keep the resolved settings with a run, as its artifact `minga.json`."""
-        self.client.log_dict(run_id, settings, "minga.json")
+        self.client.log_dict(run_id, settings, SETTINGS)
+
+    def read(self, run_id: str) -> Recorded:
+        """Read what a run left behind."""
+        run = self.client.get_run(run_id)
+        records: dict[int, Record] = {}
+        for name in run.data.metrics:
+            if not name.startswith(TEST):
+                for metric in self.client.get_metric_history(run_id, name):
+                    record = records.setdefault(metric.step, {"epoch": float(metric.step)})
+                    record[name] = metric.value
+        kept = {artifact.path for artifact in self.client.list_artifacts(run_id)}
+        settings: dict[str, Any] = {}
+        if SETTINGS in kept:
+            file = self.client.download_artifacts(run_id, SETTINGS)
+            settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        return Recorded(
+            tags=run.data.tags,
+            settings=settings,
+            history=tuple(record for _, record in sorted(records.items())),
+            metrics={
+                name.removeprefix(TEST): value
+                for name, value in run.data.metrics.items()
+                if name.startswith(TEST)
+            },
+        )
 
     def log_file(self, run_id: str, name: str, data: bytes) -> None:
         """Keep bytes with a run, as its artifact of this name."""
