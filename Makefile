@@ -40,15 +40,21 @@ check: $(STAMP) ## lint, types, layers, protocol
 	$(BIN)/buf breaking protos --against $(RELEASED_WIRE)
 	@$(MAKE) --no-print-directory protos OUT=$(VENV)/protos
 	@diff -r $(VENV)/protos/minga/federation/v1 federation/minga/federation/v1 -x __pycache__ -x __init__.py \
+	  && diff -r $(VENV)/protos/minga/inference/v2 serving/minga/inference/v2 -x __pycache__ -x '*.py' \
 	  || { echo "The generated code differs from protos/: run 'make protos' and commit."; exit 1; }
 
-OUT ?= federation
+OUT ?=
+protos: FEDERATION = $(abspath $(or $(OUT),federation))
+protos: SERVING = $(abspath $(or $(OUT),serving))
 protos: $(STAMP) ## generate the wire code from protos/
-	@mkdir -p $(OUT)
+	@mkdir -p $(FEDERATION) $(SERVING)/minga/inference/v2
 	@cd protos && PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/python -m grpc_tools.protoc -I . \
-	  --python_out=$(abspath $(OUT)) --mypy_out=quiet:$(abspath $(OUT)) \
-	  --grpc_python_out=$(abspath $(OUT)) --mypy_grpc_out=quiet:$(abspath $(OUT)) \
+	  --python_out=$(FEDERATION) --mypy_out=quiet:$(FEDERATION) \
+	  --grpc_python_out=$(FEDERATION) --mypy_grpc_out=quiet:$(FEDERATION) \
 	  minga/federation/v1/federation.proto
+	@cd protos && PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/python -m grpc_tools.protoc -I . \
+	  --mypy_out=quiet:$(SERVING) --descriptor_set_out=$(SERVING)/minga/inference/v2/open_inference.binpb \
+	  minga/inference/v2/open_inference.proto
 
 RELEASED_WIRE := protos/released.binpb
 wire-release: $(STAMP) ## at a release: make the wire of now the one that may not be broken

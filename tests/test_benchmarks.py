@@ -151,3 +151,27 @@ def test_a_rival_without_a_pin_is_refused() -> None:
         text=True,
     )
     assert "RivalError: constraints.txt pins no no-such-rival" in done.stderr
+
+
+BRIEF_BATCHING = """
+import batching
+batching.QUICK = batching.Scale(widths=(64, 512, 512, 10), seconds=0.1)
+batching.main()
+"""
+
+
+@pytest.mark.slow
+def test_batching_is_measured(tmp_path: Path) -> None:
+    """Callers are answered with and without batches, and a crowd is served faster with them."""
+    report = tmp_path / "batching.json"
+    subprocess.run(
+        [sys.executable, "-c", BRIEF_BATCHING, "--quick", "--json", report],
+        check=True,
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+    )
+    written = json.loads(report.read_text())
+    assert [case["callers"] for case in written["cases"]] == [1, 16, 64]
+    assert all(case["limit_rows_per_s"] > 0 for case in written["cases"])
+    rates = {name: median["rows_per_s"] for name, median in written["cases"][-1]["medians"].items()}
+    assert rates["batched"] > rates["single"]

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("cluster", "training", "serving", "federation")
-EXTRAS = ("flower", "train", "tfdv", "cluster", "dev")
+EXTRAS = ("data", "s3", "flower", "train", "tfdv", "cluster", "dev")
 
 # torch's wheel for NVIDIA machines names the CUDA libraries that it was built with, exactly.
 NAMED_BY_TORCH = ("nvidia-", "cuda-", "triton")
@@ -99,10 +99,13 @@ def test_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
     words = ["-o", f"{environment}/.installed", f"VENV={environment}", f"OUT={tmp_path}"]
     subprocess.run(["make", *words, "protos"], cwd=ROOT, check=True, capture_output=True)
     generated = {
-        str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*.py*")
+        file.relative_to(tmp_path): file.read_bytes()
+        for file in tmp_path.rglob("*")
+        if file.is_file()
     }
-    committed = {name: (ROOT / "federation" / name).read_bytes() for name in generated}
-    assert len(generated) == 4
+    roots = {"federation": "federation", "inference": "serving"}
+    committed = {name: (ROOT / roots[name.parts[1]] / name).read_bytes() for name in generated}
+    assert len(generated) == 6
     assert generated == committed
 
 

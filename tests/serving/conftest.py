@@ -18,6 +18,7 @@ from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ClientError
+from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
@@ -136,6 +137,14 @@ def deep_model(width: int = 512, layers: int = 24) -> bytes:
     )
 
 
+def ref_of(folder: Path, content: bytes, name: str, version: str = "1") -> ModelRef:
+    """Write a model file into a folder and refer to it."""
+    path = folder / f"{name}-{version}.onnx"
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    return ModelRef(name=name, version=version, path=str(path), sha256=digest)
+
+
 @pytest.fixture
 def models():
     """The builders of this module by kind, for tests that need bytes."""
@@ -157,10 +166,7 @@ def write_model(tmp_path: Path) -> Callable[..., ModelRef]:
     """Write a model file and refer to it."""
 
     def write(content: bytes, name: str = "scaling", version: str = "1") -> ModelRef:
-        path = tmp_path / f"{name}-{version}.onnx"
-        path.write_bytes(content)
-        digest = hashlib.sha256(content).hexdigest()
-        return ModelRef(name=name, version=version, path=str(path), sha256=digest)
+        return ref_of(tmp_path, content, name, version)
 
     return write
 
@@ -178,20 +184,29 @@ def make_app(write_model) -> Callable[..., InferenceApp]:
 
 
 @contextlib.contextmanager
-def serving(app: InferenceApp) -> Iterator[str]:
-    """Run a real server on a free loopback port, in a loop of its own, and give its URL."""
+def running(*servers: Server | GrpcServer) -> Iterator[None]:
+    """Run real servers in one loop of their own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(app, port=0)
     try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
-        yield server.url
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
+        for server in servers:
+            asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+        yield
+        for server in reversed(servers):
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+@contextlib.contextmanager
+def serving(app: InferenceApp, *, grpc: bool = False) -> Iterator[str]:
+    """Run a real server on a free loopback port, and give its URL."""
+    server = GrpcServer(app.service, port=0) if grpc else Server(app, port=0)
+    with running(server):
+        yield server.url
 
 
 @pytest.fixture
@@ -275,6 +290,8 @@ def register(registry_uri, tmp_path, models):
         bundle = tmp_path / f"{name}-{factor}"
         bundle.mkdir()
         (bundle / "model.onnx").write_bytes(content)
+        if "profile" in changes:
+            (bundle / "profile.json").write_text(changes["profile"])
         experiment = client.get_experiment_by_name(name)
         location = (tmp_path / "artifacts").as_uri()
         experiment_id = (

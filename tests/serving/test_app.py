@@ -186,9 +186,16 @@ async def test_a_slow_model_answers_from_a_thread(make_app, models):
     np.testing.assert_array_equal(decoded(response).outputs["output"], zeros)
 
 
+EXTENSIONS = ["binary_tensor_data", "statistics", "model_repository"]
 READS = {
-    "/v2": {"name": "minga", "extensions": ["binary_tensor_data"]},
-    "/v2/": {"name": "minga", "extensions": ["binary_tensor_data"]},
+    "/v2": {
+        "name": "minga",
+        "extensions": ["binary_tensor_data", "statistics", "model_repository"],
+    },
+    "/v2/": {
+        "name": "minga",
+        "extensions": ["binary_tensor_data", "statistics", "model_repository"],
+    },
     "/v2/health/live": {"live": True},
     "/v2/health/ready": {"ready": True},
     "/v2/models": {"models": ["scaling"]},

@@ -15,6 +15,7 @@ import pytest
 
 from minga.cli.app import main
 from minga.inference.client import InferenceClient
+from minga.inference.grpc_client import GrpcClient
 from minga.inference.server import listen
 
 
@@ -54,6 +55,25 @@ def test_predict_shows_a_line_per_row(url, tmp_path, capsys):
     table = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert table[0] == ["row", "output"]
     assert table[-2:] == [["0", "2", "4", "6"], ["1", "1", "0", "-2"]]
+
+
+@pytest.mark.parametrize("words", [["--grpc"], []], ids=["flag", "scheme"])
+def test_predict_over_grpc(*, words, make_app, models, serve, capsys, monkeypatch):
+    """A gRPC URL, with or without the flag, is asked over gRPC with the same answer."""
+    app = make_app(scaling=models["scaling"](2))
+    with serve(app, grpc=True) as url, typed(monkeypatch, "[[1, 2, 3]]"):
+        run("predict", "scaling", "--input", "-", "--url", url, "--json", *words)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["outputs"] == {"output": [[2, 4, 6]]}
+
+
+def test_predict_over_grpc_says_what_is_wrong(capsys):
+    """No server, and the URL of another wire, are one line with a remedy and an exit code."""
+    assert exit_code("predict", "a", "--csv", "x", "--url", "grpc://127.0.0.1:1") == 23
+    assert "minga serve --grpc-port" in capsys.readouterr().err
+    words = ("--grpc", "--url", "http://127.0.0.1:8000")
+    assert exit_code("predict", "a", "--csv", "x", *words) == 20
+    assert "grpc://127.0.0.1:8001" in capsys.readouterr().err
 
 
 def test_predict_writes_json_and_nothing_else(url, capsys, monkeypatch):
@@ -159,7 +179,7 @@ def test_an_unreachable_registry_ends_serve(tmp_path, monkeypatch, capsys):
 
 @contextlib.contextmanager
 def running_serve(*words: str):
-    """Run `minga serve` in a process of its own; give the process and the URL that it prints."""
+    """Run `minga serve` in a process of its own; give it and the URLs that it prints."""
     process = subprocess.Popen(
         [sys.executable, "-m", "minga.cli", "serve", *words],
         stdout=subprocess.PIPE,
@@ -167,9 +187,16 @@ def running_serve(*words: str):
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
     )
     try:
-        ready = next((line for line in process.stdout if line.startswith("ready at")), None)
-        assert ready, f"serve ended with {process.wait()} before it was ready"
-        yield process, re.search(r"http://[^;]+", ready).group()
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if line.startswith("ready at"):
+                break
+        else:
+            pytest.fail(f"serve ended with {process.wait()} before it was ready")
+        grpc_url = re.search(r"grpc://\S+", printed)
+        url = re.search(r"ready at (http://[^;]+)", printed)[1]
+        yield process, url, grpc_url and grpc_url.group()
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -191,11 +218,15 @@ def test_serve_follows_the_champion_and_stops_cleanly(
     """The command serves the champion, swaps to the next one under load, and ends on SIGTERM."""
     register(name, 1)
     folder = project(port=0, poll_interval_s=0.1, **serving)
-    with running_serve(name, "--project", folder, *words) as (process, url):
+    words = ["--project", folder, "--grpc-port", "0", *words]
+    rows = np.ones((1, 3), np.float32)
+    with running_serve(name, *words) as (process, url, grpc_url):
         with load(url, model=name) as callers:
             callers.wait_for(1.0)
             register(name, 2)
             callers.wait_for(2.0)
+        with GrpcClient(grpc_url) as client:
+            assert client.infer(name, {"input": rows})["output"].tolist() == [[2, 2, 2]]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     assert callers.failures == []
@@ -208,7 +239,9 @@ def test_ctrl_c_is_how_one_ends_serving(project, register):
     with running_serve("interrupted", "--project", project(port=0), "--engine", "local") as (
         process,
         url,
+        grpc_url,
     ):
+        assert grpc_url is None
         with InferenceClient(url) as client:
             rows = np.ones((1, 3), np.float32)
             assert client.infer("interrupted", {"input": rows})["output"].tolist() == [[3, 3, 3]]

@@ -11,6 +11,7 @@ import pytest
 
 from minga.inference.client import InferenceClient
 from minga.inference.errors import PortInUseError, RejectedError
+from minga.inference.grpc_client import GrpcClient
 from minga.inference.protocol import JSON_SIZE_HEADER, InferRequest
 from minga.inference.server import listen
 from minga.serving.config import ServingConfig
@@ -26,7 +27,8 @@ def host(ray_cluster):
     """Two replicas that serve nothing yet."""
     from minga.serving.host import start
 
-    running = start(ServingConfig(port=0, num_replicas=2, cpus_per_replica=0.5), [])
+    config = ServingConfig(port=0, grpc_port=0, num_replicas=2, cpus_per_replica=0.5)
+    running = start(config, [])
     yield running
     running.stop()
 
@@ -113,6 +115,25 @@ def test_the_protocol_survives_the_proxy(host, refs, models, write_model):
         for path, status in (("/v2/models/no/infer", 404), ("/v2/models/sum/infer", 400)):
             refused = http.post(path, content=b"{")
             assert (refused.status_code, list(refused.json())) == (status, ["error"])
+
+
+def test_grpc_reaches_every_replica(host, refs):
+    """Each connection is one replica's; all replicas answer, with the version of the last swap."""
+    host.deploy(refs[:1])
+    host.deploy(refs[1:2])
+    for _ in range(16):
+        with GrpcClient(host.grpc_url) as client:
+            output = client.infer("scaling", {"input": ROWS})["output"]
+            np.testing.assert_array_equal(output, ROWS * 2)
+            with pytest.raises(RejectedError) as refused:
+                client.infer("no", {"input": ROWS})
+            assert refused.value.status == 404
+    counts = set()
+    for _ in range(20):
+        stats = httpx.get(f"{host.url}/v2/models/scaling/stats").json()["model_stats"][0]
+        counts.add(stats["execution_count"])
+    # Both replicas have answered, be it in equal shares.
+    assert counts == {8} or (len(counts) == 2 and sum(counts) == 16 and 0 not in counts)
 
 
 def test_a_killed_replica_comes_back_with_what_is_declared(host, refs):

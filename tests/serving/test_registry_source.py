@@ -85,3 +85,28 @@ def test_a_registry_server_that_is_away_is_one_clear_error():
 
     with pytest.raises(RegistryUnreachableError, match="does not answer"):
         RegistrySource("http://127.0.0.1:1").names()
+
+
+@pytest.mark.parametrize(
+    ("name", "profile", "baseline"),
+    [
+        ("profiled", '{"inputs": [{"mean": 1.5}, {"mean": -2}, {"mean": 0}]}', (1.5, -2.0, 0.0)),
+        ("unprofiled", None, ()),
+        ("broken-json", "{", ()),
+        ("broken-form", '{"inputs": {"mean": 1}}', ()),
+        ("broken-number", '{"inputs": [{"mean": "much"}]}', ()),
+    ],
+)
+@pytest.mark.parametrize("source_uri", [None, "runs:/{run_id}/bundle"], ids=["here", "remote"])
+def test_the_means_of_the_training_data_come_along(
+    *, name, profile, baseline, source_uri, register, source
+):
+    """They are the baseline of explanations; a version without them is served all the same."""
+    name += "-remote" if source_uri else ""
+    changes = ({"profile": profile} if profile else {}) | (
+        {"source": source_uri} if source_uri else {}
+    )
+    register(name, 2, **changes)
+    ref = source.current(name)
+    assert ref.baseline == baseline
+    assert OnnxModel.load(ref).ref == ref

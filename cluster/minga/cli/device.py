@@ -58,6 +58,7 @@ def run(
     compress: Annotated[Literal["auto", "always", "never"], _set_by("COMPRESS")] = "auto",
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
     port: Annotated[int, _set_by("PORT")] = 8080,
+    grpc_port: Annotated[int | None, _set_by("GRPC_PORT")] = None,
 ) -> None:
     """Run this device until Ctrl-C: join rounds, fetch models, answer predictions on site.
 
@@ -85,6 +86,7 @@ def run(
             the link is measured to be slower than 5 MB/s.
         host: Address of the local inference server.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
+        grpc_port: Port of the local inference server for gRPC, which is off unless it is given.
     """
     from minga.cli.services import run_service
     from minga.federation.device.server import run as serve
@@ -109,6 +111,7 @@ def run(
         compress=compress,
         host=host,
         port=port,
+        grpc_port=grpc_port,
         **given,
     )
     run_service(serve(settings))

@@ -2,13 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from minga.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from minga.inference.client import InferenceClient
+    from minga.inference.grpc_client import GrpcClient
     from minga.inference.protocol import InferResponse
     from minga.inference.tensors import Array
 
@@ -21,8 +23,10 @@ def predict(
     *,
     input: File | None = None,  # noqa: A002 - the option's name
     csv: File | None = None,
-    url: str = "http://127.0.0.1:8000",
+    url: str | None = None,
+    grpc: Annotated[bool, Parameter(negative=())] = False,
     model_version: str | None = None,
+    explain: Annotated[bool, Parameter(negative=())] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
     """Send one request to a served model and show its outputs.
@@ -35,12 +39,18 @@ def predict(
 
     Example: minga predict machine-failure --csv new.csv --json
 
+    Example: minga predict machine-failure --csv new.csv --url grpc://127.0.0.1:8001
+
     Args:
         model: The model's name.
         input: A JSON file; - reads standard input.
         csv: A CSV file; - reads standard input.
-        url: The server, as `minga serve` or `minga device run` prints it.
+        url: The server, as `minga serve` or `minga device run` prints it; by default
+            http://127.0.0.1:8000.
+        grpc: Ask over gRPC; without a URL at grpc://127.0.0.1:8001.
         model_version: The version to ask; by default the server's.
+        explain: Show what each feature adds to the outputs instead of the outputs: the output
+            minus the output with that feature alone at its mean in the training data. HTTP only.
         as_json: Write the outputs as one JSON object.
     """
     from minga.inference.client import InferenceClient
@@ -50,22 +60,50 @@ def predict(
 
     if (input is None) == (csv is None):
         raise BadRequestError("give the rows with either --input FILE or --csv FILE")
-    with InferenceClient(url) as client:
+    if explain and (grpc or (url or "").startswith("grpc://")):
+        raise BadRequestError("--explain is asked over HTTP: the protocol has no gRPC call for it")
+    with _client(url, grpc=grpc) as client:
         metadata = client.metadata(model, version=model_version)
         if input is not None:
-            inputs = read_json(_read(input), metadata)
+            inputs = read_json(read_file(input), metadata)
         else:
             assert csv is not None
-            inputs = read_csv(_read(csv).decode(errors="replace"), metadata)
+            inputs = read_csv(read_file(csv).decode(errors="replace"), metadata)
         request = InferRequest(inputs=inputs, binary_outputs=True)
-        response = client.request(model, request, version=model_version)
+        if isinstance(client, InferenceClient):
+            verb: Literal["infer", "explain"] = "explain" if explain else "infer"
+            response = client.request(model, request, version=model_version, verb=verb)
+        else:
+            response = client.request(model, request, version=model_version)
     if as_json:
         print_json(_summary(response))
     else:
         _print(response)
 
 
-def _read(file: Path) -> bytes:
+def _client(url: str | None, *, grpc: bool) -> "InferenceClient | GrpcClient":
+    """Open a client of the kind that the URL's scheme, or the flag, asks for."""
+    from minga.inference.errors import ClientError
+
+    if url is None:
+        url = "grpc://127.0.0.1:8001" if grpc else "http://127.0.0.1:8000"
+    if url.startswith("grpc://"):
+        from minga.inference.grpc_client import GrpcClient
+
+        return GrpcClient(url)
+    if grpc:
+        raise ClientError(f"{url!r} is no gRPC server's URL; write one like grpc://127.0.0.1:8001")
+    from minga.inference.client import InferenceClient
+
+    return InferenceClient(url)
+
+
+def read_file(file: Path) -> bytes:
+    """Read a file that the command line names; - is standard input.
+
+    Raises:
+        BadRequestError: it cannot be read.
+    """
     from minga.inference.errors import BadRequestError
 
     if str(file) == "-":

@@ -5,7 +5,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
     from minga.serving.config import ServingConfig
     from minga.serving.watcher import ModelSource
 
+Port = Annotated[int | None, Parameter(validator=Number(gte=0, lte=65535))]
+
 
 def serve(
     *models: str,
     project: Path | None = None,
     host: str | None = None,
-    port: Annotated[int | None, Parameter(validator=Number(gte=0, lte=65535))] = None,
+    port: Port = None,
+    grpc_port: Port = None,
     engine: Literal["ray", "local"] = "ray",
 ) -> None:
     """Serve registered models over the Open Inference Protocol v2 until Ctrl-C.
@@ -36,17 +40,19 @@ def serve(
 
     Example: minga serve
 
-    Example: minga serve machine-failure --port 9000 --engine local
+    Example: minga serve machine-failure --port 9000 --grpc-port 9001 --engine local
 
     Args:
         models: The models to serve; by default all that have a champion.
         project: The project folder. Without one here, MINGA_TRACKING_URI says which registry.
         host: The address to listen on, instead of the configured one.
         port: The port to listen on, instead of the configured one; 0 takes a free one.
+        grpc_port: The port to listen on for gRPC, which is off unless it is configured or given.
         engine: `ray` serves from replicas on Ray Serve, `local` from this process alone, which
             starts in a second and needs a tenth of the memory.
     """
-    config, tracking_uri = _configured(project, host, port)
+    chosen = {"host": host, "port": port, "grpc_port": grpc_port}
+    config, tracking_uri = _configured(project, chosen)
     from minga.serving.registry_source import RegistrySource
     from minga.serving.watcher import current_versions
 
@@ -55,13 +61,14 @@ def serve(
     if engine == "local":
         from minga.serving.local import serve_locally
 
-        run_service(serve_locally(config, source, refs, lambda url: _announce(url, refs)))
+        announce = partial(_announce, refs)
+        run_service(serve_locally(config, source, refs, announce, tracking_uri=tracking_uri))
     else:
-        _serve_on_ray(config, source, refs)
+        _serve_on_ray(config, source, refs, tracking_uri)
 
 
 def _configured(
-    project: Path | None, host: str | None, port: int | None
+    project: Path | None, chosen: Mapping[str, str | int | None]
 ) -> tuple["ServingConfig", str]:
     """Give the configuration and the registry, from a project or from the environment alone."""
     from minga.cluster.project import FILE, load
@@ -72,13 +79,12 @@ def _configured(
     if project is not None or not uri or Path(FILE).is_file():
         loaded = load(project or Path())
         config, uri = loaded.serving, loaded.tracking_uri
-    chosen = {"host": host, "port": port}
     given = {name: value for name, value in chosen.items() if value is not None}
     return config.model_copy(update=given), uri
 
 
 def _serve_on_ray(
-    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"]
+    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"], tracking_uri: str
 ) -> None:
     import tempfile
     import threading
@@ -96,14 +102,16 @@ def _serve_on_ray(
         with local_ray(num_cpus=cpus):
             # Ray's own handler would leave without stopping what it serves.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            with following(config, source, refs) as url:
-                _announce(url, refs)
+            with following(config, source, refs, tracking_uri=tracking_uri) as serving:
+                _announce(refs, serving.url, serving.grpc_url)
                 with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
                     threading.Event().wait()
 
 
-def _announce(url: str, refs: Sequence["ModelRef"]) -> None:
+def _announce(refs: Sequence["ModelRef"], url: str, grpc_url: str | None) -> None:
     for ref in refs:
         print_line(f"serving model {ref} at {url}/v2/models/{ref.name}")
+    if grpc_url is not None:
+        print_line(f"gRPC at {grpc_url}")
     print_line(f"ready at {url}; Ctrl-C stops serving, the models stay registered")
     sys.stdout.flush()

@@ -1,26 +1,29 @@
 """The Open Inference Protocol v2 over HTTP, as a plain ASGI application.
 
 It needs no framework and hosts anywhere: uvicorn in this process (`server`), Ray Serve
-(`minga.serving`), a device. Routing is a match on the path's parts. A request is computed on
-the event loop where that is faster than a hop to a thread, else on a small pool.
+(`minga.serving`), a device. What it answers is the table in `routes`.
 
 Every answer that is no success is `{"error": "..."}`, which is where clients look for it.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib.metadata import version as installed_version
 from typing import Any, Final
 
 import orjson
 from prometheus_client import CollectorRegistry
 
-from minga.inference.bodies import DisconnectedError, Receive, decompress, read_body
+from minga.inference.bodies import (
+    DisconnectedError,
+    Receive,
+    Share,
+    compress,
+    decompress,
+    read_body,
+)
 from minga.inference.engine import PLATFORM, OnnxModel
 from minga.inference.errors import (
     BadRequestError,
@@ -31,15 +34,25 @@ from minga.inference.errors import (
     UnknownPathError,
 )
 from minga.inference.limits import Limits
-from minga.inference.metrics import CONTENT_TYPE, InferenceMetrics
+from minga.inference.metrics import CONTENT_TYPE
+from minga.inference.openapi import description
 from minga.inference.protocol import (
-    BINARY_EXTENSION,
     JSON_SIZE_HEADER,
+    InferRequest,
+    InferResponse,
     Message,
     decode_request,
     encode_response,
 )
 from minga.inference.repository import ModelRepository
+from minga.inference.routes import Match, Operation, find
+from minga.inference.service import (
+    EXTENSIONS,
+    SERVER_NAME,
+    InferenceService,
+    ModelControl,
+    server_version,
+)
 from minga.inference.tensors import TensorSpec
 
 Scope = MutableMapping[str, Any]
@@ -47,17 +60,16 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_HEADER_BYTES: Final = 64 * 1024
-_CALLER_LEFT: Final = 499  # nginx' number for it; nobody receives it, only the metrics
-# A hop to a thread and back costs about 0.1 ms; computing longer than this on the loop would
-# be felt by the other connections.
-_INLINE_S: Final = 0.001
+_BUFFERED_BYTES: Final = 64 * 1024  # what a server's own buffer takes without waiting
+_JSON: Final = (b"content-type", b"application/json")
+_BINARY: Final = (b"content-type", b"application/octet-stream")
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
     status: int
     body: bytes
-    headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
+    headers: tuple[tuple[bytes, bytes], ...] = (_JSON,)
 
 
 class InferenceApp:
@@ -67,6 +79,7 @@ class InferenceApp:
         repository: the models; it may change at any time.
         limits: what callers are granted.
         registry: where the Prometheus series live; `GET /metrics` writes all of it.
+        control: see `InferenceService`.
     """
 
     def __init__(
@@ -75,11 +88,16 @@ class InferenceApp:
         *,
         limits: Limits | None = None,
         registry: CollectorRegistry | None = None,
+        control: ModelControl | None = None,
     ) -> None:
-        self._repository = repository
-        self._limits = limits or Limits()
-        self._metrics = InferenceMetrics(repository, registry or CollectorRegistry())
-        self._threads = ThreadPoolExecutor(self._limits.num_threads, "minga-inference")
+        self.service = InferenceService(
+            repository, limits=limits, registry=registry, control=control
+        )
+        self._before_shutdown: Callable[[], Awaitable[None]] | None = None
+
+    def before_shutdown(self, stop: Callable[[], Awaitable[None]]) -> None:
+        """Have another server of `service` stopped when the host of this application ends it."""
+        self._before_shutdown = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection's lifespan or one request."""
@@ -92,131 +110,127 @@ class InferenceApp:
                 await send({"type": "websocket.close", "code": 1003})
 
     async def _answer_http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.service.share() as share:
+            answer = await self._answer(scope, receive, share)
+            if answer is None:
+                return
+            length = (b"content-length", str(len(answer.body)).encode())
+            head = {"type": "http.response.start", "status": answer.status}
+            await send(head | {"headers": [*answer.headers, length]})
+            body = b"" if scope["method"] == "HEAD" else answer.body
+            if len(body) <= _BUFFERED_BYTES:
+                await send({"type": "http.response.body", "body": body})
+                return
+            # The second message waits until the caller has taken the first; until then its
+            # memory is the request's share, so that callers who do not read cannot take it all.
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.service.limits.body_timeout_s):
+                    await send({"type": "http.response.body", "body": b""})
+
+    async def _answer(self, scope: Scope, receive: Receive, share: Share) -> _Answer | None:
+        """Answer one request; None if its caller went away."""
         try:
-            answer = await self._route(scope, receive)
+            answer = await self._route(scope, receive, share)
+            share.take(len(answer.body))
         except InferenceError as error:
-            answer = _refusal(error)
+            return _refusal(error)
         except DisconnectedError:
-            return
+            return None
         except Exception:  # noqa: BLE001 - a bug of ours must not close the caller's connection
             _LOG.exception("unexpected error on %s %s", scope["method"], scope["path"])
-            answer = _json({"error": "internal error; the server's log has the details"}, 500)
-        length = (b"content-length", str(len(answer.body)).encode())
-        await send(
-            {
-                "type": "http.response.start",
-                "status": answer.status,
-                "headers": [*answer.headers, length],
-            }
-        )
-        body = b"" if scope["method"] == "HEAD" else answer.body
-        await send({"type": "http.response.body", "body": body})
-
-    async def _route(self, scope: Scope, receive: Receive) -> _Answer:
-        headers = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > _MAX_HEADER_BYTES:
-            raise HeadersTooLargeError(f"the headers are over {_MAX_HEADER_BYTES} bytes")
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        match path.split("/")[1:]:
-            case ["v2", "models", name, "infer"]:
-                return await self._infer(scope, receive, name, None)
-            case ["v2", "models", name, "versions", version, "infer"]:
-                return await self._infer(scope, receive, name, version)
-            case parts:
-                return self._describe(scope, parts)
-
-    def _describe(self, scope: Scope, parts: list[str]) -> _Answer:
-        """Answer everything that only reads."""
-        read: Callable[[], _Answer]
-        match parts:
-            case ["v2"] | ["v2", ""]:
-                read = _server_metadata
-            case ["v2", "health", "live"]:
-                read = partial(_json, {"live": True})
-            case ["v2", "health", "ready"]:
-                read = self._server_ready
-            case ["v2", "models"]:
-                read = self._model_names
-            case ["v2", "models", name]:
-                read = partial(self._model_metadata, name, None)
-            case ["v2", "models", name, "ready"]:
-                read = partial(self._model_ready, name, None)
-            case ["v2", "models", name, "versions", version]:
-                read = partial(self._model_metadata, name, version)
-            case ["v2", "models", name, "versions", version, "ready"]:
-                read = partial(self._model_ready, name, version)
-            case ["metrics"]:
-                read = self._exposition
-            case _:
-                raise UnknownPathError(f"no path {scope['path']!r} in the Open Inference Protocol")
-        _require_method(scope, "GET, HEAD")
-        return read()
-
-    async def _infer(
-        self, scope: Scope, receive: Receive, name: str, version: str | None
-    ) -> _Answer:
-        _require_method(scope, "POST")
-        start = time.perf_counter()
-        model: OnnxModel | None = None
-        status = 500
-        self._metrics.begin()
-        try:
-            model = self._repository.get(name, version)
-            answer = await self._compute(model, dict(scope["headers"]), receive)
-            status = answer.status
-        except InferenceError as error:
-            status = error.status
-            raise
-        except (DisconnectedError, asyncio.CancelledError):
-            status = _CALLER_LEFT
-            raise
-        finally:
-            self._metrics.end(
-                model=model.ref.name if model else "",
-                version=model.ref.version if model else "",
-                status=status,
-                duration_s=time.perf_counter() - start,
-            )
+            return _json({"error": "internal error; the server's log has the details"}, 500)
         return answer
 
-    async def _compute(
-        self, model: OnnxModel, headers: dict[bytes, bytes], receive: Receive
-    ) -> _Answer:
-        limit = self._limits.max_body_bytes
-        body = await read_body(receive, announced=headers.get(b"content-length"), max_bytes=limit)
-        coding = headers.get(b"content-encoding", b"")
-        json_size = _json_size(headers)
-        compute = partial(_infer, model, body, coding, json_size, limit)
-        if not coding and model.estimate_s(len(body)) < _INLINE_S:
-            return compute()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, compute)
+    async def _route(self, scope: Scope, receive: Receive, share: Share) -> _Answer:
+        fields = scope["headers"]
+        if sum(len(name) + len(value) for name, value in fields) > _MAX_HEADER_BYTES:
+            raise HeadersTooLargeError(f"the headers are over {_MAX_HEADER_BYTES} bytes")
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        match = find(path)
+        if match is None:
+            raise UnknownPathError(f"there is no {path[:80]!r} here; the protocol begins at /v2")
+        if scope["method"] not in match.route.allowed.split(", "):
+            raise MethodNotAllowedError(
+                f"{path[:80]} answers {match.route.allowed}, not {scope['method'][:20]}",
+                allowed=match.route.allowed,
+            )
+        headers = dict(fields)
+        if match.route.method == "GET":
+            return self._describe(match)
+        call = _HttpCall(headers, receive, share)
+        if match.route.operation is Operation.INFER:
+            assert match.model is not None, "the path names it"
+            return await self.service.infer(match.model, match.version, call)
+        if match.route.operation is Operation.EXPLAIN:
+            assert match.model is not None, "the path names it"
+            return await self.service.explain(match.model, match.version, call)
+        return await self._manage(match, call)
 
-    def _server_ready(self) -> _Answer:
-        if not self._repository.is_ready:
-            raise UnavailableError("no model is loaded yet; try again shortly")
-        return _json({"ready": True})
+    def _describe(self, match: Match) -> _Answer:
+        """Answer what only reads."""
+        match match.route.operation:
+            case Operation.SERVER_METADATA:
+                return _json(
+                    {"name": SERVER_NAME, "version": server_version(), "extensions": EXTENSIONS}
+                )
+            case Operation.SERVER_LIVE:
+                return _json({"live": True})
+            case Operation.SERVER_READY:
+                self.service.require_ready()
+                return _json({"ready": True})
+            case Operation.MODEL_NAMES:
+                return _json({"models": self.service.repository.names()})
+            case Operation.STATISTICS:
+                return _json({"model_stats": self.service.statistics(match.model, match.version)})
+            case Operation.METRICS:
+                exposition = self.service.metrics.exposition()
+                return _Answer(200, exposition, ((b"content-type", CONTENT_TYPE.encode()),))
+            case Operation.DESCRIPTION:
+                return _json(description())
+        assert match.model is not None, "the path names it"
+        model = self.service.repository.get(match.model, match.version)
+        if match.route.operation is Operation.MODEL_READY:
+            return _json({"name": model.ref.name, "ready": True})
+        return _json(self._model_metadata(model))
 
-    def _model_names(self) -> _Answer:
-        return _json({"models": self._repository.names()})
+    def _model_metadata(self, model: OnnxModel) -> dict[str, Any]:
+        return {
+            "name": model.ref.name,
+            "versions": self.service.repository.versions(model.ref.name),
+            "platform": PLATFORM,
+            "inputs": [_spec(spec) for spec in model.inputs],
+            "outputs": [_spec(spec) for spec in model.outputs],
+        }
 
-    def _model_ready(self, name: str, version: str | None) -> _Answer:
-        model = self._repository.get(name, version)
-        return _json({"name": model.ref.name, "ready": True})
+    async def _manage(self, match: Match, call: "_HttpCall") -> _Answer:
+        """Answer for the repository."""
+        options = await self._options(call)
+        if match.route.operation is Operation.REPOSITORY_INDEX:
+            only_ready = options.get("ready", False)
+            if type(only_ready) is not bool:
+                raise BadRequestError("'ready' must be true or false")
+            return _json(self.service.index(only_ready=only_ready))
+        assert match.model is not None, "the path names it"
+        if match.route.operation is Operation.LOAD:
+            if options.get("parameters"):
+                raise BadRequestError("a model is loaded as it is declared; it takes no parameters")
+            await self.service.load(match.model)
+        else:
+            await self.service.unload(match.model)
+        return _json({})
 
-    def _model_metadata(self, name: str, version: str | None) -> _Answer:
-        model = self._repository.get(name, version)
-        return _json(
-            {
-                "name": name,
-                "versions": self._repository.versions(name),
-                "platform": PLATFORM,
-                "inputs": [_spec(spec) for spec in model.inputs],
-                "outputs": [_spec(spec) for spec in model.outputs],
-            }
-        )
-
-    def _exposition(self) -> _Answer:
-        return _Answer(200, self._metrics.exposition(), ((b"content-type", CONTENT_TYPE.encode()),))
+    async def _options(self, call: "_HttpCall") -> dict[str, Any]:
+        """Read a body that may be absent, and is a JSON object else."""
+        await call.receive(self.service.limits)
+        body = call.plain()
+        try:
+            options = orjson.loads(body or b"{}")
+        except orjson.JSONDecodeError as error:
+            raise BadRequestError(f"the body is not JSON: {error}") from None
+        if type(options) is not dict:
+            raise BadRequestError("the body must be a JSON object")
+        return options
 
     async def _follow_lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -224,28 +238,52 @@ class InferenceApp:
             if message["type"] == "lifespan.startup":
                 await send({"type": "lifespan.startup.complete"})
             else:
-                self._threads.shutdown(wait=False)
+                if self._before_shutdown is not None:
+                    await self._before_shutdown()
+                self.service.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
 
-def _infer(
-    model: OnnxModel, body: bytes, coding: bytes, json_size: int | None, max_bytes: int
-) -> _Answer:
-    """Bytes in, bytes out; on whichever thread."""
-    plain = decompress(body, coding, max_bytes=max_bytes)
-    request = decode_request(Message(body=plain, json_size=json_size), raw_inputs=model.inputs)
-    message = encode_response(model.infer(request), request)
-    if message.json_size is None:
-        return _Answer(200, message.body)
-    return _Answer(
-        200,
-        message.body,
-        (
-            (b"content-type", b"application/octet-stream"),
-            (JSON_SIZE_HEADER.encode(), str(message.json_size).encode()),
-        ),
-    )
+class _HttpCall:
+    """An inference request over HTTP, a `service.Call`."""
+
+    def __init__(self, headers: dict[bytes, bytes], receive: Receive, share: Share) -> None:
+        self._headers = headers
+        self._share = share
+        self._receive = receive
+        self._body = b""
+        self._max_bytes = 0
+
+    async def receive(self, limits: Limits) -> int:
+        """Read the body; one that has to be inflated counts as one of the largest."""
+        announced = self._headers.get(b"content-length")
+        self._body = await read_body(
+            self._receive, announced=announced, limits=limits, share=self._share
+        )
+        self._max_bytes = limits.max_body_bytes
+        return self._max_bytes if b"content-encoding" in self._headers else len(self._body)
+
+    def plain(self) -> bytes:
+        """Give the body without its content coding."""
+        coding = self._headers.get(b"content-encoding", b"")
+        return decompress(self._body, coding, max_bytes=self._max_bytes)
+
+    def decode(self, model: OnnxModel) -> InferRequest:
+        """Read JSON, and raw tensors after it."""
+        message = Message(body=self.plain(), json_size=_json_size(self._headers))
+        return decode_request(message, raw_inputs=model.inputs)
+
+    def encode(self, response: InferResponse, request: InferRequest) -> _Answer:
+        """Write JSON, and raw tensors after it."""
+        message = encode_response(response, request)
+        headers: tuple[tuple[bytes, bytes], ...] = (_JSON,)
+        if message.json_size is not None:
+            headers = (_BINARY, (JSON_SIZE_HEADER.encode(), str(message.json_size).encode()))
+        body, coding = compress(message.body, self._headers.get(b"accept-encoding", b""))
+        if coding:
+            headers = (*headers, (b"content-encoding", coding), (b"vary", b"accept-encoding"))
+        return _Answer(200, body, headers)
 
 
 def _json_size(headers: dict[bytes, bytes]) -> int | None:
@@ -259,35 +297,18 @@ def _json_size(headers: dict[bytes, bytes]) -> int | None:
     return int(value)
 
 
-def _require_method(scope: Scope, allowed: str) -> None:
-    if scope["method"] not in allowed.split(", "):
-        raise MethodNotAllowedError(
-            f"{scope['path']} answers {allowed}, not {scope['method']}", allowed=allowed
-        )
-
-
-@cache
-def _server_metadata() -> _Answer:
-    return _json(
-        {
-            "name": "minga",
-            "version": installed_version("minga"),
-            "extensions": [BINARY_EXTENSION],
-        }
-    )
-
-
 def _spec(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
 
 
-def _json(content: dict[str, Any], status: int = 200) -> _Answer:
+def _json(content: Any, status: int = 200) -> _Answer:
     return _Answer(status, orjson.dumps(content))
 
 
 def _refusal(error: InferenceError) -> _Answer:
     answer = _json({"error": str(error)}, error.status)
     if isinstance(error, MethodNotAllowedError):
-        allow = (b"allow", error.allowed.encode())
-        return _Answer(answer.status, answer.body, (*answer.headers, allow))
+        return _Answer(answer.status, answer.body, (_JSON, (b"allow", error.allowed.encode())))
+    if isinstance(error, UnavailableError):
+        return _Answer(answer.status, answer.body, (_JSON, (b"retry-after", b"1")))
     return answer

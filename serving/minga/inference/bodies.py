@@ -1,15 +1,26 @@
-"""Reading a request's body under a limit, on the wire and after decompression."""
+"""Bodies under limits of size, time and memory: read, inflated, and deflated on the way back."""
 
+import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
-from minga.inference.errors import BadRequestError, TooLargeError, UnsupportedCodingError
+from minga.inference.errors import (
+    BadRequestError,
+    OverloadedError,
+    SlowCallerError,
+    TooLargeError,
+    UnsupportedCodingError,
+)
+from minga.inference.limits import Limits
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 _MAX_DIGITS: Final = 18  # more only means larger still, and int() refuses thousands of them
 _ZLIB_OR_GZIP: Final = 32 + zlib.MAX_WBITS
+_DEFLATERS: Final = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+_WORTH_BYTES: Final = 4096  # below it a packet or two are saved, and the time is lost
 _CODINGS: Final = (b"gzip", b"x-gzip", b"deflate")
 
 
@@ -17,18 +28,98 @@ class DisconnectedError(Exception):
     """The caller went away before its body was complete; there is nobody to answer."""
 
 
-async def read_body(receive: Receive, *, announced: bytes | None, max_bytes: int) -> bytes:
-    """Read a whole body, giving up as soon as it is known to be over the limit.
+class Budget:
+    """The memory that requests and answers together may take. For one event loop.
+
+    Args:
+        max_bytes: how much that is.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._left = max_bytes
+
+    def share(self) -> "Share":
+        """Give a request's part of it, empty as yet; a context manager that gives it back."""
+        return Share(self)
+
+    def take(self, num_bytes: int) -> None:
+        """Set memory aside.
+
+        Raises:
+            OverloadedError: there is not so much left.
+        """
+        if num_bytes > self._left:
+            raise OverloadedError(
+                "the requests that are being answered take all the memory that they may; "
+                "try again shortly"
+            )
+        self._left -= num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Give back what was set aside."""
+        self._left += num_bytes
+
+
+class Share:
+    """One request's part of a budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._taken = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Set memory aside until the end of the request.
+
+        Raises:
+            OverloadedError: there is not so much left.
+        """
+        self._budget.take(num_bytes)
+        self._taken += num_bytes
+
+    def give_back(self, _: object = None) -> None:
+        """Give back all of it; also what gRPC calls at the end of a request."""
+        self._budget.give_back(self._taken)
+        self._taken = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.give_back()
+
+
+async def read_body(
+    receive: Receive, *, announced: bytes | None, limits: Limits, share: Share
+) -> bytes:
+    """Read a whole body, giving up as soon as it is known to be over a limit.
 
     Args:
         receive: ASGI's source of messages.
         announced: the `Content-Length` header, if there is one.
-        max_bytes: the limit.
+        limits: how long it may be, and how long it may take.
+        share: what its memory is taken from.
 
     Raises:
-        TooLargeError: the body is longer than `max_bytes`.
+        TooLargeError: the body is longer than it may be.
+        SlowCallerError: it is not complete in time.
+        OverloadedError: too many bytes of other requests are in memory.
         DisconnectedError: the caller went away.
     """
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            return await _read(receive, announced, limits.max_body_bytes, share)
+    except TimeoutError:
+        raise SlowCallerError(
+            f"the body did not arrive within {limits.body_timeout_s:g} s"
+        ) from None
+
+
+async def _read(receive: Receive, announced: bytes | None, max_bytes: int, share: Share) -> bytes:
     if announced is not None and announced.isdigit() and int(announced[:_MAX_DIGITS]) > max_bytes:
         raise _too_large(max_bytes)
     chunks: list[bytes] = []
@@ -42,6 +133,7 @@ async def read_body(receive: Receive, *, announced: bytes | None, max_bytes: int
         size += len(chunk)
         if size > max_bytes:
             raise _too_large(max_bytes)
+        share.take(len(chunk))
         chunks.append(chunk)
         more = message.get("more_body", False)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -88,3 +180,34 @@ def _window_bits(body: bytes, coding: bytes) -> int:
 
 def _too_large(max_bytes: int) -> TooLargeError:
     return TooLargeError(f"the body is over this server's limit of {max_bytes} bytes")
+
+
+def compress(body: bytes, accepted: bytes) -> tuple[bytes, bytes]:
+    """Deflate a long body for a caller that takes it.
+
+    Args:
+        body: the body.
+        accepted: the `Accept-Encoding` header; empty means nothing is.
+
+    Returns:
+        The body, and its content coding; empty where it went unchanged.
+    """
+    if not accepted or len(body) < _WORTH_BYTES:
+        return body, b""
+    wanted = _accepted(accepted)
+    for coding, window_bits in _DEFLATERS.items():
+        if coding in wanted:
+            deflater = zlib.compressobj(level=1, wbits=window_bits)
+            return deflater.compress(body) + deflater.flush(), coding
+    return body, b""
+
+
+def _accepted(header: bytes) -> set[bytes]:
+    """Read which codings a caller takes (RFC 9110, section 12.5.3); `*` is not taken up."""
+    codings = set()
+    for entry in header.lower().split(b","):
+        coding, _, parameter = entry.partition(b";")
+        weight = parameter.replace(b" ", b"").removeprefix(b"q=").rstrip(b"0")
+        if weight not in (b"0.", b"") or not parameter:
+            codings.add(coding.strip())
+    return codings

@@ -5,9 +5,9 @@
 Many requests to one server go through one `InferenceClient`, which keeps its connections.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 from urllib.parse import quote
 
 import httpx
@@ -92,8 +92,48 @@ class InferenceClient:
             ).outputs
         )
 
+    def explain(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str | None = None,
+        outputs: Iterable[str] = (),
+        baseline: Sequence[float] | None = None,
+    ) -> dict[str, Array]:
+        """Ask what each feature adds to each output, by occlusion (`minga.inference.explaining`).
+
+        Args:
+            model: the model's name; it takes one table of numbers.
+            inputs: the rows to explain.
+            version: which version is explained; None leaves it to the server.
+            outputs: which outputs are explained; none means all.
+            baseline: the value of each feature that stands for its absence; None means the
+                mean of the training data, where the server knows it.
+
+        Returns:
+            By output, `(rows, features, ...)`.
+
+        Raises:
+            BadRequestError: an array has no form in the protocol.
+            ClientError: the server cannot be reached, or refuses.
+        """
+        request = InferRequest(
+            inputs={name: np.asarray(array) for name, array in inputs.items()},
+            outputs=tuple(RequestedOutput(name=name) for name in outputs),
+            binary_outputs=True,
+            parameters={} if baseline is None else {"baseline": [float(one) for one in baseline]},
+        )
+        return dict(self.request(model, request, version=version, verb="explain").outputs)
+
     def request(
-        self, model: str, request: InferRequest, *, version: str | None = None, binary: bool = True
+        self,
+        model: str,
+        request: InferRequest,
+        *,
+        version: str | None = None,
+        binary: bool = True,
+        verb: Literal["infer", "explain"] = "infer",
     ) -> InferResponse:
         """Send a request as it is, and give back the whole response with the answering version.
 
@@ -108,7 +148,7 @@ class InferenceClient:
                 "content-type": "application/octet-stream",
                 JSON_SIZE_HEADER: str(message.json_size),
             }
-        response = self._send("POST", _path(model, version) + "/infer", message.body, headers)
+        response = self._send("POST", f"{_path(model, version)}/{verb}", message.body, headers)
         size = response.headers.get(JSON_SIZE_HEADER)
         try:
             return decode_response(

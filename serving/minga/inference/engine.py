@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as excerpt  # a caller must not choose a message's length
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from minga.inference.errors import BadRequestError, ModelError
 from minga.inference.protocol import InferRequest, InferResponse
+from minga.inference.statistics import Statistics
 from minga.inference.tensors import Array, Datatype, TensorSpec
 
 PLATFORM: Final = "onnxruntime_onnx"  # as Triton names it, which clients compare with
@@ -55,6 +57,7 @@ _NATIVE_ERRORS: Final = (
 # images of any size need more.
 _TRIAL_DIMS: Final = (1, 64)
 _TIMED_RUNS: Final = 3
+_TRIAL_VALUES: Final = (0, 1, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +69,15 @@ class ModelRef:
         version: the version's name in URLs, as the registry gives it.
         path: the ONNX file, weights inside.
         sha256: the file's digest in hexadecimal.
+        baseline: the mean of each feature in the training data, by which answers are explained;
+            empty if it is not known.
     """
 
     name: str
     version: str
     path: str
     sha256: str
+    baseline: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for part in (self.name, self.version):
@@ -86,6 +92,13 @@ class ModelRef:
 
 class OnnxModel:
     """A version of a model that is ready to answer. Safe to run from several threads at once.
+
+    Attributes:
+        ref: which version this is.
+        inputs: what it takes.
+        outputs: what it gives.
+        is_rowwise: whether a row's outputs do not depend on the rows beside it, as tried at load.
+        statistics: what it has done; its server counts.
 
     Args:
         ref: which version this is.
@@ -109,9 +122,12 @@ class OnnxModel:
         self.outputs = _specs(ref, self._session.get_outputs())
         self._inputs = {spec.name: spec for spec in self.inputs}
         self._output_names = tuple(spec.name for spec in self.outputs)
-        zeros = self._self_test()
-        self._zeros_bytes = max(sum(array.nbytes for array in zeros.values()), 1)
-        self._zeros_s = self._time(zeros)
+        self._has_batch = all(spec.shape[:1] == (-1,) for spec in (*self.inputs, *self.outputs))
+        self.statistics = Statistics()
+        self._zeros = self._self_test()
+        self._zeros_bytes = max(sum(array.nbytes for array in self._zeros.values()), 1)
+        self._zeros_s = self._time(self._zeros)
+        self.is_rowwise = self._test_rows()
 
     @classmethod
     def load(cls, ref: ModelRef, *, num_threads: int = 1) -> "OnnxModel":
@@ -128,17 +144,12 @@ class OnnxModel:
             ) from error
         return cls(ref, content, num_threads=num_threads)
 
-    def infer(self, request: InferRequest) -> InferResponse:
-        """Answer one request.
-
-        Raises:
-            BadRequestError: the inputs do not fit the model, or it cannot compute from them.
-        """
-        wanted = tuple(output.name for output in request.outputs) or self._output_names
+    def response(self, request: InferRequest, outputs: Mapping[str, Array]) -> InferResponse:
+        """Make the response to a request of what was computed for it."""
         return InferResponse(
             model_name=self.ref.name,
             model_version=self.ref.version,
-            outputs=self.run(request.inputs, outputs=wanted),
+            outputs=outputs,
             id=request.id,
         )
 
@@ -152,8 +163,14 @@ class OnnxModel:
         Raises:
             BadRequestError: the inputs do not fit the model, or it cannot compute from them.
         """
-        names = tuple(outputs) or self._output_names
-        self._check(inputs, names)
+        return self.compute(inputs, self.check(inputs, tuple(outputs)))
+
+    def compute(self, inputs: Mapping[str, Array], names: tuple[str, ...]) -> dict[str, Array]:
+        """Compute outputs from inputs that `check` has passed.
+
+        Raises:
+            BadRequestError: the model cannot compute from them.
+        """
         try:
             # onnxruntime reads numpy's native order only, which is the wire's on every CPU it has.
             values = self._session.run(names, dict(inputs))
@@ -168,10 +185,16 @@ class OnnxModel:
         """Guess how long a request of this many bytes computes, from the self-test's time."""
         return self._zeros_s * (1 + num_bytes / self._zeros_bytes)
 
-    def _check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...]) -> None:
+    def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...]) -> tuple[str, ...]:
+        """Check that inputs and outputs are the model's, and name the outputs to compute.
+
+        Raises:
+            BadRequestError: they are not.
+        """
         if inputs.keys() != self._inputs.keys():
             raise BadRequestError(
-                f"model {self.ref} takes inputs {sorted(self._inputs)}, got {sorted(inputs)}"
+                f"model {self.ref} takes inputs {sorted(self._inputs)}, "
+                f"got {excerpt(sorted(inputs))}"
             )
         for name, array in inputs.items():
             spec = self._inputs[name]
@@ -188,8 +211,16 @@ class OnnxModel:
         unknown = [name for name in outputs if name not in self._output_names]
         if unknown:
             raise BadRequestError(
-                f"model {self.ref} gives outputs {list(self._output_names)}, not {unknown}"
+                f"model {self.ref} gives outputs {list(self._output_names)}, not {excerpt(unknown)}"
             )
+        return outputs or self._output_names
+
+    def rows(self, inputs: Mapping[str, Array]) -> int:
+        """Count the rows of inputs: 1 where a first dimension is no batch, or they differ."""
+        lengths = {array.shape[:1] for array in inputs.values()}
+        if self._has_batch and len(lengths) == 1:
+            return int(lengths.pop()[0])
+        return 1
 
     def _self_test(self) -> dict[str, Array]:
         """Compute zeros of the smallest shape that the model takes, and give them back."""
@@ -209,6 +240,30 @@ class OnnxModel:
                     )
             return zeros
         raise ModelError(f"model {self.ref} fails its self-test on zeros: {failure}")
+
+    def _test_rows(self) -> bool:
+        """Tell whether rows computed together give what each gives alone."""
+        if not self._has_batch:
+            return False
+        try:
+            alone = [self.run(self._trial(value)) for value in _TRIAL_VALUES]
+            rows = [self._trial(value) for value in _TRIAL_VALUES]
+            together = self.run(
+                {name: np.concatenate([row[name] for row in rows]) for name in self._inputs}
+            )
+        except BadRequestError:
+            return False
+        return all(
+            _nearly_equal(together[name], np.concatenate([outputs[name] for outputs in alone]))
+            for name in self._output_names
+        )
+
+    def _trial(self, value: int) -> dict[str, Array]:
+        """Make one row of inputs that hold nothing but a value."""
+        return {
+            name: zeros + zeros.dtype.type(value) if zeros.dtype != object else zeros + str(value)
+            for name, zeros in self._zeros.items()
+        }
 
     def _time(self, zeros: Mapping[str, Array]) -> float:
         def timed() -> float:
@@ -257,6 +312,14 @@ def _zeros(spec: TensorSpec, dim: int) -> Array:
     if spec.datatype is Datatype.BYTES:
         return np.full(shape, "", dtype=object)
     return np.zeros(shape, spec.datatype.dtype)
+
+
+def _nearly_equal(left: Array, right: Array) -> bool:
+    if left.shape != right.shape:
+        return False
+    if left.dtype.kind != "f":
+        return bool((left == right).all())
+    return bool(np.allclose(left, right, rtol=1e-3, atol=1e-5, equal_nan=True))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,16 +1,19 @@
-"""What can go wrong with inference, and the HTTP status that says so.
+"""What can go wrong with inference, and the HTTP status that says so (`grpc_wire` has gRPC's).
 
 ```
 InferenceError
 ├── RequestError                the caller must change the request
 │   ├── BadRequestError         400  malformed, or does not fit the model (also a ValueError)
+│   ├── ForbiddenError          403  this server does not grant it to anyone
 │   ├── UnknownModelError       404  no such model or version
 │   ├── UnknownPathError        404  no such path
 │   ├── MethodNotAllowedError   405  the path knows other methods
+│   ├── SlowCallerError         408  the body did not arrive in time
 │   ├── TooLargeError           413  the body is over the limit
 │   ├── UnsupportedCodingError  415  a content coding other than gzip and deflate
 │   └── HeadersTooLargeError    431  the headers are over the limit
-├── UnavailableError            503  nothing is loaded yet; the same request may succeed later
+├── UnavailableError            503  the same request may succeed later: nothing is loaded yet
+│   └── OverloadedError         503  or too many bytes of requests are in memory
 ├── ModelError                  a model cannot be loaded or fails its self-test
 ├── PortInUseError              the server's port is taken
 └── ClientError                 what the client of a server meets
@@ -34,6 +37,12 @@ class RequestError(InferenceError):
 
 class BadRequestError(RequestError, ValueError):
     """A request that is malformed or does not fit the model."""
+
+
+class ForbiddenError(RequestError):
+    """Something that this server was not told to let its callers do."""
+
+    status = 403
 
 
 class UnknownModelError(RequestError, LookupError):
@@ -63,6 +72,12 @@ class MethodNotAllowedError(RequestError):
         self.allowed = allowed
 
 
+class SlowCallerError(RequestError):
+    """A body that did not arrive in the time that the server waits for one."""
+
+    status = 408
+
+
 class TooLargeError(RequestError):
     """A body over the server's limit, on the wire or after decompression."""
 
@@ -82,9 +97,13 @@ class HeadersTooLargeError(RequestError):
 
 
 class UnavailableError(InferenceError):
-    """The server runs but has no model yet."""
+    """The server runs but cannot answer now, as when it has no model yet."""
 
     status = 503
+
+
+class OverloadedError(UnavailableError):
+    """The requests that are being answered take all the memory that they may."""
 
 
 class ModelError(InferenceError):

@@ -10,8 +10,18 @@ class Limits:
 
     Attributes:
         max_body_bytes: the longest body, on the wire and after decompression.
-        num_threads: how many requests too slow for the event loop compute at once.
+        max_pending_bytes: bodies of requests and answers that are in memory at once; what would
+            pass it is refused.
+        body_timeout_s: how long a body may take to arrive, and an answer to be taken.
+        num_threads: how many requests, or batches of them, too slow for the event loop compute
+            at once.
+        max_batch_rows: the rows of requests that compute together; 1 lets each compute alone.
+        model_control: whether callers may load and unload models.
     """
 
     max_body_bytes: int = 32 * 1024 * 1024
+    max_pending_bytes: int = 256 * 1024 * 1024
+    body_timeout_s: float = 60.0
     num_threads: int = os.cpu_count() or 1
+    max_batch_rows: int = 64
+    model_control: bool = False

@@ -13,7 +13,7 @@ Not here: whether names, shapes and datatypes fit a model (`engine`), and HTTP (
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import repr as excerpt  # a caller must not choose a message's length
 from typing import Any, Final
 
@@ -53,12 +53,19 @@ class InferRequest:
         outputs: what the caller asked for; empty means every output of the model.
         id: the caller's own name for the request, given back with the response.
         binary_outputs: whether outputs come back raw where the caller did not say per output.
+        parameters: what else the caller said of the whole request.
     """
 
     inputs: Mapping[str, Array]
     outputs: tuple[RequestedOutput, ...] = ()
     id: str | None = None
     binary_outputs: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs that the caller named."""
+        return tuple(output.name for output in self.outputs)
 
     def wants_binary(self, output: str) -> bool:
         """Tell whether this output goes back as raw bytes."""
@@ -113,14 +120,18 @@ def decode_request(message: Message, *, raw_inputs: Sequence[TensorSpec] = ()) -
         outputs=_requested_outputs(root.get("outputs")),
         id=_optional_string(root, "id"),
         binary_outputs=_flag(parameters, "binary_data_output") or False,
+        parameters=parameters,
     )
 
 
 def encode_request(request: InferRequest, *, binary: bool) -> Message:
     """Write a request, its inputs as raw bytes or as JSON (FP16 has no JSON form)."""
     root: dict[str, Any] = {} if request.id is None else {"id": request.id}
+    parameters = dict(request.parameters)
     if request.binary_outputs:
-        root["parameters"] = {"binary_data_output": True}
+        parameters["binary_data_output"] = True
+    if parameters:
+        root["parameters"] = parameters
     if request.outputs:
         root["outputs"] = [
             {"name": output.name}

@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 import uvicorn
 
+from minga.inference.connections import guarded
 from minga.inference.errors import InferenceError, PortInUseError
 
 _BACKLOG: Final = 2048
@@ -38,18 +39,19 @@ class Server:
         self._wanted_port = port
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                app,
-                lifespan="on",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                ws="none",
-                timeout_keep_alive=_IDLE_CONNECTION_S,
-                timeout_graceful_shutdown=_DRAIN_S,
-            )
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            log_level="error",  # what callers do wrong is counted, not logged
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=_IDLE_CONNECTION_S,
+            timeout_graceful_shutdown=_DRAIN_S,
         )
+        config.load()
+        config.http_protocol_class = guarded(config.http_protocol_class)  # type: ignore[arg-type]
+        self._uvicorn = _Uvicorn(config)
 
     @property
     def port(self) -> int:

@@ -20,13 +20,18 @@ from ray.serve import Application
 
 from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
-from minga.inference.errors import ModelError
+from minga.inference.errors import ForbiddenError, ModelError
+from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 
 APPLICATION: Final = "minga"
 DEPLOYMENT: Final = "InferenceReplica"
 IMPORT_PATH: Final = "minga.serving.application:build"
+_REGISTRY_DECIDES: Final = (
+    "on Ray Serve the registry's aliases say which models are served; "
+    "`minga serve --engine local` lets callers load and unload"
+)
 
 _LOG: Final = logging.getLogger("ray.serve")  # the only one whose lines reach the replica's log
 
@@ -34,28 +39,52 @@ _LOG: Final = logging.getLogger("ray.serve")  # the only one whose lines reach t
 class UserConfig(TypedDict):
     """What Ray Serve hands to `reconfigure`: plain values, as a Serve config file holds them."""
 
-    models: list[dict[str, str]]
+    models: list[dict[str, Any]]
 
 
 def user_config(refs: Sequence[ModelRef]) -> UserConfig:
     """Write versions as a user config; of a model's versions the first is its default."""
-    return {"models": [asdict(ref) for ref in refs]}
+    return {"models": [asdict(ref) | {"baseline": list(ref.baseline)} for ref in refs]}
+
+
+class GrpcAddress(TypedDict):
+    """Where replicas listen for gRPC."""
+
+    host: str
+    port: int
+
+
+class RegistryControl:
+    """Refuses: one replica that is asked cannot speak for the others, nor for those to come."""
+
+    async def load(self, name: str) -> None:
+        """Refuse, with the reason."""
+        raise ForbiddenError(f"cannot load {name!r}: {_REGISTRY_DECIDES}")
+
+    async def unload(self, name: str) -> None:
+        """Refuse, with the reason."""
+        raise ForbiddenError(f"cannot unload {name!r}: {_REGISTRY_DECIDES}")
 
 
 class InferenceReplica:
     """One process that answers for all models.
 
+    gRPC comes straight to the replica, on a port that all replicas of a machine share: Ray
+    Serve's own proxy for it listens on every interface and passes each message through pickle.
+
     Args:
         limits: what callers are granted.
+        grpc: where to listen for gRPC; None means nowhere.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, grpc: GrpcAddress | None = None) -> None:
         self._repository = ModelRepository()
-        self._limits = limits
+        self._app = InferenceApp(self._repository, limits=limits, control=RegistryControl())
+        self._grpc = GrpcServer(self._app.service, **grpc, shared=True) if grpc else None
 
     def __serve_build_asgi_app__(self) -> InferenceApp:
-        """Make the application that takes this replica's requests."""
-        return InferenceApp(self._repository, limits=self._limits)
+        """Give the application that takes this replica's requests."""
+        return self._app
 
     async def prepare(self, config: UserConfig) -> str | None:
         """Load versions without serving them yet; give the reason if one is refused."""
@@ -77,21 +106,29 @@ class InferenceReplica:
             if not self._repository.is_ready:
                 raise
             _LOG.exception("the declared versions are refused; the old ones go on being served")
+        if self._grpc and not self._grpc.is_started:
+            await self._grpc.start()
+            self._app.before_shutdown(self._grpc.stop)
 
     async def served(self) -> UserConfig:
         """Tell which versions answer requests now."""
-        return user_config(self._repository.refs)
+        return user_config(self._repository.declared)
 
 
 def build(options: dict[str, Any]) -> Application:
     """Make the application from the options of a Serve config file.
 
     Args:
-        options: the fields of `minga.inference.limits.Limits`.
+        options: `limits`, the fields of `minga.inference.limits.Limits`, and `grpc`, those of
+            `GrpcAddress` or None.
     """
     ingress = serve.ingress()(InferenceReplica)
-    return serve.deployment(name=DEPLOYMENT)(ingress).bind(Limits(**options))
+    replica = serve.deployment(name=DEPLOYMENT)(ingress)
+    return replica.bind(Limits(**options["limits"]), options["grpc"])
 
 
 def _refs(config: UserConfig) -> list[ModelRef]:
-    return [ModelRef(**model) for model in config["models"]]
+    return [
+        ModelRef(**model | {"baseline": tuple(model.get("baseline", ()))})
+        for model in config["models"]
+    ]

@@ -21,6 +21,10 @@ class ServingConfig(BaseModel):
     port: int = Field(8000, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
 
+    grpc_port: int | None = Field(None, ge=0, le=65535)
+    """The port to listen on for gRPC, at the same host; 0 takes a free one, and without one there
+    is no gRPC. Replicas on one machine share it: each connection is one replica's."""
+
     num_replicas: int = Field(1, ge=1)
     """Processes that answer, each with all models in memory."""
 
@@ -33,6 +37,14 @@ class ServingConfig(BaseModel):
 
     max_body_mb: float = Field(32.0, gt=0)
     """The longest request body, before and after decompression."""
+
+    max_batch_rows: int = Field(64, ge=1)
+    """Rows of requests that wait at the same time are computed together, up to this many; 1 lets
+    each request compute alone."""
+
+    model_control: bool = False
+    """Let callers load and unload models (`/v2/repository`), with `--engine local` only. Anyone
+    who reaches the port may then take a model away."""
 
     alias: str = Field("champion", min_length=1)
     """Which registered version is served: the one with this alias."""
@@ -54,4 +66,6 @@ class ServingConfig(BaseModel):
         return Limits(
             max_body_bytes=int(self.max_body_mb * 1024 * 1024),
             num_threads=math.ceil(self.cpus_per_replica),
+            max_batch_rows=self.max_batch_rows,
+            model_control=self.model_control,
         )

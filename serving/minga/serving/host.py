@@ -44,17 +44,24 @@ class ServeHost:
     Args:
         config: how to serve.
         port: the port that is listened on.
+        grpc_port: the port that is listened on for gRPC; None means there is no gRPC.
     """
 
-    def __init__(self, config: ServingConfig, port: int) -> None:
-        self._config = config
-        self._port = port
+    def __init__(self, config: ServingConfig, port: int, grpc_port: int | None = None) -> None:
+        self._config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
         self._deploying = threading.Lock()
 
     @property
     def url(self) -> str:
         """Where clients on this machine reach the models."""
-        return f"http://{url_host(self._config.host)}:{self._port}"
+        return f"http://{url_host(self._config.host)}:{self._config.port}"
+
+    @property
+    def grpc_url(self) -> str | None:
+        """Where clients on this machine reach the models over gRPC."""
+        if self._config.grpc_port is None:
+            return None
+        return f"grpc://{url_host(self._config.host)}:{self._config.grpc_port}"
 
     def deploy(self, refs: Sequence[ModelRef]) -> None:
         """Serve exactly these versions on every replica, without failing a request.
@@ -105,7 +112,8 @@ class ServeHost:
         """Bring up replicas that serve nothing yet."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(
-            http_options={"host": self._config.host, "port": self._port}, logging_config=_QUIET
+            http_options={"host": self._config.host, "port": self._config.port},
+            logging_config=_QUIET,
         )
         self._declare(user_config([]))
         self._wait(self._is_running, _START_TIMEOUT_S, "the replicas do not start")
@@ -166,7 +174,10 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
         VersionRefusedError: one of the versions cannot be loaded.
         HostError: the replicas do not start.
     """
-    host = ServeHost(config, claim_port(config))
+    grpc_port = config.grpc_port
+    if grpc_port is not None:
+        grpc_port = claim_port(config.host, grpc_port)
+    host = ServeHost(config, claim_port(config.host, config.port), grpc_port)
     try:
         host._launch()
         if refs:
@@ -177,15 +188,15 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
     return host
 
 
-def claim_port(config: ServingConfig) -> int:
+def claim_port(host: str, port: int) -> int:
     """Check that the port can be listened on, and choose one if any will do.
 
     Raises:
         PortInUseError: the port is taken.
     """
-    with listen(config.host, config.port) as probe:
-        port: int = probe.getsockname()[1]
-    return port
+    with listen(host, port) as probe:
+        claimed: int = probe.getsockname()[1]
+    return claimed
 
 
 def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, Any]:
@@ -194,7 +205,7 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": asdict(config.limits),
+        "args": {"limits": asdict(config.limits), "grpc": _grpc_address(config)},
         "deployments": [
             {
                 "name": DEPLOYMENT,
@@ -208,6 +219,12 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
             }
         ],
     }
+
+
+def _grpc_address(config: ServingConfig) -> dict[str, Any] | None:
+    if config.grpc_port is None:
+        return None
+    return {"host": config.host, "port": config.grpc_port}
 
 
 def _status() -> str:

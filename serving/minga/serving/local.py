@@ -3,20 +3,28 @@
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
+from minga.inference.grpc_server import GrpcServer
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 from minga.serving.config import ServingConfig
 from minga.serving.watcher import ModelSource, Watcher
+
+if TYPE_CHECKING:
+    from minga.serving.service_record import ServiceRecord
 
 
 async def serve_locally(
     config: ServingConfig,
     source: ModelSource,
     refs: Sequence[ModelRef],
-    on_ready: Callable[[str], None],
+    on_ready: Callable[[str, str | None], None],
+    *,
+    tracking_uri: str = "",
 ) -> None:
     """Serve versions and follow their source until cancelled.
 
@@ -26,7 +34,8 @@ async def serve_locally(
         config: how to serve.
         source: where new versions come from.
         refs: what to serve first.
-        on_ready: hears the URL once requests are answered.
+        on_ready: hears the URL, and gRPC's if there is one, once requests are answered.
+        tracking_uri: of MLflow, where it is recorded what is served here; nowhere if empty.
 
     Raises:
         PortInUseError: the port is taken.
@@ -37,9 +46,28 @@ async def serve_locally(
     app = InferenceApp(repository, limits=config.limits)
     stop = threading.Event()
     watcher = Watcher(source, refs, repository.apply)
-    async with Server(app, host=config.host, port=config.port) as server:
-        on_ready(server.url)
+    async with AsyncExitStack() as stack:
+        http = await stack.enter_async_context(Server(app, host=config.host, port=config.port))
+        grpc_url = None
+        if config.grpc_port is not None:
+            server = GrpcServer(app.service, host=config.host, port=config.grpc_port)
+            grpc_url = (await stack.enter_async_context(server)).url
+        on_ready(http.url, grpc_url)
+        record = _record(tracking_uri, http.url) if tracking_uri else None
+        note = record.note if record else None
+        watching = asyncio.create_task(
+            asyncio.to_thread(watcher.run, stop, config.poll_interval_s, note)
+        )
         try:
-            await asyncio.to_thread(watcher.run, stop, config.poll_interval_s)
+            await asyncio.shield(watching)
         finally:
             stop.set()
+            await watching
+            if record:
+                await asyncio.to_thread(record.close)
+
+
+def _record(tracking_uri: str, url: str) -> "ServiceRecord":
+    from minga.serving.service_record import ServiceRecord  # noqa: PLC0415 - loads MLflow
+
+    return ServiceRecord(tracking_uri, url)

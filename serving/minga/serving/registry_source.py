@@ -1,9 +1,11 @@
 """The MLflow model registry as a source of models: the version that an alias names.
 
-Of a version only three things matter here: its `source` (the folder of its files), the file
-`model.onnx` in it, and the tag `minga.onnx_sha256`, which is what may be loaded.
+Of a version only four things matter here: its `source` (the folder of its files), the file
+`model.onnx` in it, the tag `minga.onnx_sha256`, which is what may be loaded, and the means of the
+training data in `profile.json`, by which answers are explained.
 """
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -13,10 +15,12 @@ from urllib.parse import unquote, urlsplit
 # MLflow reads these when it is imported: send nothing anywhere, and give up on a registry
 # that is away within seconds, for the watcher asks again anyway.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 import mlflow.artifacts
+import orjson
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
@@ -26,6 +30,7 @@ from minga.inference.engine import ModelRef
 from minga.serving.errors import NoChampionError, RegistryUnreachableError, ServingError
 
 _MODEL_FILE: Final = "model.onnx"
+_PROFILE_FILE: Final = "profile.json"
 _DIGEST_TAG: Final = "minga.onnx_sha256"
 _MISSING: Final = ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)
 
@@ -102,18 +107,28 @@ class RegistrySource:
         return ModelRef(
             name=found.name,
             version=str(found.version),
-            path=str(self._fetch(found)),
+            path=str(self._fetch(found, _MODEL_FILE)),
             sha256=digest,
+            baseline=self._baseline(found),
         )
 
-    def _fetch(self, found: Any) -> Path:
+    def _baseline(self, found: Any) -> tuple[float, ...]:
+        """Read the means of the training data, without which a version is served all the same."""
+        try:
+            profile = orjson.loads(self._fetch(found, _PROFILE_FILE).read_bytes())
+            means = tuple(float(column["mean"]) for column in profile["inputs"])
+        except (OSError, MlflowException, ValueError, KeyError, TypeError):
+            return ()
+        return means if all(map(math.isfinite, means)) else ()
+
+    def _fetch(self, found: Any, file: str) -> Path:
         folder = _local_path(found.source)
         if folder is not None:
-            return folder / _MODEL_FILE
+            return folder / file
         target = Path(self._downloads.name) / found.name / str(found.version)
         return Path(
             mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{found.source.rstrip('/')}/{_MODEL_FILE}",
+                artifact_uri=f"{found.source.rstrip('/')}/{file}",
                 dst_path=str(target),
                 tracking_uri=self._uri,
             )

@@ -18,6 +18,7 @@ from minga.federation.durable import replace_file
 from minga.federation.identity import load_identity, save_identity
 from minga.federation.memory import keep_freed_memory
 from minga.inference.app import InferenceApp
+from minga.inference.grpc_server import GrpcServer
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 
@@ -63,6 +64,9 @@ async def run(settings: DeviceSettings) -> None:
             Server(app, host=settings.host, port=settings.port)
         )
         endpoints = {"inference": server.url, "metrics": f"{server.url}/metrics"}
+        if settings.grpc_port is not None:
+            grpc = GrpcServer(app.service, host=settings.host, port=settings.grpc_port)
+            endpoints["grpc"] = (await stack.enter_async_context(grpc)).url
         replace_file(settings.folder / ENDPOINTS_FILE, json.dumps(endpoints).encode())
         _log.info("models: %s", server.url)
         await agent.run()

@@ -50,3 +50,6 @@ class DeviceSettings(BaseSettings):
 
     port: Port = 8080
     """Port of the local inference server (Open Inference Protocol, and `/metrics`)."""
+
+    grpc_port: Port | None = None
+    """Port of the local inference server for gRPC; without one there is no gRPC."""

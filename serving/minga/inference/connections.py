@@ -1,0 +1,103 @@
+"""What one connection may cost, whoever is at its other end.
+
+uvicorn bounds neither how long a request's headers may take nor, with httptools, how long they
+may be, and it keeps an answer for a caller who does not read it. `guarded` adds to uvicorn's
+protocols, whichever is installed:
+
+- A request's headers come within `_HEADERS_S` of the connection or of their first byte, and
+  within `_MAX_HEADER_BYTES`; else the connection is closed (431 for their length).
+- What is left of an answer `_UNREAD_S` after its end is thrown away with the connection.
+- Over `_MAX_CONNECTIONS` a new connection is told 503 and closed.
+"""
+
+from asyncio import TimerHandle
+from functools import cache
+from typing import Any, Final
+
+_HEADERS_S: Final = 30
+_UNREAD_S: Final = 60
+_MAX_HEADER_BYTES: Final = 128 * 1024  # twice what the application takes: its answer is better
+_MAX_CONNECTIONS: Final = 8192
+
+_REFUSALS: Final = {
+    431: (b"431 Request Header Fields Too Large", b"the headers are over the limit"),
+    503: (b"503 Service Unavailable", b"too many connections; try again shortly"),
+}
+
+
+@cache
+def guarded(protocol: type[Any]) -> type[Any]:
+    """Give a kind of uvicorn's HTTP protocol whose connections keep these bounds."""
+    return type(f"Guarded{protocol.__name__}", (_Guard, protocol), {})
+
+
+class _Guard:
+    """Mixed in before a protocol of uvicorn, whose attributes it reads."""
+
+    connections: set[Any]
+    cycle: Any
+    loop: Any
+    transport: Any
+    _patience: TimerHandle | None = None
+    _in_headers = False  # told by httptools; h11 bounds headers itself
+    _num_header_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)  # type: ignore[misc]
+        if len(self.connections) > _MAX_CONNECTIONS:
+            self._refuse(503)
+        else:
+            self._lose_patience_after(_HEADERS_S)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._be_patient()
+        super().connection_lost(error)  # type: ignore[misc]
+
+    def data_received(self, data: bytes) -> None:
+        if self._patience is None and self._is_between_requests():
+            self._lose_patience_after(_HEADERS_S)
+        super().data_received(data)  # type: ignore[misc]
+        if not self._is_between_requests():
+            self._be_patient()
+        if self._in_headers:
+            self._num_header_bytes += len(data)
+            if self._num_header_bytes > _MAX_HEADER_BYTES:
+                self._refuse(431)
+
+    def on_message_begin(self) -> None:
+        self._in_headers = True
+        self._num_header_bytes = 0
+        super().on_message_begin()  # type: ignore[misc]
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()  # type: ignore[misc]
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # type: ignore[misc]
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(_UNREAD_S, self._forget_answer, self.cycle)
+
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _lose_patience_after(self, seconds: float) -> None:
+        self._patience = self.loop.call_later(seconds, self.transport.abort)
+
+    def _be_patient(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _forget_answer(self, cycle: Any) -> None:
+        if self.cycle is cycle and self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def _refuse(self, status: int) -> None:
+        line, words = _REFUSALS[status]
+        body = b'{"error":"' + words + b'"}'
+        self.transport.write(
+            b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (line, len(body), body)
+        )
+        self.transport.close()

@@ -1,0 +1,215 @@
+"""A client of the Open Inference Protocol v2 over gRPC, with the methods of `InferenceClient`.
+
+    with GrpcClient("grpc://127.0.0.1:8001") as client:
+        outputs = client.infer("machine-failure", {"input": rows})
+
+Requests may be repeated without harm, so one that meets a server on its way out is sent again
+by gRPC itself.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import urlsplit
+
+import grpc
+import numpy as np
+
+from minga.inference.errors import (
+    BadRequestError,
+    ClientError,
+    RejectedError,
+    ServerUnreachableError,
+)
+from minga.inference.grpc_wire import (
+    SERVICE,
+    STATUS_KEY,
+    STATUSES,
+    read_response,
+    write_request,
+)
+from minga.inference.protocol import InferRequest, InferResponse, RequestedOutput
+from minga.inference.tensors import Array
+from minga.inference.v2 import open_inference_pb2 as pb
+
+_TIMEOUT_S: Final = 30.0
+_HTTP_STATUSES: Final = {code: status for status, code in STATUSES.items()}
+_SERVICE_CONFIG: Final = {
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+class GrpcClient:
+    """Talks to one server; may be shared by threads.
+
+    Args:
+        url: the server, as in `grpc://127.0.0.1:8001`.
+        timeout_s: how long one request may take.
+
+    Raises:
+        ClientError: `url` is no such URL.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = _TIMEOUT_S) -> None:
+        self._url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(
+            _target_of(self._url),
+            options=[
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+                # A proxy from the environment speaks HTTP/1.1, and knows no loopback.
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            ],
+        )
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str | None = None,
+        outputs: Iterable[str] = (),
+    ) -> dict[str, Array]:
+        """Send one inference request and give back the outputs.
+
+        Args:
+            model: the model's name.
+            inputs: one array per input, of exactly the model's type.
+            version: which version answers; None leaves it to the server.
+            outputs: which outputs to compute; none means all.
+
+        Raises:
+            BadRequestError: an array has no form in the protocol.
+            ClientError: the server cannot be reached, or refuses.
+        """
+        request = InferRequest(
+            inputs={name: np.asarray(array) for name, array in inputs.items()},
+            outputs=tuple(RequestedOutput(name=name) for name in outputs),
+        )
+        return dict(self.request(model, request, version=version).outputs)
+
+    def request(
+        self, model: str, request: InferRequest, *, version: str | None = None
+    ) -> InferResponse:
+        """Send a request as it is, and give back the whole response with the answering version.
+
+        Raises:
+            BadRequestError: an array has no form in the protocol.
+            ClientError: the server cannot be reached, or refuses.
+        """
+        message = write_request(model, version, request)
+        response = self._call("ModelInfer", message, pb.ModelInferResponse)
+        try:
+            return read_response(response)
+        except BadRequestError as error:
+            raise ClientError(
+                f"{self._url} does not answer in the Open Inference Protocol: {error}"
+            ) from error
+
+    def models(self) -> tuple[str, ...]:
+        """Name the models that the server answers for.
+
+        Raises:
+            ClientError: the server cannot be reached, or refuses.
+        """
+        request = pb.RepositoryIndexRequest(ready=True)
+        response = self._call("RepositoryIndex", request, pb.RepositoryIndexResponse)
+        return tuple(dict.fromkeys(entry.name for entry in response.models))
+
+    def metadata(self, model: str, *, version: str | None = None) -> dict[str, Any]:
+        """Give a model's versions, inputs and outputs as `InferenceClient.metadata` does.
+
+        Raises:
+            ClientError: the server cannot be reached, or refuses.
+        """
+        request = pb.ModelMetadataRequest(name=model, version=version or "")
+        response = self._call("ModelMetadata", request, pb.ModelMetadataResponse)
+        return {
+            "name": response.name,
+            "versions": list(response.versions),
+            "platform": response.platform,
+            "inputs": [_spec(spec) for spec in response.inputs],
+            "outputs": [_spec(spec) for spec in response.outputs],
+        }
+
+    def ready(self, model: str | None = None) -> bool:
+        """Tell whether the server, or one model of it, answers requests now."""
+        try:
+            if model is None:
+                answer = self._call("ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)
+            else:
+                request = pb.ModelReadyRequest(name=model)
+                answer = self._call("ModelReady", request, pb.ModelReadyResponse)
+        except ClientError:
+            return False
+        return bool(answer.ready)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, method: str, request: Any, answer: Any) -> Any:
+        call = self._channel.unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=answer.FromString,
+        )
+        try:
+            return call(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise _translated(self._url, error) from error
+
+
+def _translated(url: str, error: Any) -> ClientError:
+    """Tell a server that refuses from one that is not there."""
+    trailers = dict(error.trailing_metadata() or ())
+    status = trailers.get(STATUS_KEY)
+    unreachable = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    if status is None and error.code() in unreachable:
+        return ServerUnreachableError(
+            f"no inference server answers at {url} ({error.details()}): "
+            "is `minga serve --grpc-port` running, and is the URL right?"
+        )
+    return RejectedError(
+        str(error.details()), status=int(status or _HTTP_STATUSES.get(error.code(), 500))
+    )
+
+
+def _target_of(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if host is None or port is None or parts.scheme != "grpc":
+        raise ClientError(f"{url!r} is no gRPC server's URL; write one like grpc://127.0.0.1:8001")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _spec(spec: Any) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}

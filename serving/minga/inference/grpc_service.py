@@ -1,0 +1,194 @@
+"""The Open Inference Protocol v2 over gRPC, on the service that answers HTTP too.
+
+Requests are parsed here and not by gRPC, so that bytes that are no message are the caller's
+error (INVALID_ARGUMENT) with a reason, and long messages are parsed beside the event loop.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from minga.inference.engine import PLATFORM, OnnxModel
+from minga.inference.errors import BadRequestError, InferenceError
+from minga.inference.grpc_wire import (
+    SERVICE,
+    STATUS_KEY,
+    read_request,
+    status_of,
+    write_response,
+    write_statistics,
+)
+from minga.inference.limits import Limits
+from minga.inference.protocol import InferRequest, InferResponse
+from minga.inference.service import EXTENSIONS, SERVER_NAME, InferenceService, server_version
+from minga.inference.tensors import TensorSpec
+from minga.inference.v2 import open_inference_pb2 as pb
+
+_LOG: Final = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class GrpcService:
+    """The protocol's methods; each takes a message and gives one, or raises an `InferenceError`.
+
+    Args:
+        service: what answers.
+    """
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Give the methods as a server takes them."""
+        methods: dict[str, tuple[Any, Callable[[Any], Awaitable[Any]]]] = {
+            "ServerLive": (pb.ServerLiveRequest, self.server_live),
+            "ServerReady": (pb.ServerReadyRequest, self.server_ready),
+            "ModelReady": (pb.ModelReadyRequest, self.model_ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, self.server_metadata),
+            "ModelMetadata": (pb.ModelMetadataRequest, self.model_metadata),
+            "ModelInfer": (pb.ModelInferRequest, self.model_infer),
+            "ModelStatistics": (pb.ModelStatisticsRequest, self.model_statistics),
+            "RepositoryIndex": (pb.RepositoryIndexRequest, self.repository_index),
+            "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, self.load),
+            "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, self.unload),
+        }
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                name: grpc.unary_unary_rpc_method_handler(self._behaviour(kind, method))
+                for name, (kind, method) in methods.items()
+            },
+        )
+
+    def _behaviour(self, kind: Any, method: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Make what gRPC calls: bytes in, bytes out, errors as statuses."""
+
+        async def answer(data: bytes, context: Context) -> bytes:
+            share = self._service.share()
+            # When the answer has gone; the stubs want another context than they give.
+            context.add_done_callback(share.give_back)  # type: ignore[arg-type]
+            try:
+                share.take(len(data))
+                message = await self._service.beside(len(data), _parse, kind, data)
+                response: bytes = (await method(message)).SerializeToString()
+                share.take(len(response))
+            except InferenceError as error:
+                trailers = ((STATUS_KEY, str(error.status)),)
+                await context.abort(status_of(error), str(error), trailers)
+            except Exception as error:
+                if isinstance(error, grpc.aio.AbortError):
+                    raise
+                _LOG.exception("unexpected error in %s", kind.DESCRIPTOR.name)
+                words = "internal error; the server's log has the details"
+                await context.abort(grpc.StatusCode.INTERNAL, words)
+            return response
+
+        return answer
+
+    async def server_live(self, _: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
+        """Say that the server runs."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def server_ready(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
+        """Say whether there are models."""
+        return pb.ServerReadyResponse(ready=self._service.repository.is_ready)
+
+    async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        """Say whether a model answers; an unknown one does not, which is no error."""
+        try:
+            self._model(request)
+        except InferenceError:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=True)
+
+    async def server_metadata(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
+        """Say what the server is."""
+        return pb.ServerMetadataResponse(
+            name=SERVER_NAME, version=server_version(), extensions=EXTENSIONS
+        )
+
+    async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+        """Say what a model takes and gives."""
+        model = self._model(request)
+        return pb.ModelMetadataResponse(
+            name=model.ref.name,
+            versions=self._service.repository.versions(model.ref.name),
+            platform=PLATFORM,
+            inputs=[_spec(spec) for spec in model.inputs],
+            outputs=[_spec(spec) for spec in model.outputs],
+        )
+
+    async def model_infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        """Give a model's outputs."""
+        call = _GrpcCall(request)
+        return await self._service.infer(request.model_name, request.model_version or None, call)
+
+    async def model_statistics(
+        self, request: pb.ModelStatisticsRequest
+    ) -> pb.ModelStatisticsResponse:
+        """Say what versions have done."""
+        return write_statistics(
+            self._service.statistics(request.name or None, request.version or None)
+        )
+
+    async def repository_index(
+        self, request: pb.RepositoryIndexRequest
+    ) -> pb.RepositoryIndexResponse:
+        """List the declared versions."""
+        index = self._service.index(only_ready=request.ready)
+        return pb.RepositoryIndexResponse(
+            models=[pb.RepositoryIndexResponse.ModelIndex(**entry) for entry in index]
+        )
+
+    async def load(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
+        """Let an unloaded model answer again."""
+        if request.parameters:
+            raise BadRequestError("a model is loaded as it is declared; it takes no parameters")
+        await self._service.load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    async def unload(
+        self, request: pb.RepositoryModelUnloadRequest
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Let a model answer no more."""
+        await self._service.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+    def _model(self, request: Any) -> OnnxModel:
+        return self._service.repository.get(request.name, request.version or None)
+
+
+class _GrpcCall:
+    """An inference request over gRPC, a `service.Call`."""
+
+    def __init__(self, message: pb.ModelInferRequest) -> None:
+        self._message = message
+
+    async def receive(self, _limits: Limits) -> int:
+        """Tell the size; gRPC has held it to the limit."""
+        return self._message.ByteSize()
+
+    def decode(self, _model: OnnxModel) -> InferRequest:
+        """Read the tensors."""
+        return read_request(self._message)
+
+    def encode(self, response: InferResponse, _request: InferRequest) -> pb.ModelInferResponse:
+        """Write the tensors."""
+        return write_response(response)
+
+
+def _parse(kind: Any, data: bytes) -> Any:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise BadRequestError(f"the request is no {kind.DESCRIPTOR.name}: {error}") from None
+
+
+def _spec(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
+    return pb.ModelMetadataResponse.TensorMetadata(
+        name=spec.name, datatype=spec.datatype, shape=spec.shape
+    )

@@ -1,0 +1,251 @@
+"""Batching: at once when idle, together while busy, fair, and each error its own request's."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from minga.inference.batching import Batcher
+from minga.inference.engine import OnnxModel
+from minga.inference.errors import BadRequestError
+from tests.serving.conftest import build_model
+
+
+class Gate(ThreadPoolExecutor):
+    """Threads that compute only while the gate is open, and say when one has come to it."""
+
+    def __init__(self, num_threads: int = 1) -> None:
+        super().__init__(num_threads)
+        self.opened = threading.Event()
+        self.opened.set()
+
+    def submit(self, function, /, *arguments):
+        def passing():
+            self.opened.wait(10)
+            return function(*arguments)
+
+        return super().submit(passing)
+
+
+@pytest.fixture
+def gate():
+    """One thread behind a gate."""
+    with Gate() as threads:
+        yield threads
+        threads.opened.set()
+
+
+@pytest.fixture
+def load(write_model):
+    """Load a model of some bytes."""
+
+    def make(content: bytes, name: str = "scaling") -> OnnxModel:
+        return OnnxModel.load(write_model(content, name))
+
+    return make
+
+
+def row(value: float, rows: int = 1, columns: int = 3) -> dict[str, np.ndarray]:
+    """Inputs whose rows all hold a value."""
+    return {"input": np.full((rows, columns), value, np.float32)}
+
+
+def sizes(model: OnnxModel) -> dict[int, int]:
+    """How many runs of which number of rows a model has done."""
+    stats = model.statistics.snapshot()["batch_stats"]
+    return {batch["batch_size"]: batch["compute_infer"]["count"] for batch in stats}
+
+
+def asking(batcher, model, *requests):
+    """Ask in the given order, and give the answers as tasks."""
+    return [asyncio.create_task(batcher.run(model, inputs, ())) for inputs in requests]
+
+
+async def values(tasks) -> list[float]:
+    """Give the first value of each answer."""
+    return [float(done.outputs["output"].ravel()[0]) for done in await asyncio.gather(*tasks)]
+
+
+async def test_a_lone_request_runs_at_once(gate, load, models):
+    """Nobody is waited for: one request is one run."""
+    model = load(models["scaling"](2))
+    batcher = Batcher(gate, num_threads=1, max_rows=8)
+    for value in (1, 2, 3):
+        assert await values(asking(batcher, model, row(value))) == [2 * value]
+    assert sizes(model) == {1: 3}
+
+
+async def test_what_waits_is_computed_together(gate, load, models):
+    """While the thread is busy requests gather, up to the rows of a batch; each gets its own."""
+    model = load(models["scaling"](2))
+    batcher = Batcher(gate, num_threads=1, max_rows=8)
+    gate.opened.clear()
+    tasks = asking(batcher, model, *(row(value) for value in range(20)))
+    await asyncio.sleep(0)
+    gate.opened.set()
+    assert await values(tasks) == [2 * value for value in range(20)]
+    assert sizes(model) == {1: 1, 3: 1, 8: 2}
+
+
+async def test_requests_keep_their_rows_and_outputs(gate, load, models):
+    """Requests of different lengths that want different outputs are parted correctly."""
+    model = load(models["sum"](), "sum")
+    batcher = Batcher(gate, num_threads=1, max_rows=100)
+    gate.opened.clear()
+    wanted = [("sum",), (), ("difference",), ("difference", "sum")]
+    tasks = []
+    for index, names in enumerate(wanted):
+        left = np.full((index + 1, 2), index, np.float32)
+        inputs = {"left": left, "right": np.ones_like(left)}
+        tasks.append(asyncio.create_task(batcher.run(model, inputs, names)))
+    await asyncio.sleep(0)
+    gate.opened.set()
+    for index, (names, done) in enumerate(zip(wanted, await asyncio.gather(*tasks), strict=True)):
+        assert set(done.outputs) == set(names or ("sum", "difference"))
+        for name, array in done.outputs.items():
+            expected = index + 1 if name == "sum" else index - 1
+            np.testing.assert_array_equal(array, np.full((index + 1, 2), expected, np.float32))
+    assert sizes(model) == {1: 1, 9: 1}
+
+
+async def test_an_error_is_its_requests_alone(gate, load, models):
+    """Of a batch with an index outside the table only that request fails."""
+    model = load(models["gathering"](), "gathering")
+    batcher = Batcher(gate, num_threads=1, max_rows=100)
+    gate.opened.clear()
+    indices = [0, 1, 2, 7, 1, 0, 9, 2]
+    tasks = asking(batcher, model, *({"input": np.array([index])} for index in indices))
+    await asyncio.sleep(0)
+    gate.opened.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    for index, answer in zip(indices, answers, strict=True):
+        if index < 3:
+            assert answer.outputs["output"].tolist() == [index + 1]
+        else:
+            assert isinstance(answer, BadRequestError)
+
+
+async def test_a_request_that_does_not_fit_the_model_never_joins(gate, load, models):
+    """A wrong shape is refused before it waits, and the others do not notice."""
+    model = load(models["scaling"](2))
+    batcher = Batcher(gate, num_threads=1, max_rows=8)
+    gate.opened.clear()
+    bad, *good = asking(batcher, model, row(1, columns=4), row(2), row(3))
+    with pytest.raises(BadRequestError, match="shape"):
+        await bad
+    gate.opened.set()
+    assert await values(good) == [4, 6]
+
+
+async def test_models_take_turns(gate, load, models):
+    """A crowd at one model delays a request to another by a batch, not by its queue."""
+    crowded = load(models["scaling"](2), "crowded")
+    quiet = load(models["scaling"](3), "quiet")
+    batcher = Batcher(gate, num_threads=1, max_rows=4)
+    gate.opened.clear()
+    crowd = asking(batcher, crowded, *(row(value) for value in range(40)))
+    lone = asking(batcher, quiet, row(1))
+    finished = []
+    for name, tasks in (("crowd", crowd), ("lone", lone)):
+        for task in tasks:
+            task.add_done_callback(lambda _, name=name: finished.append(name))
+    await asyncio.sleep(0)
+    gate.opened.set()
+    await asyncio.gather(*crowd, *lone)
+    assert finished.index("lone") <= 1 + 4
+
+
+async def test_the_oldest_goes_first_and_a_large_request_is_not_passed(gate, load, models):
+    """A request larger than a batch runs alone in its turn; those behind it do not overtake."""
+    model = load(models["scaling"](1))
+    batcher = Batcher(gate, num_threads=1, max_rows=4)
+    gate.opened.clear()
+    order = []
+    requests = [row(0), row(1), row(2, rows=50), row(3), row(4)]
+    tasks = asking(batcher, model, *requests)
+    for index, task in enumerate(tasks):
+        task.add_done_callback(lambda _, index=index: order.append(index))
+    await asyncio.sleep(0)
+    gate.opened.set()
+    await asyncio.gather(*tasks)
+    assert order == [0, 1, 2, 3, 4]
+    assert sizes(model) == {1: 2, 2: 1, 50: 1}
+
+
+async def test_a_caller_that_left_is_not_computed(gate, load, models):
+    """A cancelled request leaves its batch, and the others are answered."""
+    model = load(models["scaling"](2))
+    batcher = Batcher(gate, num_threads=1, max_rows=8)
+    gate.opened.clear()
+    tasks = asking(batcher, model, *(row(value) for value in range(5)))
+    await asyncio.sleep(0)
+    tasks.pop(2).cancel()
+    await asyncio.sleep(0)
+    gate.opened.set()
+    assert await values(tasks) == [0, 2, 6, 8]
+    assert sizes(model) == {1: 1, 3: 1}
+
+
+async def test_shapes_that_differ_are_not_joined(gate, load, models):
+    """Images of two sizes are two batches."""
+    model = load(models["image"](), "image")
+    assert model.is_rowwise
+    batcher = Batcher(gate, num_threads=1, max_rows=100)
+    gate.opened.clear()
+    requests = [{"input": np.ones((1, 1, side, side), np.float32)} for side in (3, 4, 3, 4, 3)]
+    tasks = asking(batcher, model, *requests)
+    await asyncio.sleep(0)
+    gate.opened.set()
+    shapes = [done.outputs["output"].shape for done in await asyncio.gather(*tasks)]
+    assert shapes == [(1, 1, side, side) for side in (1, 2, 1, 2, 1)]
+    assert sizes(model) == {1: 1, 2: 2}
+
+
+def mixing_model() -> bytes:
+    """A model whose rows depend on each other: output = input - mean over the batch."""
+    axes = numpy_helper.from_array(np.array([0], np.int64), "axes")
+    return build_model(
+        [
+            helper.make_node("ReduceMean", ["input"], ["mean"], axes=[0], keepdims=1),
+            helper.make_node("Sub", ["input", "mean"], ["output"]),
+        ],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 3])],
+        [axes],
+    )
+
+
+async def test_a_model_that_mixes_rows_is_never_batched(gate, load, models):
+    """What one caller sends must not change another's answer, so such a model runs one by one."""
+    model = load(mixing_model(), "mixing")
+    assert not model.is_rowwise
+    batcher = Batcher(gate, num_threads=1, max_rows=100)
+    gate.opened.clear()
+    tasks = asking(batcher, model, row(1), row(5), row(9))
+    await asyncio.sleep(0)
+    gate.opened.set()
+    assert await values(tasks) == [0, 0, 0]
+    assert sizes(model) == {1: 3}
+
+
+@pytest.mark.parametrize("kind", ["sum", "gathering", "image", "deep", "dividing"])
+def test_usual_models_are_batched(kind, load, models):
+    """Networks and tables give a row the same whatever is beside it."""
+    assert load(models[kind](), kind).is_rowwise
+
+
+async def test_under_load_each_answer_is_of_its_own_request(load, models):
+    """Hundreds of callers at once on two threads: every answer fits its question."""
+    model = load(models["scaling"](2))
+    with ThreadPoolExecutor(2) as threads:
+        batcher = Batcher(threads, num_threads=2, max_rows=16)
+        tasks = asking(batcher, model, *(row(value, rows=value % 5) for value in range(600)))
+        answers = await asyncio.gather(*tasks)
+    for value, done in enumerate(answers):
+        np.testing.assert_array_equal(done.outputs["output"], row(2 * value, value % 5)["input"])
+    assert sum(size * count for size, count in sizes(model).items()) == sum(
+        value % 5 for value in range(600)
+    )

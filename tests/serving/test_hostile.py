@@ -1,0 +1,266 @@
+"""Callers who mean harm, against a server in a process of its own whose memory is measured."""
+
+import contextlib
+import gzip
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from minga.inference.client import InferenceClient
+from minga.inference.errors import InferenceError
+from minga.inference.grpc_client import GrpcClient
+from minga.inference.protocol import JSON_SIZE_HEADER
+from tests.serving.conftest import identity_model, scaling_model
+from tests.serving.test_app import GOOD, HOSTILE
+
+pytestmark = pytest.mark.slow
+
+MB = 1024 * 1024
+INFER = "/v2/models/scaling/infer"
+SCRIPT = """
+import asyncio, hashlib, sys
+from pathlib import Path
+from minga.inference import connections
+from minga.inference.app import InferenceApp
+from minga.inference.engine import ModelRef
+from minga.inference.grpc_server import GrpcServer
+from minga.inference.limits import Limits
+from minga.inference.repository import ModelRepository
+from minga.inference.server import Server
+
+connections._HEADERS_S = 2
+connections._UNREAD_S = 2
+
+async def main(*files):
+    repository = ModelRepository()
+    repository.apply(
+        ModelRef(
+            name=Path(file).stem,
+            version="1",
+            path=file,
+            sha256=hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+        )
+        for file in files
+    )
+    limits = Limits(
+        max_body_bytes=8 * 2**20, max_pending_bytes=32 * 2**20, body_timeout_s=2, num_threads=2
+    )
+    app = InferenceApp(repository, limits=limits)
+    async with Server(app, port=0) as http, GrpcServer(app.service, port=0) as rpc:
+        print(http.url, rpc.url, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+class Target:
+    """A server in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.url, self.grpc_url = process.stdout.readline().split()
+        self._process = psutil.Process(process.pid)
+        parts = urlsplit(self.url)
+        self.address = parts.hostname, parts.port
+
+    @property
+    def memory(self) -> int:
+        """What the process holds, in bytes."""
+        return self._process.memory_info().rss
+
+    @property
+    def connections(self) -> int:
+        """How many connections the process has."""
+        return sum(one.status == "ESTABLISHED" for one in self._process.net_connections("tcp"))
+
+    def assert_well(self) -> None:
+        """Check that a usual caller is answered on both wires."""
+        rows = np.ones((2, 3), np.float32)
+        for client in (InferenceClient(self.url), GrpcClient(self.grpc_url)):
+            with client:
+                np.testing.assert_array_equal(
+                    client.infer("scaling", {"input": rows})["output"], rows * 2
+                )
+
+    def wait(self, is_so, timeout_s: float = 15) -> None:
+        """Wait for something that the server does in its time."""
+        deadline = time.monotonic() + timeout_s
+        while not is_so():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A server with small limits, warmed up by what the tests send."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    (folder / "scaling.onnx").write_bytes(scaling_model(2))
+    (folder / "wide.onnx").write_bytes(identity_model(1, ["n"]))
+    files = sorted(map(str, folder.iterdir()))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *files], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        target = Target(process)
+        target.assert_well()
+        yield target
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def storm(target: Target, num_rounds: int) -> None:
+    """Send every hostile request of the tables, many times, from several callers."""
+
+    def attack(_: int) -> set[int]:
+        statuses = set()
+        with httpx.Client(base_url=target.url) as client:
+            for body, headers, _ in HOSTILE.values():
+                if "content-length" not in headers:
+                    with contextlib.suppress(httpx.TransportError):
+                        response = client.post(INFER, content=body, headers=headers)
+                        statuses.add(response.status_code)
+        return statuses
+
+    with ThreadPoolExecutor(4) as callers:
+        statuses = set().union(*callers.map(attack, range(num_rounds)))
+    assert statuses <= {200, 400, 413, 415, 431}
+
+
+def test_thousands_of_bad_requests_cost_no_memory(target):
+    """After a warm-up, thousands of hostile requests leave the process as large as it was."""
+    storm(target, 10)
+    before = target.memory
+    storm(target, 60)
+    target.assert_well()
+    assert target.memory - before < 8 * MB
+
+
+def test_bombs_cost_no_memory(target):
+    """Bodies that inflate to gigabytes are refused within the limit of one body."""
+    bomb = gzip.compress(gzip.compress(bytes(64 * MB)) * 1000)
+    headers = {"content-encoding": "gzip"}
+    with httpx.Client(base_url=target.url) as client:
+        client.post(INFER, content=gzip.compress(bytes(7 * MB)), headers=headers)
+        before = target.memory
+        for body in (bomb, gzip.compress(bytes(256 * MB))):
+            for _ in range(5):
+                response = client.post(INFER, content=body, headers=headers)
+                assert response.status_code in (400, 413)
+    assert target.memory - before < 24 * MB
+    target.assert_well()
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [b"", b"POST ", b"POST /v2 HTTP/1.1\r\nHost: x\r\nX-Slow: "],
+    ids=["silent", "request-line", "headers"],
+)
+def test_connections_that_say_nothing_are_closed(beginning, target):
+    """Thousands of them cost little, and are gone after the time that headers may take."""
+    before = target.memory
+    idle = [socket.create_connection(target.address) for _ in range(2000)]
+    try:
+        for connection in idle:
+            connection.sendall(beginning)
+        target.wait(lambda: target.connections > 1000)
+        target.assert_well()
+        assert target.memory - before < 60 * MB
+        target.wait(lambda: target.connections < 20)
+    finally:
+        for connection in idle:
+            connection.close()
+    target.assert_well()
+
+
+def test_endless_headers_are_refused(target):
+    """A header without an end is 431 and closed long before it fills the memory."""
+    before = target.memory
+    with socket.create_connection(target.address) as connection:
+        connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\nX-Endless: ")
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 200 * MB:
+                sent += connection.send(b"x" * 65536)
+    assert sent < 20 * MB
+    assert target.memory - before < 8 * MB
+    target.assert_well()
+
+
+def test_a_body_that_trickles_is_given_up(target):
+    """A byte now and then does not keep a request alive."""
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(target.address, timeout=10) as connection:
+        connection.sendall(head.encode())
+        start = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - start < 3:
+                connection.sendall(b" ")
+                time.sleep(0.1)
+        answer = connection.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - start < 8
+    target.assert_well()
+
+
+def test_callers_who_do_not_read_cannot_take_the_memory(target):
+    """Large answers that nobody takes are bounded together, and thrown away in time."""
+    size = 4 * MB
+    request = (
+        f"POST /v2/models/wide/infer HTTP/1.1\r\nHost: x\r\n{JSON_SIZE_HEADER}: 0\r\n"
+        f"Content-Length: {size}\r\n\r\n"
+    ).encode() + bytes(size)
+    before = target.memory
+    deaf = []
+    peak = 0
+    try:
+        for _ in range(40):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(5)
+            connection.connect(target.address)
+            deaf.append(connection)
+            with contextlib.suppress(OSError):
+                connection.sendall(request)
+            peak = max(peak, target.memory - before)
+        target.wait(lambda: target.connections < 20)
+    finally:
+        for connection in deaf:
+            connection.close()
+    assert peak < 120 * MB
+    target.assert_well()
+
+
+def test_many_callers_of_unknown_models_leave_no_trace(target):
+    """Names that callers make up are neither labels nor entries that stay."""
+    with httpx.Client(base_url=target.url) as client:
+        for index in range(200):
+            client.post(f"/v2/models/made-up-{index}/infer", content=GOOD)
+        before = target.memory
+        for index in range(2000):
+            response = client.post(f"/v2/models/made-up-{index}{'x' * 500}/infer", content=GOOD)
+            assert response.status_code == 404
+            assert len(response.content) < 1000
+    assert target.memory - before < 4 * MB
+
+
+def test_large_messages_over_grpc_are_refused(target):
+    """A message over the limit is an error of its sender, again and again, and costs nothing."""
+    rows = np.ones((MB, 3), np.float32)
+    with GrpcClient(target.grpc_url) as client:
+        for round_ in range(12):
+            if round_ == 2:
+                before = target.memory
+            with pytest.raises(InferenceError, match="larger than max"):
+                client.infer("scaling", {"input": rows})
+    assert target.memory - before < 24 * MB
+    target.assert_well()
