@@ -119,10 +119,16 @@ def test_divergence_is_told_of_each_device_alone():
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("Drops", {}), ("Normalises", {}), ("Dense", {"optimiser": "Adafactor", "lr": 0.01})],
+    [
+        ("Drops", {}),
+        ("Normalises", {}),
+        ("Dense", {"optimiser": "Adafactor", "lr": 0.01}),
+        ("Dense", {"schedule": "cosine"}),
+        ("Dense", {"class_weights": "balanced"}),
+    ],
 )
 def test_worker_sees_what_cannot_be_done_together(name, config):
-    """What draws numbers, keeps statistics or looks at whole tensors is trained one by one."""
+    """What draws numbers, keeps statistics, looks at whole tensors or at time is trained alone."""
     bench = Bench(name)
     lesson = bench.lesson(config)
     worker = Worker(bench.task, bench.population, lesson.config)

@@ -63,6 +63,10 @@ COORDINATEWISE: Final = (
 """Optimisers whose step of one coordinate depends on that coordinate alone."""
 
 
+ONE_BY_ONE: Final[Params] = {"schedule": "constant", "warmup": 0.0, "class_weights": "none"}
+"""Parameters of the training loop that stacks do not know, with the values that change nothing."""
+
+
 class Stack:
     """Trains the devices of a round together.
 
@@ -99,9 +103,14 @@ class Stack:
         """Train devices: the same as `OneByOne.fit`, up to rounding.
 
         Raises:
-            TaskError: the Task's optimiser does not treat coordinates alone.
+            TaskError: the Task's optimiser does not treat coordinates alone, or the training loop
+                is told what stacks do not know.
             RuntimeError: the network does what cannot be stacked.
         """
+        params = {**self._task.defaults, **lesson.config}
+        for name, usual in ONE_BY_ONE.items():
+            if params.get(name, usual) != usual:
+                raise TaskError(f"{name} is {params[name]!r}, which takes training one by one")
         deltas = np.empty((len(devices), self._num_values), np.float32)
         gradients = None if lesson.corrections is None else np.zeros_like(deltas)
         with one_thread():
