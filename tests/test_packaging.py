@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("cluster", "training", "serving", "federation")
-EXTRAS = ("flower", "train", "tfdv", "cluster", "dev")
+EXTRAS = ("data", "s3", "flower", "train", "tfdv", "cluster", "dev")
 
 # torch's wheel for NVIDIA machines names the CUDA libraries that it was built with, exactly.
 NAMED_BY_TORCH = ("nvidia-", "cuda-", "triton")

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minga.cli.data import check, schema
+from minga.cli.data import check, report, schema
 from minga.cli.failures import exit_code_of
 from minga.cluster.checking import require_valid_data
 from minga.cluster.project import load
-from minga.training.errors import DataError, SchemaError
+from minga.training.errors import DataError, SchemaError, TamperedError
 from minga.training.federated import trainer_from_options
 
 TASK = """
@@ -75,7 +75,7 @@ def test_schema_is_kept_and_counts_from_then_on(project, capsys):
     write(project / "readings.csv", type=7)
     with pytest.raises(SchemaError, match="category is 7, should be one of L, M, H") as caught:
         require_valid_data(load(project))
-    assert exit_code_of(caught.value) == 40
+    assert exit_code_of(caught.value) == 44
 
 
 def test_violations_are_a_small_file(project, tmp_path, capsys):
@@ -132,3 +132,23 @@ def test_example_is_valid_json_schema_document(project):
     kept = json.loads(Path(project / "schema.json").read_text())
     assert [column["name"] for column in kept["columns"]] == ["torque", "type"]
     assert kept["targets"][0]["categories"] == [0, 1]
+
+
+def test_report_is_one_page(project, capsys):
+    """`minga data report` writes the page, and prints the measures."""
+    report(project=project, out=project / "page.html", noise=False)
+    assert "tells of the target" in capsys.readouterr().out
+    assert (project / "page.html").read_text().startswith("<!doctype html>")
+    report(project=project, out=project / "page.html", json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert {"check", "measures"} == printed.keys()
+    assert len(printed["measures"]["columns"]) == 2
+
+
+def test_tampered_data_is_refused(project):
+    """Data that is not the version that the settings name is not read, by a code of its own."""
+    settings = (project / "minga.toml").read_text()
+    (project / "minga.toml").write_text(settings + f'sha256 = "{"0" * 64}"\n')
+    with pytest.raises(TamperedError) as caught:
+        require_valid_data(load(project))
+    assert exit_code_of(caught.value) == 45

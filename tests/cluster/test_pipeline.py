@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -14,10 +15,12 @@ import pytest
 from minga.cluster import pipeline, template
 from minga.cluster.checking import check_data
 from minga.cluster.federate import federate, personal_of
+from minga.cluster.learning import picture_of
 from minga.cluster.project import load
 from minga.federation.flower.folder import TRAINER, client_app_of
 from minga.federation.parts import split_personal
 from minga.federation.v1 import federation_pb2 as pb
+from minga.training import choice
 from minga.training.bundle import LINEAGE, read_parameters
 from minga.training.errors import GateError
 from minga.training.lineage import Campaign, Lineage
@@ -76,7 +79,16 @@ def test_run_ends_with_a_champion(finished, project):
     assert printed["promoted"]
     assert printed["metrics"]["average_precision"] > 0.9
     assert len(printed["trials"]) == 3
-    assert {gate["name"] for gate in printed["gates"]} >= {"onnx parity", "latency p95", "size"}
+    assert {gate["name"] for gate in printed["gates"]} >= {
+        "onnx parity",
+        "latency p95",
+        "size",
+        "noise of 0.1",
+        "10% of values missing",
+        "calibration error",
+        "runs in serving",
+        "runs in device",
+    }
     assert project.registry().get("shuttle-anomaly", "champion").version == 1
 
 
@@ -105,10 +117,41 @@ def test_runs_are_recorded(finished, project):
     runs = tracker.client.search_runs([tracker.experiment_id])
     names = sorted(run.info.run_name for run in runs)
     assert names[:5] == ["search", "train", "trial 1", "trial 2", "trial 3"]
+    search = next(run.info.run_id for run in runs if run.info.run_name == "search")
+    assert tracker.children(search).keys() == {"trial 1", "trial 2", "trial 3"}
+    assert [file.path for file in tracker.client.list_artifacts(search)] == [
+        "minga.json",
+        "search.html",
+    ]
+    assert "3 trials" in picture_of(project).read_text()
     training = tracker.client.get_run(finished[1]["run_id"])
     assert training.data.metrics["test_average_precision"] > 0.9
     epochs = tracker.client.get_metric_history(training.info.run_id, "average_precision")
     assert [metric.step for metric in epochs] == [1, 2, 3, 4, 5, 6]
+    (events,) = project.tensorboard_folder.glob(f"train-{training.info.run_id[:8]}/*")
+    assert events.read_bytes().count(b"average_precision") == 6
+
+
+def test_best_points_of_earlier_searches_are_found(project):
+    """A warm start takes the best trials that MLflow has, as far as they lie in the space."""
+    from minga.training.search.runs import earlier_points
+
+    task, trials = project.loaded_task, pipeline.finished_search(project).trials
+    best = max(trials, key=lambda trial: trial.metrics["average_precision"])
+    points = earlier_points(project.tracker(), task, 2)
+    assert len(points) == 2
+    assert points[0] == {name: best.params[name] for name in task.search_space}
+    narrow = type("Narrow", (type(task),), {"search_space": {"hidden": choice([3, 5])}})()
+    assert earlier_points(project.tracker(), narrow, 2) == []
+
+
+def test_runs_name_their_data(finished, project):
+    """Runs and lineage carry the digest of the values and of the file that they were read from."""
+    tags = project.tracker().client.get_run(finished[1]["run_id"]).data.tags
+    _, lineage = champion_of(project)
+    (version,) = lineage.data_versions
+    assert tags["minga.data_sha256"] == lineage.data_digest
+    assert version.sha256 == hashlib.sha256(Path(project.source).read_bytes()).hexdigest()
 
 
 def test_later_data_is_checked_against_the_champion(project):
@@ -176,6 +219,72 @@ def test_personal_tensors_stay_the_parents(project):
     assert shared.keys() | personal.keys() == parameters.keys()
     assert all(np.array_equal(personal[name], parameters[name]) for name in personal)
     assert not personal_of(registry, parent, pb.Campaign())
+
+
+def test_overtaken_version_is_judged_anew(finished, capsys):
+    """A version that was judged before there was this champion gets a verdict against it.
+
+    The verdict is on a new version of the same weights, and `minga model history` tells the rest.
+    """
+    from minga.cli.app import main
+
+    words = ["--project", str(finished[0].directory), "--json"]
+    with contextlib.suppress(SystemExit):
+        main(["model", "judge", "1", *words])
+    judged = json.loads(capsys.readouterr().out)
+    assert (judged["champion"], judged["blessed"]) == (1, True)
+    registry = finished[0].registry()
+    before, after = (registry.get("shuttle-anomaly", n) for n in (1, judged["version"]))
+    assert before.digests.weights == after.digests.weights
+    assert before.digests.bundle != after.digests.bundle
+    with contextlib.suppress(SystemExit):
+        main(["model", "history", *words])
+    (promotion,) = json.loads(capsys.readouterr().out)
+    assert (promotion["version"], promotion["champion_before"]) == (1, None)
+
+
+def test_lineage_leads_from_data_to_the_server_and_back(finished, project, capsys):
+    """`minga lineage` finds what the data came to, and what a server's answers were made from."""
+    from minga.cli.app import main
+    from minga.serving.registry_source import RegistrySource
+    from minga.serving.service_record import ServiceRecord
+
+    served = RegistrySource(project.tracking_uri).current("shuttle-anomaly")
+    record = ServiceRecord(project.tracking_uri, "http://127.0.0.1:8123")
+    record.note([served])
+    directory = ["--project", str(finished[0].directory)]
+
+    def ask(*words):
+        with contextlib.suppress(SystemExit):
+            main([*words, *directory, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    digest = finished[1]["data"]["digest"]
+    (forward,) = ask("lineage", "--data", digest[:10])
+    reached = {node["id"] for node in forward["went_into"]["nodes"]}
+    (service,) = (name for name in reached if ":8123/" in name)
+    (back,) = ask("lineage", "--place", service.removeprefix("service:"))
+    made_from = {node["id"] for node in back["made_from"]["nodes"]}
+    assert {f"data:{digest}", "version:shuttle-anomaly/1"} <= made_from
+    (period,) = ask("model", "served")
+    assert (period["version"], period["until"]) == ("1", "")
+    record.close()
+    (period,) = ask("model", "served")
+    assert period["until"]
+    assert "served nowhere" in ask("model", "stale")[-1]["finding"]
+
+
+def test_champion_is_explained(finished, capsys):
+    """`minga explain` gives each column's share in the answers, over the network's gradients."""
+    from minga.cli.app import main
+
+    words = ["--project", str(finished[0].directory), "--rows", "20", "--json"]
+    with contextlib.suppress(SystemExit):
+        main(["explain", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["method"], len(found["rows"])) == ("gradients", 20)
+    assert set(found["importance"]) == {f"f{index}" for index in range(1, 10)}
+    assert found["completeness_gap"] < 0.1
 
 
 def test_commands_show_the_registry(finished, capsys):

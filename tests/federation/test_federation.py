@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from minga.cluster.ancestry import device_services
 from minga.federation import transport
 from minga.federation.coordinator.authority import Authority
 from minga.federation.errors import AccessError, CampaignError, FederationError, IdentityError
@@ -303,6 +304,23 @@ async def test_published_model_reaches_devices(fleet: Fleet, tmp_path: Path) -> 
     for name in ("early", "late"):
         outputs = fleet.models[name].get("add-one").run({"input": np.zeros((1, 2), np.float32)})
         np.testing.assert_array_equal(outputs["output"], [[1.0, 1.0]])
+
+
+async def test_devices_versions_are_in_the_audit_log(fleet: Fleet, tmp_path: Path) -> None:
+    """What a device ran and when is told by the audit log, also after the next version came."""
+    model = add_one_model(tmp_path / "model.onnx")
+    await fleet.add("site-0")
+    for version in ("1", "2"):
+        await fleet.operator.publish_model("add-one", version, model)
+        await until_models(fleet, {"site-0": version})
+    await fleet.stop_device("site-0")  # telling the same again when it comes back is no news
+    fleet.start_device("site-0")
+    await until_connected(fleet, 1)
+    first, second = device_services(fleet.folder / "coordinator")
+    assert (first.version, second.version) == ("1", "2")
+    assert (first.place, first.model) == ("device/site-0", "add-one")
+    assert first.since < first.until == second.since
+    assert not second.until
 
 
 async def test_bad_model_leaves_the_old_one(fleet: Fleet, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from google.protobuf.message import Message
 
 from minga.federation import transport
-from minga.federation.errors import CampaignError, PeerError
+from minga.federation.errors import CampaignError, PeerError, PrivacyError
 from minga.federation.identity import load_identity
 from minga.federation.limits import MIB
 from minga.federation.v1 import federation_pb2 as pb
@@ -235,6 +235,13 @@ def turns_of(
         )
 
 
+async def load_accounting(fleet: ProcessFleet) -> None:
+    """Ask for a private campaign beyond its budget: what counts privacy is loaded for good."""
+    plan = exact_plan(privacy=pb.Privacy(epsilon=1, delta=1e-5, noise_multiplier=1e-6, max_norm=1))
+    with pytest.raises(PrivacyError):
+        await fleet.start_campaign(plan)
+
+
 async def run_rounds(fleet: ProcessFleet, is_over: asyncio.Event) -> int:
     """Run campaigns until the attack is over, and check each; gives how many rounds there were."""
     num_rounds = 0
@@ -263,6 +270,7 @@ async def test_garbage_on_every_call(fleet: ProcessFleet, chaos_seed: int) -> No
     attack, is_over = Attack(chaos_seed), asyncio.Event()
     process = psutil.Process(fleet.process.pid)
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        await load_accounting(fleet)
         rounds = group.create_task(run_rounds(fleet, is_over))
         channels = await open_channels(stack, fleet)
         await flood_streams(attack, channels, NUM_STREAM_MESSAGES // 10)

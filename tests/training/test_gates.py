@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minga.training import Maximize, Minimize
+from minga.training.calibration import Calibration
 from minga.training.config import GateConfig
-from minga.training.gates import Difference, Evidence, compare, judge
+from minga.training.gates import Difference, Evidence, Trial, compare, judge
 
 AUC = Maximize("auc")
 SOUND = Evidence(
@@ -22,6 +23,13 @@ SOUND = Evidence(
     difference=Difference(gain=0.01, low=-0.005, high=0.02),
     schema_breaks=(),
 )
+
+UNSURE = Calibration(expected_error=0.2, largest_error=0.4, brier=0.2)
+
+
+def answered(runtime, error):
+    """What one runtime made of the model."""
+    return (Trial(runtime=runtime, error=error, detail=""),)
 
 
 def refused(evidence, objective=AUC, **limits):
@@ -50,12 +58,27 @@ def test_sound_candidate_is_blessed():
         ({"parity_error": float("nan")}, {}, "onnx parity"),
         ({"latency_ms": 51.0}, {}, "latency p95"),
         ({"size_bytes": 2_000_000}, {"max_size_mb": 1.0}, "size"),
+        ({"on_bad_days": {"noise of 0.1": (0.7, 0.1)}}, {}, "noise of 0.1"),
+        ({"on_bad_days": {"gaps": (float("nan"), 0.1)}}, {}, "gaps"),
+        ({"calibration": UNSURE}, {}, "calibration error"),
+        ({"trials": answered("device", 0.1)}, {}, "runs in device"),
+        ({"trials": answered("serving", None)}, {}, "runs in serving"),
+        ({"trials": answered("edge", float("nan"))}, {}, "runs in edge"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: str(value)[:60],
 )
 def test_each_gate_refuses_alone(change, limits, gate):
     """One limit that is not held is enough, and it is the one that is named."""
     assert refused(replace(SOUND, **change), **limits) == [gate]
+
+
+def test_small_slice_is_reported_not_judged():
+    """A slice of a few examples tells its figure and that it is too few to refuse for."""
+    evidence = replace(SOUND, slices={"night": 0.1}, slice_sizes={"night": 29})
+    (gate,) = [gate for gate in judge(evidence, GateConfig(), AUC).gates if "slice" in gate.name]
+    assert gate.passed
+    assert gate.seen == "auc 0.1000, overall 0.9000; 29 examples are too few to judge"
+    assert refused(evidence, min_slice_examples=29) == ["slice night"]
 
 
 def test_first_version_needs_no_champion():

@@ -5,13 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from minga.training import Batch, Maximize, Minimize, Split
-from minga.training.errors import DataError, DivergedError
+from minga.training.errors import DataError, DivergedError, TaskError
 from minga.training.evaluate import evaluate, predict
-from minga.training.history import best_record
+from minga.training.history import best_record, is_stalled
 from minga.training.loop import Learner, Shard, _batches, fit
 from minga.training.network import build_network, parameters_of
+from minga.training.weighting import weighted_loss, weights_of
 
 
 def learner_of(task, splits, **params):
@@ -153,3 +155,122 @@ def test_prediction_does_not_depend_on_the_batch(blobs, splits):
     np.testing.assert_allclose(predict(network, splits.test.inputs[:7]), whole[:7], atol=1e-6)
     assert network.training
     assert set(evaluate(blobs, network, splits.test)) == {"loss", "accuracy"}
+
+
+@pytest.mark.parametrize(
+    "params", [{"schedule": "cosine", "warmup": 0.2}, {"accumulate": 3, "schedule": "linear"}]
+)
+def test_schedules_go_on_from_a_state(blobs, splits, params):
+    """A rate in the middle of its schedule is what a stopped training goes on with."""
+    whole, first, second = (learner_of(blobs, splits, **params) for _ in range(3))
+    fit(whole, splits.train, epochs=4, seed=5)
+    fit(first, splits.train, epochs=4, seed=5, on_epoch=lambda record: record["epoch"] == 2)
+    second.load(first.state())
+    fit(second, splits.train, epochs=4, seed=5)
+    assert same(whole, second)
+    assert whole.schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_rate_rises_and_falls(blobs, splits):
+    """Warm-up ends at the full rate; a cosine is at half of it half-way through the rest."""
+    learner = learner_of(blobs, splits, schedule="cosine", warmup=0.2)
+    learner.plan(100)
+    rates = []
+    for _ in range(100):
+        rates.append(learner.optimiser.param_groups[0]["lr"])
+        learner.optimiser.step()
+        learner.schedule.step()
+    assert rates[0] == pytest.approx(0.01 / 20)
+    assert rates[19] == pytest.approx(0.01)
+    assert rates[60] == pytest.approx(0.005)
+    assert max(rates) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"schedule": "steps"}, "use constant, linear, cosine"),
+        ({"warmup": 1.0}, "warmup = 1.0 is no share"),
+        ({"class_weights": "heavy"}, "use none or balanced"),
+    ],
+)
+def test_hyper_parameters_without_a_meaning_are_refused(blobs, splits, params, words):
+    """What the loop does not understand is said before the first step."""
+    with pytest.raises(TaskError, match=words):
+        fit(learner_of(blobs, splits, **params), splits.train, epochs=1, seed=1)
+
+
+def test_pieces_make_the_step_of_the_whole(blobs, splits):
+    """Gradients of a batch's pieces add up to the batch's, and so do their losses."""
+    learners = [learner_of(blobs, splits, accumulate=pieces) for pieces in (1, 4)]
+    for learner in learners:
+        for layer in learner.network.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0  # it draws anew for each piece
+        fit(learner, splits.train, epochs=2, seed=5)
+    one, four = (parameters_of(learner.network) for learner in learners)
+    for name in one:
+        np.testing.assert_allclose(one[name], four[name], atol=1e-5)
+    losses = [learner.history[-1]["train_loss"] for learner in learners]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_weighted_loss_is_that_of_torch():
+    """Balanced weights, over all examples, give what torch's own class weights give."""
+    generator = torch.Generator().manual_seed(3)
+    outputs = torch.randn(60, 3, generator=generator)
+    targets = torch.tensor([0] * 40 + [1] * 15 + [2] * 5)
+    weights = weights_of({"class_weights": "balanced"}, targets.numpy())
+    by_class = torch.tensor([60 / (3 * 40), 60 / (3 * 15), 60 / (3 * 5)])
+    ours = weighted_loss(nn.functional.cross_entropy, outputs, targets, weights)
+    torch.testing.assert_close(ours, nn.functional.cross_entropy(outputs, targets, by_class))
+
+
+def test_balanced_classes_raise_the_rare_one(blobs, splits):
+    """With balanced weights more examples are taken for the rare class."""
+
+    def share(**params):
+        learner = learner_of(blobs, splits, **params)
+        fit(learner, splits.train, epochs=4, seed=1)
+        return (predict(learner.network, splits.test.inputs) > 0).mean()
+
+    assert share(class_weights="balanced") > share() + 0.05
+
+
+def test_weights_need_classes(blobs):
+    """Targets that are measurements cannot be balanced."""
+    with pytest.raises(TaskError, match=r"of shape \(2000,\), have 2000 distinct values"):
+        weights_of({"class_weights": "balanced"}, np.linspace(0, 1, 2000))
+
+
+def test_half_precision_keeps_whole_weights(blobs, splits):
+    """Computing in bfloat16 gives other bits, a falling loss, and weights in float32."""
+    params = blobs.defaults
+    networks = [build_network(blobs, params, splits.train, seed=1) for _ in range(2)]
+    half, whole = (
+        Learner(blobs, networks[0], params, half=torch.bfloat16),
+        Learner(blobs, networks[1], params),
+    )
+    for learner in (half, whole):
+        fit(learner, splits.train, epochs=4, seed=5)
+    assert not same(half, whole)
+    assert half.history[-1]["train_loss"] < half.history[0]["train_loss"]
+    assert {tensor.dtype for tensor in half.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "min_gain", "stalled"),
+    [
+        ([0.5, 0.6, 0.6, 0.6], 2, 0.0, True),
+        ([0.5, 0.6, 0.6, 0.7], 2, 0.0, False),
+        ([0.5, 0.51, 0.52, 0.53], 2, 0.1, True),
+        ([0.5, 0.5, 0.5], 0, 0.0, False),
+        ([float("nan")] * 3, 3, 0.0, True),
+    ],
+)
+def test_patience_ends(values, patience, min_gain, stalled):
+    """Training stalls once enough epochs in a row gained nothing, and never without patience."""
+    history = [{"epoch": epoch, "m": value} for epoch, value in enumerate(values, start=1)]
+    assert is_stalled(history, Maximize("m"), patience=patience, min_gain=min_gain) == stalled
+    turned = [{**record, "m": -record["m"]} for record in history]
+    assert is_stalled(turned, Minimize("m"), patience=patience, min_gain=min_gain) == stalled

@@ -66,8 +66,8 @@ def test_probe_finds_disagreeing_shapes(reference):
 
 
 def test_probe_finds_a_loss_that_is_no_number(blobs, splits):
-    """Missing values in the inputs show as a loss that is no number."""
-    holes = Split(inputs=np.full((8, 4), np.nan), targets=np.zeros(8))
+    """Missing targets show as a loss that is no number; missing inputs are filled in."""
+    holes = Split(inputs=np.full((8, 4), np.nan), targets=np.full(8, np.nan))
     with pytest.raises(DataError, match="are values missing"):
         probe(blobs, blobs.defaults, type(splits)(train=holes, validation=holes, test=holes))
 

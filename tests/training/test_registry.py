@@ -1,84 +1,29 @@
 """Registered versions: files, digests, aliases, on a real MLflow database."""
 
+import base64
+import contextlib
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
-from minga.training.bundle import MODEL, WEIGHTS, Bundle, Digests, read_parameters
+from minga.training.bundle import GATES, MODEL, VERDICT, WEIGHTS, Digests, read_parameters
 from minga.training.candidate import Champion, assess
+from minga.training.card import Card
 from minga.training.config import GateConfig
 from minga.training.data import profile_of
-from minga.training.errors import GateError, RegistryError
+from minga.training.errors import ConflictError, GateError, RegistryError, VerdictError
 from minga.training.export import run_onnx
-from minga.training.lineage import Campaign, trace
-from minga.training.network import build_network, parameters_of
+from minga.training.lineage import Lineage
+from minga.training.network import build_network
 from minga.training.registry import CHALLENGER, CHAMPION, Registry
 from minga.training.schema import infer_schema
+from minga.training.signing import Keyring
 from minga.training.tracking import Tracker
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(tmp_path_factory):
-    """The written bundle of an untrained network."""
-    from pathlib import Path
-
-    from minga.training import TaskReference
-
-    reference = TaskReference(root=Path(__file__).parent / "tasks", name="blobs.py:Blobs")
-    task = reference.load()
-    splits = task.data("1")
-    network = build_network(task, task.defaults, splits.train, seed=1)
-    schema = infer_schema(splits.train)
-    candidate = assess(
-        task,
-        network,
-        splits.test,
-        schema=schema,
-        profile=profile_of(task, splits.train),
-        champion=None,
-        config=GateConfig(),
-        seed=1,
-    )
-    lineage = trace(
-        task,
-        reference,
-        params=task.defaults,
-        seed=1,
-        source="1",
-        data_digest="d" * 64,
-        num_examples=300,
-        parent_version=4,
-        campaign=Campaign(name="c1", rounds=5, cohort=8),
-    )
-    folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    Bundle(
-        onnx=candidate.onnx,
-        parameters=parameters_of(network),
-        schema=schema,
-        profile=candidate.profile,
-        gates=candidate.report,
-        lineage=lineage,
-    ).write(folder)
-    return folder
-
-
-@pytest.fixture
-def registry(tracking_uri):
-    """An empty registry."""
-    return Registry(tracking_uri)
-
-
-@pytest.fixture
-def register(registry, tracking_uri, tmp_path, bundle_folder):
-    """Registers a version of `blobs`."""
-    tracker = Tracker.open(tracking_uri, str(tmp_path / "artifacts"), "blobs")
-
-    def make(*, blessed=True):
-        with tracker.run("test") as run_id:
-            return registry.register(
-                "blobs", bundle_folder, run_id=run_id, blessed=blessed, tags={"minga.origin": "x"}
-            )
-
-    return make
 
 
 def test_version_carries_what_was_written(registry, register, bundle_folder):
@@ -127,6 +72,16 @@ def test_changed_files_are_refused(registry, register, name):
         registry.promote("blobs", version.version)
 
 
+def test_versions_are_not_overwritten(registry, register, write_bundle):
+    """A second version of a run would take the first one's place, so it is refused."""
+    version = register()
+    with pytest.raises(RegistryError, match="has version 1 of blobs already"):
+        registry.register(
+            "blobs", write_bundle(champion=1), run_id=version.run_id, blessed=True, tags={}
+        )
+    assert Digests.of(registry.fetch("blobs", version.version)) == version.digests
+
+
 def test_lost_files_are_noticed(registry, register):
     """A version whose file is gone is refused with the file's name."""
     version = register()
@@ -137,7 +92,7 @@ def test_lost_files_are_noticed(registry, register):
 
 def test_promotion_moves_the_alias(registry, register):
     """The champion is one version; promoting the challenger leaves no challenger."""
-    first, second = register(), register()
+    first, second = register(), register(champion=1)
     registry.promote("blobs", first.version)
     registry.set_alias("blobs", CHALLENGER, second.version)
     promoted = registry.promote("blobs", "challenger")
@@ -153,9 +108,202 @@ def test_unblessed_version_is_not_promoted(registry, register):
     with pytest.raises(GateError, match="did not pass its gates"):
         registry.promote("blobs", version.version)
     assert registry.find("blobs", CHAMPION) is None
-    promoted = registry.promote("blobs", version.version, override=True)
+    promoted = registry.promote("blobs", version.version, override="ticket 7")
     assert promoted.tags["minga.overridden"] == "true"
     assert not promoted.blessed
+    (entry,) = registry.decisions("blobs")
+    assert (entry.version, entry.reason, entry.champion_before) == (1, "ticket 7", None)
+
+
+def retag(registry, version):
+    """Make the registry's tags agree with the files, as who can write to it may."""
+    digests = Digests.of(registry._folder(version))
+    for tag, value in (
+        ("minga.blessed", "true"),
+        ("minga.onnx_sha256", digests.onnx),
+        ("minga.weights_sha256", digests.weights),
+        ("minga.bundle_sha256", digests.bundle),
+    ):
+        registry._tag(version, tag, value)
+
+
+def bless(folder):
+    """Forge the gate report."""
+    report = json.loads((folder / GATES).read_text())
+    (folder / GATES).write_text(json.dumps(report | {"blessed": True}))
+
+
+def bless_both(folder):
+    """Forge the gate report and the statement, whose signature is then of something else."""
+    bless(folder)
+    envelope = json.loads((folder / VERDICT).read_text())
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    statement["predicate"]["blessed"] = True
+    envelope["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
+    (folder / VERDICT).write_text(json.dumps(envelope))
+
+
+def exchange(folder):
+    """Put in other weights."""
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+
+
+def remove_signature(folder):
+    """Leave the statement without a signature."""
+    envelope = json.loads((folder / VERDICT).read_text())
+    (folder / VERDICT).write_text(json.dumps(envelope | {"signatures": []}))
+
+
+def replace_by_garbage(folder):
+    """Leave no statement at all."""
+    (folder / VERDICT).write_bytes(b"\x80\x04")
+
+
+@pytest.mark.parametrize(
+    ("forge", "complaint"),
+    [
+        (bless, "on other files than these"),
+        (bless_both, "was altered after it was signed"),
+        (exchange, "on other files than these"),
+        (remove_signature, "signed by nobody"),
+        (replace_by_garbage, "cannot be read"),
+    ],
+)
+def test_tampered_verdict_is_refused(registry, register, forge, complaint):
+    """Who can write files and tags, but has no trusted key, cannot bring a version to production.
+
+    A reason to override the gates does not override that.
+    """
+    version = register(blessed=False)
+    forge(registry.fetch("blobs", version.version))
+    retag(registry, version)
+    for reason in ("", "I insist"):
+        with pytest.raises(VerdictError, match=complaint):
+            registry.promote("blobs", version.version, override=reason)
+    assert registry.find("blobs", CHAMPION) is None
+
+
+def test_verdict_of_a_stranger_counts_once_the_key_is_trusted(
+    registry, register, tracking_uri, tmp_path, keyring
+):
+    """A colleague's verdict is believed as soon as the colleague's public key is named."""
+    colleague = Keyring.open(tmp_path / "colleague.pem")
+    version = register(by=colleague)
+    with pytest.raises(VerdictError, match="no trusted key"):
+        registry.promote("blobs", version.version)
+    trusting = Keyring(keyring.own, (*keyring.trusted, colleague.public_key))
+    Registry(tracking_uri, keyring=lambda: trusting).promote("blobs", version.version)
+    assert registry.get("blobs", CHAMPION).version == version.version
+
+
+def test_verdict_on_another_model_does_not_count(registry, register):
+    """A bundle that was judged as one model is not promoted as another."""
+    register("other")
+    with pytest.raises(VerdictError, match="on the model 'blobs', not on 'other'"):
+        registry.promote("other", 1)
+
+
+def test_overtaken_version_is_refused(registry, register):
+    """What was judged against a champion takes the place of no other; what was champion may return.
+
+    Of two versions judged against the same champion only one can be promoted by its verdict.
+    """
+    first, second, third = (register(champion=judged) for judged in (None, 1, 1))
+    registry.promote("blobs", first.version)
+    registry.promote("blobs", second.version)
+    with pytest.raises(ConflictError, match="judged against version 1, but version 2 is champion"):
+        registry.promote("blobs", third.version)
+    assert registry.promote("blobs", first.version).aliases == ("champion",)
+    assert registry.promote("blobs", third.version).aliases == ("champion",)
+    registry.promote("blobs", second.version, override="back to the one before")
+    history = registry.decisions("blobs")
+    assert [(p.number, p.version, p.champion_before) for p in history] == [
+        (1, 1, None),
+        (2, 2, 1),
+        (3, 1, 2),
+        (4, 3, 1),
+        (5, 2, 3),
+    ]
+
+
+def test_retired_version_is_promoted_for_a_reason_alone(registry, register):
+    """Retirement takes a version out of use, by a signed entry; the champion stays."""
+    first, second = register(), register()
+    registry.promote("blobs", first.version)
+    with pytest.raises(GateError, match="promote another one first"):
+        registry.retire("blobs", first.version, reason="old")
+    registry.set_alias("blobs", CHALLENGER, second.version)
+    assert registry.retire("blobs", second.version, reason="broken sensor").aliases == ()
+    with pytest.raises(GateError, match=r"was retired by .*: broken sensor"):
+        registry.promote("blobs", second.version)
+    assert registry.promote("blobs", second.version, override="it was not").aliases
+    kinds = [(one.kind, one.version, one.reason) for one in registry.decisions("blobs")]
+    assert kinds == [
+        ("promoted", 1, ""),
+        ("retired", 2, "broken sensor"),
+        ("promoted", 2, "it was not"),
+    ]
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_loading_a_version_never_unpickles(registry, register, tmp_path, monkeypatch):
+    """Poisoned pickles in a version's folder are not run: not beside its files, not instead of one.
+
+    The one whose digest was forged too is refused in words.
+    """
+    version = register()
+    trace = tmp_path / "trace"
+    bomb = pickle.dumps(Bomb(trace))
+    folder = registry.fetch("blobs", version.version)
+    for name in ("model.pkl", "python_model.pkl", "weights.pt", "data.pickle", "weights.bin"):
+        (folder / name).write_bytes(bomb)
+    (folder / "MLmodel").write_text("flavors:\n  python_function:\n    loader_module: pickle\n")
+    fetched = registry.fetch("blobs", version.version)
+    assert read_parameters(fetched)
+    registry.promote("blobs", version.version)
+    (folder / WEIGHTS).write_bytes(bomb)
+    retag(registry, version)
+    with pytest.raises(RegistryError, match="holds no parameters"):
+        read_parameters(registry.fetch("blobs", version.version))
+    with pytest.raises(VerdictError):
+        registry.promote("blobs", version.version)
+    assert not trace.exists()
+    with contextlib.suppress(TypeError):
+        pickle.loads(bomb)
+    assert trace.exists(), "the bomb would have gone off"
+
+
+def test_card_is_read_by_programs(bundle_folder):
+    """The card's head is Hugging Face's, with the results; its JSON is the typed value again."""
+    text = (bundle_folder / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    (index,) = head["model-index"]
+    (result,) = index["results"]
+    card = Card.read(bundle_folder / "card.json")
+    assert index["name"] == "blobs"
+    assert {one["type"]: one["value"] for one in result["metrics"]} == card.gates.metrics
+    assert result["dataset"]["revision"] == card.lineage.data_digest == "d" * 64
+    assert card.markdown() == text
+
+
+def test_environment_is_locked(bundle_folder):
+    """The version carries every package's version, and the lineage names the lock's digest."""
+    lock = (bundle_folder / "environment.txt").read_bytes()
+    lineage = Lineage.read(bundle_folder / "lineage.json")
+    assert lineage.environment.digest == hashlib.sha256(lock).hexdigest()
+    assert f"numpy=={np.__version__}\n" in lock.decode()
+    assert lineage.environment.cpu
 
 
 def test_what_is_not_registered_is_explained(registry, register):

@@ -1,6 +1,9 @@
 """The search, on a real Ray."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from minga.training import TaskReference
 from minga.training.config import SearchConfig
 from minga.training.errors import TrainingError
+from minga.training.search.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
@@ -17,9 +21,11 @@ TASKS = Path(__file__).parent / "tasks"
 @pytest.fixture
 def run_search(ray_cluster, tmp_path):
     """Searches a Task of the tests, one trial at a time so that the result repeats."""
-    from minga.training.search import search
+    from minga.training.search.tuning import search
 
-    def run(name="Blobs", *, folder="search", on_progress=lambda progress: None, **settings):
+    def run(
+        name="Blobs", *, folder="search", on_progress=lambda progress: None, points=(), **settings
+    ):
         reference = TaskReference(root=TASKS, name=f"blobs.py:{name}")
         task = reference.load()
         settings = {"num_trials": 4, "max_epochs": 4, "max_concurrent": 1} | settings
@@ -30,9 +36,11 @@ def run_search(ray_cluster, tmp_path):
             config=SearchConfig(**settings),
             seed=7,
             folder=tmp_path / folder,
+            points=points,
             on_progress=on_progress,
         )
 
+    run.folder = tmp_path
     return run
 
 
@@ -49,22 +57,77 @@ def test_search_finds_the_best_of_its_trials(run_search):
     assert not found.resumed
 
 
-def test_interrupted_search_goes_on(run_search):
-    """Ctrl-C keeps what is done; the same search ends with what an undisturbed one finds."""
+DRIVER = """
+import sys
+from pathlib import Path
+from minga.cluster.stack import local_ray
+from minga.training import TaskReference
+from minga.training.config import SearchConfig
+
+with local_ray():
+    from minga.training.search.tuning import search
+
+    reference = TaskReference(root=Path(sys.argv[1]), name="blobs.py:Blobs")
+    task = reference.load()
+    search(reference, task, task.data("1"), folder=Path(sys.argv[2]), seed=7,
+           config=SearchConfig(num_trials=6, max_epochs=4, max_concurrent=2),
+           on_progress=lambda progress: print(progress.done, flush=True))
+"""
+
+
+def test_search_goes_on_after_ctrl_c_and_a_killed_driver(run_search, tmp_path):
+    """Nothing that has ended is done again; the end is that of one undisturbed trial at a time."""
+    import ray
 
     def interrupt(progress):
-        if progress.done == 2:
+        if progress.done == 1:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match=r"[23] of 4 trials are kept in"):
-        run_search(on_progress=interrupt)
+    settings = {"num_trials": 6, "max_concurrent": 2}
+    with pytest.raises(KeyboardInterrupt, match=r"[12] of 6 trials are kept in"):
+        run_search(on_progress=interrupt, **settings)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    rest = run_search()
+    environment = os.environ | {"MINGA_RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    words = [sys.executable, "-c", DRIVER, str(TASKS), str(tmp_path / "search")]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as driver:
+        for line in driver.stdout:
+            if int(line) >= 3:
+                driver.kill()
+    ended = [
+        tmp_path / "search" / entry.learner
+        for entry in Ledger(tmp_path / "search").read()
+        if entry.status in ("finished", "stopped")
+    ]
+    written = [file.stat().st_mtime_ns for file in ended]
+    rest = run_search(**settings)
     assert rest.resumed
-    whole = run_search(folder="other")
-    assert [trial.params for trial in rest.trials] == [trial.params for trial in whole.trials]
-    assert rest.metrics == whole.metrics
+    assert len(ended) >= 3
+    assert [file.stat().st_mtime_ns for file in ended] == written
+    whole = run_search(folder="whole", num_trials=6, max_concurrent=1)
+    assert rest.trials == whole.trials
     assert rest.params == whole.params
+
+
+def test_population_based_training(run_search):
+    """The weak go on with weights and rates of the strong; later generations have their past."""
+    found = run_search(scheduler="population", perturbation_epochs=2, max_concurrent=2)
+    assert [trial.epochs for trial in found.trials] == [4, 4, 4, 4]
+    assert {trial.status for trial in found.trials} == {"finished"}
+    ledger = Ledger(run_search.folder / "search").read()
+    handed = [entry for entry in ledger if entry.source not in (0, entry.number)]
+    assert len(handed) == 1
+    source = next(e for e in ledger if (e.generation, e.number) == (0, handed[0].source))
+    assert handed[0].before == source.history
+    assert handed[0].params["hidden"] == source.params["hidden"]
+    assert handed[0].params["lr"] != source.params["lr"]
+
+
+def test_tpe_begins_with_the_points_it_is_given(run_search):
+    """After the defaults come earlier searches' points, then what TPE suggests."""
+    point = {"lr": 0.02, "hidden": 16}
+    found = run_search(searcher="tpe", num_trials=3, max_epochs=1, points=[point])
+    assert [trial.params["lr"] for trial in found.trials[:2]] == [0.01, 0.02]
+    assert found.trials[2].params["lr"] not in (0.01, 0.02)
 
 
 def test_diverging_trials_lose(run_search):

@@ -4,6 +4,7 @@ import pytest
 
 from minga.training import Maximize, Minimize, choice, loguniform, randint, uniform
 from minga.training.errors import TaskError
+from minga.training.search.suggestions import draw, grid
 
 
 @pytest.mark.parametrize(
@@ -35,10 +36,8 @@ def test_empty_domain_is_refused(make, words):
 )
 def test_drawn_values_are_plain(domain, kind):
     """What the search draws are Python's own types, which JSON and other processes take."""
-    from minga.training.search import _to_tune
-
-    drawn = _to_tune(domain).sample(random_state=0)
-    assert type(drawn) is kind
+    assert type(draw({"x": domain}, 1, 1)["x"]) is kind
+    assert {type(point["x"]) for point in grid({"x": domain}, 3)} == {kind}
 
 
 def test_gain_is_positive_for_the_better_value():

@@ -1,6 +1,9 @@
 """Distributed training, on a real Ray."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,32 +44,67 @@ def run_train(ray_cluster, tmp_path):
 
 
 def test_lost_worker_changes_nothing(run_train, tmp_path):
-    """A worker killed in the third epoch is replaced; the weights are those of a quiet run."""
+    """A worker killed in the third epoch is replaced; the weights are those of a quiet run.
+
+    Both workers end together when nothing is gained any more, though only one has validated.
+    """
     marker = tmp_path / "killed"
     marker.touch()
     params = {"marker": str(marker)}
+    # All epochs after the first gain less, so training ends with the sixth.
+    settings = {"epochs": 40, "patience": 5, "min_gain": 0.5}
     seen = []
-    quiet = run_train("LosesWorker", params=params, on_progress=seen.append)
+    quiet = run_train("LosesWorker", params=params, on_progress=seen.append, **settings)
     marker.unlink()
-    disturbed = run_train("LosesWorker", params=params)
+    disturbed = run_train("LosesWorker", params=params, **settings)
     assert marker.exists()
     assert to_bytes(quiet.parameters) == to_bytes(disturbed.parameters)
     assert quiet.history == disturbed.history
     assert [record["epoch"] for record in quiet.history] == [1, 2, 3, 4, 5, 6]
-    assert (seen[-1].done, seen[-1].total) == (6, 6)
+    assert (seen[-1].done, seen[-1].total) == (6, 40)
     assert not (tmp_path / "train").exists()
 
 
-def test_interrupted_training_goes_on(run_train, blobs, splits):
-    """Ctrl-C keeps the checkpoints; the rest gives the very weights of the loop called by hand."""
+DRIVER = """
+import sys
+from pathlib import Path
+from minga.cluster.stack import local_ray
+from minga.training import TaskReference
+from minga.training.config import TrainConfig
+
+root, folder, marker = sys.argv[1:]
+with local_ray():
+    from minga.training.train import train
+
+    reference = TaskReference(root=Path(root), name="blobs.py:Notes")
+    task = reference.load()
+    train(reference, task, task.data("1"), {**task.defaults, "marker": marker},
+          config=TrainConfig(num_workers=1, epochs=12), seed=7, folder=Path(folder),
+          on_epoch=lambda record: print(record["epoch"], flush=True))
+"""
+
+
+def test_training_goes_on_after_ctrl_c_and_a_killed_driver(run_train, blobs, splits, tmp_path):
+    """What is left gives the very weights of the loop called by hand; few epochs are repeated."""
+    import ray
+
+    marker, folder = tmp_path / "measured", tmp_path / "train"
+    params = {"marker": str(marker)}
 
     def interrupt(progress):
         if progress.done >= 2:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt, match="checkpoints are kept in"):
-        run_train("Blobs", num_workers=1, epochs=20, on_progress=interrupt)
-    trained = run_train("Blobs", num_workers=1, epochs=20)
+        run_train("Notes", params=params, num_workers=1, epochs=12, on_progress=interrupt)
+    environment = os.environ | {"MINGA_RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    words = [sys.executable, "-c", DRIVER, str(TASKS), str(folder), str(marker)]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as driver:
+        for line in driver.stdout:
+            if float(line) >= 6:
+                driver.kill()
+    trained = run_train("Notes", params=params, num_workers=1, epochs=12)
+    assert len(marker.read_text().splitlines()) <= 12 + 2
     network = build_network(blobs, blobs.defaults, splits.train, seed=7)
     weights = []
 
@@ -75,7 +113,7 @@ def test_interrupted_training_goes_on(run_train, blobs, splits):
         return False
 
     learner = Learner(blobs, network, blobs.defaults)
-    fit(learner, splits.train, epochs=20, seed=7, validation=splits.validation, on_epoch=keep)
+    fit(learner, splits.train, epochs=12, seed=7, validation=splits.validation, on_epoch=keep)
     assert list(trained.history) == learner.history
     best = [r["epoch"] for r in learner.history if r["accuracy"] == trained.metrics["accuracy"]]
     assert trained.metrics["accuracy"] == max(r["accuracy"] for r in learner.history)

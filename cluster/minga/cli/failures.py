@@ -16,14 +16,16 @@ The rest of the table is `EXIT_CODES`.
 EVERYTHING = "'minga[cluster]'"
 """The extra with which every command works; a device that trains needs `minga[train]` alone."""
 
-EXTRAS = {"tensorflow_metadata": "'minga[tfdv]'"}
+EXTRAS = {"s3fs": "'minga[s3]'", "tensorflow_metadata": "'minga[tfdv]'"}
 """Packages that are in an extra of their own."""
 
 EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
     "minga.cluster.errors.ProjectError": 10,
+    "minga.cluster.errors.BusyError": 42,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
+    "minga.cluster.errors.ReproductionError": 48,
     # minga.training.errors
     "minga.training.errors.TaskError": 11,
     "minga.training.errors.ShapeError": 12,
@@ -31,8 +33,10 @@ EXIT_CODES: dict[str, int] = {
     "minga.training.errors.TrainingError": 14,
     "minga.training.errors.GateError": 15,
     "minga.training.errors.RegistryError": 16,
-    "minga.training.errors.SchemaError": 40,
-    "minga.training.errors.TamperedError": 41,
+    "minga.training.errors.SchemaError": 44,
+    "minga.training.errors.TamperedError": 45,
+    "minga.training.errors.ConflictError": 46,
+    "minga.training.errors.VerdictError": 47,
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from minga.training.gates import GateReport
     from minga.training.progress import OnProgress, Progress
 
 PLAIN_WIDTH = 160
@@ -57,6 +58,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty:
         table.add_row(*(Text(cell) for cell in row))
     width = None if sys.stdout.isatty() else PLAIN_WIDTH
     Console(file=sys.stdout, width=width).print(table)
+
+
+def print_gates(report: "GateReport") -> None:
+    """Write what each gate saw and wanted."""
+    rows = [
+        (gate.name, "passed" if gate.passed else "REFUSED", gate.seen, gate.goal)
+        for gate in report.gates
+    ]
+    print_table(("gate", "verdict", "seen", "goal"), rows)
 
 
 @contextmanager

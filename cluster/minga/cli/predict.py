@@ -65,10 +65,10 @@ def predict(
     with _client(url, grpc=grpc) as client:
         metadata = client.metadata(model, version=model_version)
         if input is not None:
-            inputs = read_json(_read(input), metadata)
+            inputs = read_json(read_file(input), metadata)
         else:
             assert csv is not None
-            inputs = read_csv(_read(csv).decode(errors="replace"), metadata)
+            inputs = read_csv(read_file(csv).decode(errors="replace"), metadata)
         request = InferRequest(inputs=inputs, binary_outputs=True)
         if isinstance(client, InferenceClient):
             verb: Literal["infer", "explain"] = "explain" if explain else "infer"
@@ -98,7 +98,12 @@ def _client(url: str | None, *, grpc: bool) -> "InferenceClient | GrpcClient":
     return InferenceClient(url)
 
 
-def _read(file: Path) -> bytes:
+def read_file(file: Path) -> bytes:
+    """Read a file that the command line names; - is standard input.
+
+    Raises:
+        BadRequestError: it cannot be read.
+    """
     from minga.inference.errors import BadRequestError
 
     if str(file) == "-":

@@ -3,12 +3,18 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minga.cli.output import print_json, print_line, print_note, print_table, show_progress
+from minga.cli.output import (
+    print_gates,
+    print_json,
+    print_line,
+    print_note,
+    print_table,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from minga.cluster.pipeline import Registered
     from minga.cluster.project import Project
-    from minga.training.gates import GateReport
     from minga.training.space import Params
     from minga.training.trials import SearchResult
 
@@ -55,7 +61,7 @@ def run(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> N
             | {"trials": _trials(report.search), "seconds": dict(report.seconds)}
         )
     else:
-        _show_gates(report.registered.report)
+        print_gates(report.registered.report)
         _show_registered(report.registered, "champion" if report.promoted else "candidate")
         if report.promoted:
             print_note("next: minga serve, then minga predict; or minga model show champion")
@@ -76,7 +82,7 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
         json: Print JSON.
     """
     loaded = _load(project)
-    from minga.cluster.pipeline import search
+    from minga.cluster.learning import picture_of, search
 
     with show_progress() as show:
         found = search(loaded, show, fresh=fresh)
@@ -99,6 +105,8 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
         empty="the Task has no search_space; its defaults are used",
     )
     print_line(f"best: {_words(found.params)}")
+    if found.trials:
+        print_note(f"picture: {picture_of(loaded)}")
 
 
 def train(*, project: Path = Path(), params: Path | None = None, json: bool = False) -> None:
@@ -131,7 +139,7 @@ def train(*, project: Path = Path(), params: Path | None = None, json: bool = Fa
     if json:
         print_json(_registered(registered) | {"params": dict(chosen)})
         return
-    _show_gates(registered.report)
+    print_gates(registered.report)
     _show_registered(registered, "challenger" if registered.report.blessed else "candidate")
     if registered.report.blessed:
         print_note(f"next: minga model promote {registered.version}")
@@ -186,14 +194,6 @@ def _registered(registered: "Registered") -> dict[str, Any]:
 
 def _trials(found: "SearchResult") -> list[dict[str, Any]]:
     return [trial.model_dump(exclude={"history"}) for trial in found.trials]
-
-
-def _show_gates(report: "GateReport") -> None:
-    rows = [
-        (gate.name, "passed" if gate.passed else "REFUSED", gate.seen, gate.goal)
-        for gate in report.gates
-    ]
-    print_table(("gate", "verdict", "seen", "goal"), rows)
 
 
 def _show_registered(registered: "Registered", standing: str) -> None:

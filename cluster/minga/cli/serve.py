@@ -61,9 +61,10 @@ def serve(
     if engine == "local":
         from minga.serving.local import serve_locally
 
-        run_service(serve_locally(config, source, refs, partial(_announce, refs)))
+        announce = partial(_announce, refs)
+        run_service(serve_locally(config, source, refs, announce, tracking_uri=tracking_uri))
     else:
-        _serve_on_ray(config, source, refs)
+        _serve_on_ray(config, source, refs, tracking_uri)
 
 
 def _configured(
@@ -83,7 +84,7 @@ def _configured(
 
 
 def _serve_on_ray(
-    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"]
+    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"], tracking_uri: str
 ) -> None:
     import tempfile
     import threading
@@ -101,7 +102,7 @@ def _serve_on_ray(
         with local_ray(num_cpus=cpus):
             # Ray's own handler would leave without stopping what it serves.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            with following(config, source, refs) as serving:
+            with following(config, source, refs, tracking_uri=tracking_uri) as serving:
                 _announce(refs, serving.url, serving.grpc_url)
                 with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
                     threading.Event().wait()

@@ -8,6 +8,7 @@ from minga.cluster.project import SCHEMA_FILE, Project
 from minga.training import data
 from minga.training.bundle import PROFILE, SCHEMA
 from minga.training.data import DataReport, digest_of
+from minga.training.data.versions import versions_of
 from minga.training.errors import DataError
 from minga.training.profile import Profile
 from minga.training.registry import CHAMPION, Version
@@ -43,6 +44,7 @@ def check_data(project: Project, source: str | None = None) -> DataReport:
         task=task.name,
         source=name,
         digest=digest_of(splits),
+        versions=project.data_versions if source is None else versions_of(name),
         num_examples={part: len(splits[part]) for part in data.SPLIT_NAMES},
         data_schema=schema,
         profile=profile,
@@ -61,6 +63,16 @@ def require_valid_data(project: Project) -> DataReport:
         project._checked = check_data(project)
     project._checked.require_valid()
     return project._checked
+
+
+def data_tags(project: Project) -> dict[str, str]:
+    """Name the data for a run: the digest of its values, and what DVC calls the files."""
+    tags = {"minga.data_sha256": digest_of(project.splits)}
+    for version in project.data_versions:
+        if version.dvc is not None:
+            tags |= {"minga.dvc_md5": version.dvc.md5, "minga.dvc_commit": version.dvc.commit}
+            break
+    return tags
 
 
 def keep_schema(project: Project, *, replace: bool = False) -> tuple[Schema, tuple[str, ...]]:

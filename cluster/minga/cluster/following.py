@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def following(
-    config: ServingConfig, source: ModelSource, refs: Sequence[ModelRef]
+    config: ServingConfig, source: ModelSource, refs: Sequence[ModelRef], *, tracking_uri: str
 ) -> Iterator["ServeHost"]:
     """Serve models on the Ray of this process, and swap versions whenever the source says so.
 
@@ -27,6 +27,7 @@ def following(
         config: how to serve.
         source: asked for the version of each model, again and again.
         refs: the versions to begin with.
+        tracking_uri: of MLflow, where it is recorded what is served here and when.
 
     Yields:
         The host, once it answers.
@@ -37,12 +38,14 @@ def following(
     """
     # Ray reads its settings when it is imported, so not before it is started.
     from minga.serving.host import start  # noqa: PLC0415
+    from minga.serving.service_record import ServiceRecord  # noqa: PLC0415
 
     host = start(config, refs)
+    record = ServiceRecord(tracking_uri, host.url)
     stop = threading.Event()
     watcher = Watcher(source, refs, host.deploy)
     thread = threading.Thread(
-        target=watcher.run, args=(stop, config.poll_interval_s), name="minga-watcher"
+        target=watcher.run, args=(stop, config.poll_interval_s, record.note), name="minga-watcher"
     )
     try:
         host.wait_ready()
@@ -52,6 +55,7 @@ def following(
         stop.set()
         if thread.ident is not None:
             thread.join()
+        record.close()
         host.drain()
 
 
@@ -61,5 +65,5 @@ def following_champion(project: Project) -> Iterator[str]:
     config = project.serving.model_copy(update={"port": 0, "grpc_port": None})
     source = RegistrySource(project.tracking_uri, alias=config.alias)
     refs = current_versions(source, [project.loaded_task.name])
-    with following(config, source, refs) as host:
+    with following(config, source, refs, tracking_uri=project.tracking_uri) as host:
         yield host.url

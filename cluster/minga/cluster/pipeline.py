@@ -7,23 +7,24 @@ needs from an earlier one is an argument. An interrupted search or training goes
 step is called again for the same code, data and settings.
 """
 
-import hashlib
-import shutil
+import inspect
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minga.cluster.checking import find_champion, require_valid_data
+from minga.cluster.learning import fingerprint, finished_search, search, train_model
+from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
+from minga.cluster.runtimes import runtimes_for
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
-from minga.training.bundle import MODEL, SCHEMA, Bundle
+from minga.training.bundle import LINEAGE, MODEL, SCHEMA, Bundle, read_parameters
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
@@ -41,6 +42,19 @@ from minga.training.trials import SearchResult
 
 if TYPE_CHECKING:
     from minga.training.train import Trained
+
+__all__ = [
+    "Registered",
+    "RunReport",
+    "evaluate",
+    "fingerprint",
+    "finished_search",
+    "promote",
+    "register_candidate",
+    "run",
+    "search",
+    "train_model",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +113,7 @@ def run(
         # Before Ray is started, which takes seconds.
         probe(project.loaded_task, project.loaded_task.defaults, project.splits)
         on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
-    with local_ray():
+    with occupied(project), local_ray():
         with clock.step("search"):
             found = search(project, on_progress, fresh=fresh_search)
         with clock.step("train"):
@@ -122,107 +136,6 @@ def run(
         promoted=registered.report.blessed,
         seconds=clock.seconds,
     )
-
-
-def search(
-    project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
-) -> SearchResult:
-    """Search the Task's hyper-parameters.
-
-    A finished search is kept; the same code, data and settings give it again without a trial.
-
-    Args:
-        project: the project.
-        on_progress: hears of every epoch of every trial.
-        fresh: search anew, even if there is a finished or an interrupted search.
-
-    Raises:
-        SchemaError: the data breaks its schema; nothing was started.
-        ShapeError: one training step does not work; nothing was started.
-        TrainingError: every trial failed.
-        KeyboardInterrupt: the user stopped it; the same call goes on.
-    """
-    if not fresh and (kept := finished_search(project)) is not None:
-        total = len(kept.trials)
-        note = "kept from an earlier search of the same code, data and settings"
-        on_progress(Progress(step="search", done=total, total=total, note=note))
-        return kept
-    require_valid_data(project)
-    probe(project.loaded_task, project.loaded_task.defaults, project.splits)
-    folder = _search_folder(project)
-    if fresh:
-        _discard(folder)
-    tracker = project.tracker(on_progress)
-    on_progress(Progress(step="search", done=0, total=project.search.num_trials))
-    tags = {"minga.step": "search", "minga.data_sha256": digest_of(project.splits)}
-    with tracker.run("search", tags=tags) as run_id, local_ray():
-        # Ray reads its settings when it is imported, so not before it is started.
-        from minga.training.search import search as run_search  # noqa: PLC0415
-
-        found = run_search(
-            project.reference,
-            project.loaded_task,
-            project.splits,
-            config=project.search,
-            seed=project.seed,
-            folder=folder,
-            on_progress=on_progress,
-        )
-        tracker.log(run_id, params=found.params, metrics=found.metrics)
-        for trial in found.trials:
-            with tracker.run(f"trial {trial.number}", parent=run_id) as trial_id:
-                status = {"minga.status": trial.status}
-                tracker.log(trial_id, params=trial.params, history=trial.history, tags=status)
-    found.write(_search_file(project))
-    _discard(folder)
-    return found
-
-
-def finished_search(project: Project) -> SearchResult | None:
-    """Give the result of a finished search of the same code, data and settings, if there is one."""
-    file = _search_file(project)
-    if not file.exists():
-        return None
-    return SearchResult.read(file)
-
-
-def train_model(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained":
-    """Train with given hyper-parameters, as the `[training]` table says.
-
-    Args:
-        project: the project.
-        params: complete hyper-parameters, such as `SearchResult.params`.
-        on_progress: hears of every epoch.
-
-    Raises:
-        SchemaError: the data breaks its schema; nothing was started.
-        ShapeError: one training step does not work; nothing was started.
-        TrainingError: it failed more often than it may.
-        KeyboardInterrupt: the user stopped it; the same call goes on.
-    """
-    require_valid_data(project)
-    probe(project.loaded_task, params, project.splits)
-    tracker = project.tracker(on_progress)
-    tags = {"minga.step": "train", "minga.data_sha256": digest_of(project.splits)}
-    with tracker.run("train", tags=tags) as run_id, local_ray():
-        # Ray reads its settings when it is imported, so not before it is started.
-        from minga.training.train import train  # noqa: PLC0415
-
-        tracker.log(run_id, params={**params, "seed": project.seed})
-        tracker.log_settings(run_id, project.model_dump(mode="json"))
-        trained = train(
-            project.reference,
-            project.loaded_task,
-            project.splits,
-            params,
-            config=project.training,
-            seed=project.seed,
-            folder=project.ray_storage
-            / f"train-{fingerprint(project, (project.training, dict(params)))}",
-            on_progress=on_progress,
-        )
-        tracker.log(run_id, history=trained.history)
-    return replace(trained, run_id=run_id)
 
 
 def register_candidate(
@@ -262,6 +175,7 @@ def register_candidate(
         seed=project.seed,
         source=project.source,
         data_digest=digest_of(splits),
+        data_versions=project.data_versions,
         num_examples=campaign.num_examples if campaign else len(splits.train),
         parent_version=parent_version,
         campaign=campaign,
@@ -273,6 +187,7 @@ def register_candidate(
         profile=candidate.profile,
         gates=candidate.report,
         lineage=lineage,
+        description=inspect.getdoc(project.loaded_task) or "",
     )
     registered = _store(project, bundle, run_id or _open_run(project, lineage, on_progress))
     verdict = "all gates passed" if registered.report.blessed else "refused"
@@ -280,11 +195,35 @@ def register_candidate(
     return registered
 
 
-def promote(project: Project, version: int | str, *, override: bool = False) -> Version:
-    """Make a version of the project's model the champion.
+def judge_anew(project: Project, which: int | str, on_progress: OnProgress = silent) -> Registered:
+    """Judge a version against today's champion, data and limits, and register it with that verdict.
+
+    Versions do not change, so the verdict is on a new one with the same weights.
 
     Raises:
-        GateError: its gates refused it, and `override` is not set.
+        RegistryError: there is no such version, or its files are not what was registered.
+        ShapeError: the Task's network is another one now.
+    """
+    registry = project.registry()
+    version = registry.get(project.loaded_task.name, which)
+    folder = registry.fetch(version.name, version.version)
+    lineage = Lineage.read(folder / LINEAGE)
+    return register_candidate(
+        project,
+        parameters=read_parameters(folder),
+        params=lineage.params,
+        parent_version=version.version,
+        campaign=lineage.campaign,
+        on_progress=on_progress,
+    )
+
+
+def promote(project: Project, version: int | str, *, override: str = "") -> Version:
+    """Make a version of the project's model the champion; see `Registry.promote`.
+
+    Raises:
+        GateError: its gates refused it, and `override` gives no reason to do it nevertheless.
+        ConflictError: somebody else promoted another version in the meantime.
         RegistryError: there is no such version, or its files are not what was registered.
     """
     return project.registry().promote(project.loaded_task.name, version, override=override)
@@ -319,6 +258,7 @@ def _assess(project: Project, parameters: Parameters, params: Params) -> tuple[C
         champion=_read_champion(project, champion) if champion else None,
         config=project.gates,
         seed=project.seed,
+        try_out=runtimes_for(task.name, timeout_s=project.gates.trial_timeout_s),
     )
     return candidate, schema
 
@@ -346,7 +286,7 @@ def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
     registry, report, lineage = project.registry(), bundle.gates, bundle.lineage
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
-        bundle.write(folder)
+        bundle.write(folder, project.keyring)
         version = registry.register(
             lineage.task,
             folder,
@@ -376,27 +316,6 @@ def _read_champion(project: Project, version: Version) -> Champion:
         onnx=(folder / MODEL).read_bytes(),
         schema=Schema.read(folder / SCHEMA),
     )
-
-
-def _search_folder(project: Project) -> Path:
-    return project.ray_storage / f"search-{fingerprint(project, project.search)}"
-
-
-def _search_file(project: Project) -> Path:
-    return _search_folder(project).with_suffix(".json")
-
-
-def fingerprint(project: Project, settings: object) -> str:
-    """Name work by all that decides its result: code beside the Task, data, seed and settings."""
-    digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
-    for file in sorted(project.reference.file.parent.glob("*.py")):
-        digest.update(file.name.encode() + file.read_bytes())
-    digest.update(digest_of(project.splits).encode())
-    return digest.hexdigest()[:16]
-
-
-def _discard(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _describe(report: DataReport) -> str:

@@ -1,11 +1,12 @@
 """A project: a folder with `minga.toml` and the Task's file."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
@@ -17,7 +18,9 @@ from minga.federation.config import FederationConfig
 from minga.serving.config import ServingConfig
 from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainConfig
 from minga.training.data import read_splits
+from minga.training.data.versions import DataVersion, require_version, versions_of
 from minga.training.progress import OnProgress, silent
+from minga.training.signing import Keyring
 from minga.training.simulation.config import SimulationConfig
 from minga.training.task import Splits, Task, TaskReference
 
@@ -82,8 +85,16 @@ class Project(BaseModel):
 
     @cached_property
     def splits(self) -> Splits:
-        """The data of `[data] source`."""
+        """The data of `[data] source`; refused if it is not the version that it should be."""
+        _ = self.data_versions  # what was tampered with is refused before it is read
         return read_splits(self.loaded_task, self.source)
+
+    @cached_property
+    def data_versions(self) -> tuple[DataVersion, ...]:
+        """The versions of the files behind the data; see `minga.training.data.versions`."""
+        if self.data.sha256:
+            require_version(self.source, self.data.sha256)
+        return versions_of(self.source)
 
     @property
     def schema_file(self) -> Path:
@@ -110,7 +121,13 @@ class Project(BaseModel):
         """Open the model registry; the database is made the first time."""
         from minga.training.registry import Registry  # noqa: PLC0415 - loads MLflow
 
-        return Registry(self.tracking_uri, on_progress)
+        return Registry(self.tracking_uri, on_progress, keyring=lambda: self.keyring)
+
+    @cached_property
+    def keyring(self) -> Keyring:
+        """The key that signs this machine's verdicts, made the first time, and the trusted ones."""
+        file = Path(Settings().signing_key or self.work_folder / "signing.pem")
+        return Keyring.open(file, self.gates.trusted_keys)
 
     def tracker(self, on_progress: OnProgress = silent) -> "Tracker":
         """Open the record of runs, in the experiment named after the Task."""
@@ -119,6 +136,11 @@ class Project(BaseModel):
         return Tracker.open(
             self.tracking_uri, self.artifact_root, self.loaded_task.name, on_progress
         )
+
+    @property
+    def tensorboard_folder(self) -> Path:
+        """Where searches and trainings draw their curves: `tensorboard --logdir` shows them."""
+        return Path(Settings().ray_storage or self.work_folder) / "tensorboard"
 
     @property
     def ray_storage(self) -> Path:
@@ -147,6 +169,27 @@ def load(directory: Path | str = ".") -> Project:
         problems = "; ".join(_explain(detail) for detail in error.errors())
         raise ProjectError(f"{file}: {problems}") from error
     project._directory = folder
+    return project
+
+
+def restore(settings: dict[str, Any], directory: Path, *, source: str) -> Project:
+    """Make a project of recorded settings, as `Project.model_dump(mode="json")` gave them.
+
+    Args:
+        settings: of an earlier run.
+        directory: the project folder.
+        source: where that run's data is now.
+
+    Raises:
+        ProjectError: this version of Minga does not understand the settings.
+    """
+    settings = settings | {"data": settings["data"] | {"source": source}}
+    try:
+        project = Project.model_validate_json(json.dumps(settings))
+    except ValidationError as error:
+        problems = "; ".join(_explain(detail) for detail in error.errors())
+        raise ProjectError(f"the recorded settings cannot be used: {problems}") from error
+    project._directory = directory.absolute()
     return project
 
 

@@ -19,3 +19,10 @@ class Settings(BaseSettings):
     ray_storage: str = ""
     """Folder of unfinished searches and trainings, shared by all of Ray's machines; by default
     `.minga/ray`."""
+
+    ray_address: str = ""
+    """The Ray cluster that searches and trains, such as `auto` on one of its machines; by default a
+    Ray of this machine alone, for as long as the command lasts."""
+    signing_key: str = ""
+    """File of the private key that signs verdicts and promotions; by default
+    `.minga/signing.pem`, made the first time."""

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
@@ -13,12 +14,17 @@ from minga.inference.server import Server
 from minga.serving.config import ServingConfig
 from minga.serving.watcher import ModelSource, Watcher
 
+if TYPE_CHECKING:
+    from minga.serving.service_record import ServiceRecord
+
 
 async def serve_locally(
     config: ServingConfig,
     source: ModelSource,
     refs: Sequence[ModelRef],
     on_ready: Callable[[str, str | None], None],
+    *,
+    tracking_uri: str = "",
 ) -> None:
     """Serve versions and follow their source until cancelled.
 
@@ -29,6 +35,7 @@ async def serve_locally(
         source: where new versions come from.
         refs: what to serve first.
         on_ready: hears the URL, and gRPC's if there is one, once requests are answered.
+        tracking_uri: of MLflow, where it is recorded what is served here; nowhere if empty.
 
     Raises:
         PortInUseError: the port is taken.
@@ -46,7 +53,21 @@ async def serve_locally(
             server = GrpcServer(app.service, host=config.host, port=config.grpc_port)
             grpc_url = (await stack.enter_async_context(server)).url
         on_ready(http.url, grpc_url)
+        record = _record(tracking_uri, http.url) if tracking_uri else None
+        note = record.note if record else None
+        watching = asyncio.create_task(
+            asyncio.to_thread(watcher.run, stop, config.poll_interval_s, note)
+        )
         try:
-            await asyncio.to_thread(watcher.run, stop, config.poll_interval_s)
+            await asyncio.shield(watching)
         finally:
             stop.set()
+            await watching
+            if record:
+                await asyncio.to_thread(record.close)
+
+
+def _record(tracking_uri: str, url: str) -> "ServiceRecord":
+    from minga.serving.service_record import ServiceRecord  # noqa: PLC0415 - loads MLflow
+
+    return ServiceRecord(tracking_uri, url)

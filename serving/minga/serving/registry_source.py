@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 # MLflow reads these when it is imported: send nothing anywhere, and give up on a registry
 # that is away within seconds, for the watcher asks again anyway.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 

@@ -95,9 +95,24 @@ class Watcher:
             if wanted and wanted not in (self._served[name], self._refused.get(name)):
                 self._swap(wanted)
 
-    def run(self, stop: threading.Event, interval_s: float) -> None:
-        """Check at an interval until told to stop."""
-        while not stop.wait(interval_s):
+    def run(
+        self,
+        stop: threading.Event,
+        interval_s: float,
+        on_served: Callable[[Sequence[ModelRef]], None] | None = None,
+    ) -> None:
+        """Check at an interval until told to stop.
+
+        Args:
+            stop: ends it.
+            interval_s: between two looks.
+            on_served: hears what is served, at first and after each look.
+        """
+        while True:
+            if on_served is not None:
+                on_served(self.served)
+            if stop.wait(interval_s):
+                return
             self.check()
 
     def _swap(self, wanted: ModelRef) -> None:

@@ -6,7 +6,9 @@ schema.json           what valid data looks like
 profile.json          the reference profile: inputs, targets, outputs
 gates.json            the verdict, whatever it was
 lineage.json          data, code, environment, parameters, parent
-README.md             the model card
+environment.txt       all packages and their versions, as pip reads them
+README.md, card.json  the model card, for people and for programs
+verdict.json          the signed statement that these very files got this very verdict
 MLmodel, ...          so that MLflow's own tools load it too
 """
 
@@ -17,12 +19,14 @@ from typing import Self
 
 from minga.federation.errors import PeerError
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
-from minga.training.card import card_of
+from minga.training.card import Card
 from minga.training.errors import RegistryError
 from minga.training.gates import GateReport
-from minga.training.lineage import Lineage
+from minga.training.lineage import Lineage, installed_packages
 from minga.training.profile import Profile
 from minga.training.schema import Schema
+from minga.training.signing import Keyring
+from minga.training.verdict import check_verdict, sign_verdict
 
 MODEL = "model.onnx"
 WEIGHTS = "weights.safetensors"
@@ -30,9 +34,26 @@ SCHEMA = "schema.json"
 PROFILE = "profile.json"
 GATES = "gates.json"
 LINEAGE = "lineage.json"
+ENVIRONMENT = "environment.txt"
 CARD = "README.md"
+CARD_JSON = "card.json"
 
-OWN_FILES = (CARD, GATES, LINEAGE, MODEL, PROFILE, SCHEMA, WEIGHTS)
+VERDICT = "verdict.json"
+
+JUDGED_FILES = (
+    CARD,
+    CARD_JSON,
+    ENVIRONMENT,
+    GATES,
+    LINEAGE,
+    MODEL,
+    PROFILE,
+    SCHEMA,
+    WEIGHTS,
+)
+"""What the signed verdict covers."""
+
+OWN_FILES = (*JUDGED_FILES, VERDICT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +66,11 @@ class Bundle:
     profile: Profile
     gates: GateReport
     lineage: Lineage
+    description: str = ""
+    """What the model is for, in the Task's words."""
 
-    def write(self, folder: Path) -> None:
-        """Write the folder, which must not exist."""
+    def write(self, folder: Path, keyring: Keyring) -> None:
+        """Write the folder, which must not exist, and vouch for it with the keyring's own key."""
         from minga.training.tracking import save_mlflow_model
 
         save_mlflow_model(self.onnx, folder)
@@ -56,9 +79,18 @@ class Bundle:
         self.profile.write(folder / PROFILE)
         self.gates.write(folder / GATES)
         self.lineage.write(folder / LINEAGE)
-        (folder / CARD).write_text(
-            card_of(self.schema, self.profile, self.gates, self.lineage), encoding="utf-8"
+        (folder / ENVIRONMENT).write_text(installed_packages(), encoding="utf-8")
+        card = Card(
+            description=self.description,
+            data_schema=self.schema,
+            profile=self.profile,
+            gates=self.gates,
+            lineage=self.lineage,
         )
+        card.write(folder / CARD_JSON)
+        (folder / CARD).write_text(card.markdown(), encoding="utf-8")
+        verdict = sign_verdict(keyring, self.lineage.task, folder, JUDGED_FILES, self.gates)
+        (folder / VERDICT).write_text(verdict + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +123,19 @@ class Digests:
             weights=parts[WEIGHTS],
             bundle=hashlib.sha256(lines.encode()).hexdigest(),
         )
+
+
+def read_verdict(folder: Path, model: str, keyring: Keyring) -> GateReport:
+    """Read a bundle's gate report, if a trusted key vouches for it and for all files around it.
+
+    Raises:
+        VerdictError: none does.
+        RegistryError: a file is missing or broken.
+    """
+    report = GateReport.read(folder / GATES)
+    envelope = (folder / VERDICT).read_bytes()
+    check_verdict(keyring, model, folder, JUDGED_FILES, report=report, envelope=envelope)
+    return report
 
 
 def read_parameters(folder: Path) -> Parameters:

@@ -1,6 +1,7 @@
 """From a trained network to a candidate: export it, measure it, judge it."""
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,17 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from minga.training.calibration import Calibration, calibrate
 from minga.training.config import GateConfig
 from minga.training.evaluate import evaluate, measure
-from minga.training.export import INPUT, OUTPUT, parity_error, run_onnx, session, to_onnx
-from minga.training.gates import Difference, Evidence, GateReport, compare, judge
+from minga.training.export import INPUT, OUTPUT, as_served, parity_error, run_onnx, session, to_onnx
+from minga.training.fairness import Fairness, measure_fairness
+from minga.training.gates import Difference, Evidence, GateReport, Trial, compare, judge
 from minga.training.profile import Profile, profile_columns
+from minga.training.robustness import with_gaps, with_noise
 from minga.training.schema import Schema
 from minga.training.task import Split, Task
 
 PARITY_EXAMPLES = 1000
+TRIAL_EXAMPLES = 16
 LATENCY_CALLS = 300
 WARM_UP_CALLS = 30
+
+TryOut = Callable[[bytes, NDArray[Any], NDArray[Any]], tuple[Trial, ...]]
+"""From an ONNX model, inputs and the outputs that it must give, to what the runtimes made of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,7 @@ def assess(
     champion: Champion | None,
     config: GateConfig,
     seed: int,
+    try_out: TryOut | None = None,
 ) -> Candidate:
     """Export a network and judge it on the test split.
 
@@ -60,15 +69,28 @@ def assess(
         profile: of the candidate's training data; the outputs' profile is added to it.
         champion: what it must not be worse than, if there is one.
         config: the gates' limits.
-        seed: of the bootstrap.
+        seed: of the bootstrap and of the disturbances.
+        try_out: starts the runtimes that are to load the model; see `minga.cluster.trials`.
     """
     onnx = to_onnx(network, test.inputs)
     outputs = run_onnx(onnx, test.inputs)
     few = test.inputs[:PARITY_EXAMPLES]
     breaks = champion.schema.breaks(schema) if champion else ()
+    slices = {name: mask for name, mask in task.slices(test).items() if mask.any()}
+    metrics = evaluate(task, network, test)
     evidence = Evidence(
-        metrics=evaluate(task, network, test),
-        slices=_slice_metrics(task, outputs, test),
+        metrics=metrics,
+        slices={
+            name: measure(task, outputs[mask], test.targets[mask])[task.objective.metric]
+            for name, mask in slices.items()
+        },
+        slice_sizes={name: int(mask.sum()) for name, mask in slices.items()},
+        on_bad_days={
+            name: (_under(task, onnx, inputs, test), limit)
+            for name, inputs, limit in _bad_days(test, schema, profile, config=config, seed=seed)
+        },
+        calibration=_calibration(task, outputs, test),
+        fairness=_fairness(task, outputs, test, config),
         parity_error=parity_error(network, outputs[: len(few)], few),
         latency_ms=latency_ms(onnx, test.inputs),
         size_bytes=len(onnx),
@@ -77,6 +99,9 @@ def assess(
         if champion and not breaks
         else None,
         schema_breaks=breaks,
+        trials=try_out(onnx, test.inputs[:TRIAL_EXAMPLES], outputs[:TRIAL_EXAMPLES])
+        if try_out
+        else (),
     )
     return Candidate(
         onnx=onnx,
@@ -88,7 +113,7 @@ def assess(
 def latency_ms(onnx: bytes, inputs: NDArray[Any]) -> float:
     """Give the 95th percentile of the time for one example, on one thread."""
     opened = session(onnx)
-    one = inputs[:1]
+    one = as_served(opened, inputs[:1])
     times = []
     for _ in range(WARM_UP_CALLS + LATENCY_CALLS):
         start = time.perf_counter()
@@ -97,12 +122,47 @@ def latency_ms(onnx: bytes, inputs: NDArray[Any]) -> float:
     return float(np.quantile(times[WARM_UP_CALLS:], 0.95) * 1000)
 
 
-def _slice_metrics(task: Task, outputs: NDArray[Any], test: Split) -> dict[str, float]:
-    return {
-        name: measure(task, outputs[mask], test.targets[mask])[task.objective.metric]
-        for name, mask in task.slices(test).items()
-        if mask.any()
-    }
+def _bad_days(
+    test: Split, schema: Schema, profile: Profile, *, config: GateConfig, seed: int
+) -> Iterator[tuple[str, NDArray[Any], float]]:
+    """Give disturbed inputs, and how much worse the objective may be on them."""
+    if config.noise > 0:
+        noisy = with_noise(test.inputs, schema, profile, amount=config.noise, seed=seed)
+        yield f"noise of {config.noise:g}", noisy, config.max_noise_loss
+    if config.missing > 0:
+        holed = with_gaps(test.inputs, schema, profile, share=config.missing, seed=seed)
+        yield f"{config.missing:.0%} of values missing", holed, config.max_missing_loss
+
+
+def _under(task: Task, onnx: bytes, inputs: NDArray[Any], test: Split) -> float:
+    """Give the objective's metric on disturbed inputs; not a number if an output is none."""
+    outputs = run_onnx(onnx, inputs)
+    if outputs.dtype.kind == "f" and not np.all(np.isfinite(outputs)):
+        return float("nan")
+    return measure(task, outputs, test.targets)[task.objective.metric]
+
+
+def _calibration(task: Task, outputs: NDArray[Any], test: Split) -> Calibration | None:
+    probabilities = task.probabilities(outputs)
+    return None if probabilities is None else calibrate(probabilities, test.targets)
+
+
+def _fairness(
+    task: Task, outputs: NDArray[Any], test: Split, config: GateConfig
+) -> tuple[Fairness, ...]:
+    probabilities = task.probabilities(outputs)
+    if probabilities is None:
+        return ()
+    return tuple(
+        measure_fairness(
+            attribute,
+            groups,
+            probabilities,
+            test.targets,
+            min_examples=config.min_slice_examples,
+        )
+        for attribute, groups in sorted(task.groups(test).items())
+    )
 
 
 def _difference(

@@ -8,7 +8,9 @@
     │   ├── SchemaError          it broke the schema that it is checked against
     │   └── TamperedError        it is not what its version says
     ├── GateError                a version that failed its gates was to be promoted
+    ├── ConflictError            somebody else promoted another version in the meantime
     └── RegistryError            a version is missing, or its files are not what was registered
+        └── VerdictError         nobody who is trusted vouches for a version as it is
 
 Each message says what is wrong, the value seen, and what to do.
 """
@@ -48,3 +50,11 @@ class GateError(TrainingError):
 
 class RegistryError(TrainingError):
     """A registered version is missing, or its files differ from what was registered."""
+
+
+class ConflictError(TrainingError):
+    """Somebody else promoted another version in the meantime."""
+
+
+class VerdictError(RegistryError):
+    """Nobody who is trusted vouches for a version as it is."""

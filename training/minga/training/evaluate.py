@@ -18,16 +18,25 @@ BATCH_EXAMPLES = 4096
 def predict(network: nn.Module, inputs: NDArray[Any]) -> NDArray[Any]:
     """Give the network's raw outputs for inputs of shape `(n, ...)`, in evaluation mode."""
     was_training = network.training
+    device = device_of(network)
     network.eval()
     try:
         with torch.inference_mode(), one_thread():
             parts = [
-                network(torch.from_numpy(inputs[start : start + BATCH_EXAMPLES].copy())).numpy()
+                network(torch.from_numpy(inputs[start : start + BATCH_EXAMPLES].copy()).to(device))
+                .cpu()
+                .numpy()
                 for start in range(0, len(inputs), BATCH_EXAMPLES)
             ]
     finally:
         network.train(was_training)
     return np.concatenate(parts)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Give the device that a network's first tensor is on; the CPU for one without tensors."""
+    first = next(network.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")
 
 
 def evaluate(task: Task, network: nn.Module, split: Split) -> dict[str, float]:

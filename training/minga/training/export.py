@@ -1,7 +1,8 @@
 """A network as an ONNX model: the same bytes for the same weights, computing the same.
 
 The model takes `input`, float32 of shape `(batch, ...)`, and gives `output`. The network's
-preparation is inside.
+preparation is inside. A model of a table with categories that are texts takes text; see
+`minga.training.texts`.
 """
 
 import logging
@@ -17,6 +18,8 @@ from torch import nn
 
 from minga.training.errors import TaskError
 from minga.training.evaluate import predict
+from minga.training.preparation import PrepareTable
+from minga.training.texts import read_texts, texts_of, with_texts
 
 INPUT = "input"
 OUTPUT = "output"
@@ -41,14 +44,19 @@ def to_onnx(network: nn.Module, example: NDArray[Any]) -> bytes:
     try:
         program = _export(network, inputs)
     except Exception as error:
+        # The exporter's own words are of its steps; what stopped it is the cause.
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise TaskError(
-            f"the network does not export to ONNX: {str(error).strip().splitlines()[0]}; "
+            f"the network does not export to ONNX: {reason}; "
             "keep the shapes in `forward` static except for the batch"
         ) from error
     finally:
         network.train(was_training)
     model = program.model_proto
     _strip(model)
+    preparation = getattr(network, "preparation", None)
+    if isinstance(preparation, PrepareTable) and preparation.texts:
+        with_texts(model, preparation.texts, len(preparation.columns))
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -61,13 +69,19 @@ def session(model: bytes) -> onnxruntime.InferenceSession:
 
 
 def run_onnx(model: bytes, inputs: NDArray[Any], *, batch: int = 4096) -> NDArray[Any]:
-    """Give the ONNX model's outputs for inputs of shape `(n, ...)`."""
+    """Give the ONNX model's outputs for inputs of shape `(n, ...)`, as the network takes them."""
     opened = session(model)
     parts = [
-        opened.run([OUTPUT], {INPUT: inputs[start : start + batch]})[0]
+        opened.run([OUTPUT], {INPUT: as_served(opened, inputs[start : start + batch])})[0]
         for start in range(0, len(inputs), batch)
     ]
     return np.concatenate(parts)
+
+
+def as_served(opened: onnxruntime.InferenceSession, inputs: NDArray[Any]) -> NDArray[Any]:
+    """Give a network's inputs as its exported model takes them: as they are, or as text."""
+    texts = read_texts(opened.get_modelmeta().custom_metadata_map)
+    return inputs if texts is None else texts_of(inputs, texts)
 
 
 def parity_error(network: nn.Module, onnx_outputs: NDArray[Any], inputs: NDArray[Any]) -> float:

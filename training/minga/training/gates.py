@@ -4,14 +4,16 @@ Every gate leaves what it saw and what it wanted, passed or not; the verdict is 
 version. The numbers come from `minga.training.candidate`; here is only the judgement.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.training.calibration import Calibration
 from minga.training.config import GateConfig
 from minga.training.document import Document
+from minga.training.fairness import Fairness
 from minga.training.space import Objective
 
 
@@ -31,6 +33,12 @@ class GateReport(Document):
     metrics: dict[str, float]
     """Of the candidate, on the test split."""
     gates: tuple[Gate, ...]
+    champion: int | None = None
+    """The version that it was compared with; None if there was none."""
+    calibration: Calibration | None = None
+    """Of the candidate on the test split, if the Task gives probabilities."""
+    fairness: tuple[Fairness, ...] = ()
+    """By attribute, if the Task names groups and gives probabilities."""
 
     @property
     def refused(self) -> tuple[Gate, ...]:
@@ -51,6 +59,21 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """How a fresh process of a runtime took the model.
+
+    Attributes:
+        runtime: `serving` or `device`.
+        error: the largest difference between its answers and the export's; None if it gave none.
+        detail: what happened, in words.
+    """
+
+    runtime: str
+    error: float | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """What was measured of a candidate, on the test split where data is involved.
 
@@ -63,6 +86,12 @@ class Evidence:
         champion: version that it is compared with, None if there is none.
         difference: to the champion; None without one, or if it cannot take the same inputs.
         schema_breaks: what the champion's clients would trip over.
+        slice_sizes: slice -> its examples.
+        on_bad_days: kind of disturbance -> the objective's metric under it, and how much worse it
+            may be than without.
+        calibration: None if the Task gives no probabilities.
+        fairness: by attribute.
+        trials: what the runtimes said that are to load this model.
     """
 
     metrics: Mapping[str, float]
@@ -73,6 +102,11 @@ class Evidence:
     champion: int | None
     difference: Difference | None
     schema_breaks: tuple[str, ...]
+    slice_sizes: Mapping[str, int] = field(default_factory=dict)
+    on_bad_days: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    fairness: tuple[Fairness, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
 
 def judge(evidence: Evidence, config: GateConfig, objective: Objective) -> GateReport:
@@ -81,13 +115,22 @@ def judge(evidence: Evidence, config: GateConfig, objective: Objective) -> GateR
         *_floors(evidence, config, objective),
         _regression(evidence, config, objective),
         *_slices(evidence, config, objective),
+        *_robustness(evidence, objective),
+        *_calibration(evidence, config),
+        *_fairness(evidence, config),
         _schema(evidence),
         _budget("onnx parity", evidence.parity_error, config.max_parity_error, ""),
         _budget("latency p95", evidence.latency_ms, config.max_latency_ms, " ms"),
         _budget("size", evidence.size_bytes / 1e6, config.max_size_mb, " MB"),
+        *(_trial(trial, config) for trial in evidence.trials),
     )
     return GateReport(
-        blessed=all(gate.passed for gate in gates), metrics=dict(evidence.metrics), gates=gates
+        blessed=all(gate.passed for gate in gates),
+        metrics=dict(evidence.metrics),
+        gates=gates,
+        champion=evidence.champion,
+        calibration=evidence.calibration,
+        fairness=evidence.fairness,
     )
 
 
@@ -161,16 +204,54 @@ def _regression(evidence: Evidence, config: GateConfig, objective: Objective) ->
     )
 
 
-def _slices(evidence: Evidence, config: GateConfig, objective: Objective) -> tuple[Gate, ...]:
+def _slices(evidence: Evidence, config: GateConfig, objective: Objective) -> Iterator[Gate]:
     whole = evidence.metrics[objective.metric]
-    return tuple(
-        Gate(
+    for name, value in sorted(evidence.slices.items()):
+        size = evidence.slice_sizes.get(name, config.min_slice_examples)
+        seen = f"{objective.metric} {value:.4f}, overall {whole:.4f}"
+        is_small = size < config.min_slice_examples
+        yield Gate(
             name=f"slice {name}",
-            passed=objective.gain(value, whole) >= -config.max_slice_gap,
-            seen=f"{objective.metric} {value:.4f}, overall {whole:.4f}",
+            passed=is_small or objective.gain(value, whole) >= -config.max_slice_gap,
+            seen=f"{seen}; {size} examples are too few to judge" if is_small else seen,
             goal=f"gap <= {config.max_slice_gap:g}",
         )
-        for name, value in sorted(evidence.slices.items())
+
+
+def _robustness(evidence: Evidence, objective: Objective) -> Iterator[Gate]:
+    whole = evidence.metrics[objective.metric]
+    for name, (value, limit) in evidence.on_bad_days.items():
+        yield Gate(
+            name=name,
+            passed=objective.gain(value, whole) >= -limit,
+            seen=f"{objective.metric} {value:.4f}, without {whole:.4f}",
+            goal=f"loss <= {limit:g}",
+        )
+
+
+def _calibration(evidence: Evidence, config: GateConfig) -> Iterator[Gate]:
+    if evidence.calibration is not None:
+        seen = evidence.calibration.expected_error
+        yield _budget("calibration error", seen, config.max_calibration_error, "")
+
+
+def _fairness(evidence: Evidence, config: GateConfig) -> Iterator[Gate]:
+    for found in evidence.fairness:
+        limits = (
+            ("selection", found.selection_gap, config.max_selection_gap),
+            ("odds", found.odds_gap, config.max_odds_gap),
+        )
+        for kind, gap, limit in limits:
+            if limit is not None:
+                yield _budget(f"{kind} gap by {found.attribute}", gap, limit, "")
+
+
+def _trial(trial: Trial, config: GateConfig) -> Gate:
+    return Gate(
+        name=f"runs in {trial.runtime}",
+        passed=trial.error is not None and trial.error <= config.max_parity_error,
+        seen=trial.detail,
+        goal=f"a fresh process loads it and answers within {config.max_parity_error:g}",
     )
 
 

@@ -1,5 +1,6 @@
 """Where a version comes from: data, code, environment, parameters, parent."""
 
+import contextlib
 import hashlib
 import platform
 import subprocess
@@ -10,9 +11,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from minga.training.data.versions import DataVersion
 from minga.training.document import Document
 from minga.training.space import Param, Params
 from minga.training.task import Task, TaskReference
+from minga.training.uris import PublicUri
 
 
 class Code(Document):
@@ -29,13 +32,16 @@ class Environment(Document):
     """What the numbers were computed with."""
 
     digest: str
-    """SHA-256 over the names and versions of all installed distributions."""
+    """SHA-256 of the lock: names and versions of all installed distributions."""
     lock_sha256: str = ""
     """Of the project's own lock file, if it has one."""
     python: str
     minga: str
     torch: str
     machine: str
+    cpu: str = ""
+    """The processor's name and the instruction set that torch computes with: another one may round
+    otherwise."""
 
 
 class Campaign(Document):
@@ -59,8 +65,10 @@ class Lineage(Document):
     origin: Literal["central", "federated"]
     params: dict[str, Param]
     seed: int
-    source: str
+    source: PublicUri
     data_digest: str
+    data_versions: tuple[DataVersion, ...] = ()
+    """Of the files behind the source, as the disk and DVC name them."""
     num_examples: int
     code: Code
     environment: Environment
@@ -80,6 +88,7 @@ def trace(
     seed: int,
     source: str,
     data_digest: str,
+    data_versions: tuple[DataVersion, ...] = (),
     num_examples: int,
     parent_version: int | None = None,
     campaign: Campaign | None = None,
@@ -93,16 +102,18 @@ def trace(
         seed=seed,
         source=source,
         data_digest=data_digest,
+        data_versions=data_versions,
         num_examples=num_examples,
-        code=_code(reference),
-        environment=_environment(reference.root),
+        code=code_of(reference),
+        environment=environment_of(reference.root),
         parent_version=parent_version,
         campaign=campaign,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _code(reference: TaskReference) -> Code:
+def code_of(reference: TaskReference) -> Code:
+    """Describe the project's state in Git, as of now."""
     task_sha256 = _sha256(reference.file)
     commit = _git(reference.root, "rev-parse", "HEAD")
     if commit is None:
@@ -129,17 +140,40 @@ def _git(root: Path, *words: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _environment(root: Path) -> Environment:
-    names = sorted(f"{found.name}=={found.version}" for found in distributions())
+def installed_packages() -> str:
+    """Write all installed distributions as a lock file that pip reads: `name==version`, sorted."""
+    names = {f"{found.name}=={found.version}" for found in distributions()}
+    return "\n".join(sorted(names, key=str.lower)) + "\n"
+
+
+def environment_of(root: Path) -> Environment:
+    """Describe what this process computes with.
+
+    Args:
+        root: the project folder, whose lock file is looked for.
+    """
     lock = next((root / name for name in LOCK_FILES if (root / name).is_file()), None)
     return Environment(
-        digest=hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        digest=hashlib.sha256(installed_packages().encode()).hexdigest(),
         lock_sha256=_sha256(lock) if lock else "",
         python=platform.python_version(),
         minga=version("minga"),
         torch=version("torch"),
         machine=platform.machine(),
+        cpu=_cpu(),
     )
+
+
+def _cpu() -> str:
+    """Name the processor and the instruction set that torch chose on it."""
+    import torch
+
+    name = platform.processor() or "unknown processor"
+    with contextlib.suppress(OSError):  # only Linux has the file
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _sha256(path: Path) -> str:

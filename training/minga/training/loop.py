@@ -3,21 +3,29 @@
 The examples of an epoch are shuffled by (seed, epoch) alone. So training that goes on from a
 checkpoint sees what it would have seen, and several workers that each take their part of every
 batch compute the step that one worker would have computed.
+
+Hyper-parameters that it understands: `batch_size`, `max_grad_norm`, `accumulate` (in how many
+pieces a worker computes its part of a batch, where memory is short; the step stays the same), and
+those of `minga.training.schedules` and `minga.training.weighting`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 from minga.training.errors import DataError, DivergedError
-from minga.training.evaluate import evaluate
+from minga.training.evaluate import device_of, evaluate
 from minga.training.history import Record
 from minga.training.network import batch_of, one_thread
 from minga.training.space import Params
 from minga.training.task import Batch, Split, Task
+from minga.training.weighting import weights_of
 
 BATCH_SIZE = 64
 """Examples of one step over all workers, unless the parameters say `batch_size`."""
@@ -42,21 +50,33 @@ class Learner:
 
     Attributes:
         network: the Task's network, or its wrapper that averages gradients over workers.
+        half: the type that the network computes in where it may (Micikevicius et al., "Mixed
+            precision training", ICLR 2018): bfloat16, or float16, whose losses are scaled so that
+            small gradients do not vanish. None: float32 alone. Weights are float32 in any case.
+        schedule: moves the learning rate; `fit` makes it.
         history: the records of the epochs that are behind it.
     """
 
-    def __init__(self, task: Task, network: nn.Module, params: Params) -> None:
+    def __init__(
+        self, task: Task, network: nn.Module, params: Params, *, half: torch.dtype | None = None
+    ) -> None:
         self.task = task
         self.network = network
         self.params = params
+        self.half = half
         self.optimiser = task.optimiser(network, params)
+        self.scaler = torch.amp.GradScaler(device_of(network).type, enabled=half is torch.float16)
+        self.schedule: LRScheduler | None = None
         self.history: list[Record] = []
+        self._schedule_state: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """Give what `load` needs, of types that `torch.load(weights_only=True)` accepts."""
         return {
             "network": self.bare_network.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else self._schedule_state,
             "history": self.history,
         }
 
@@ -64,7 +84,34 @@ class Learner:
         """Go on from where `state` was taken."""
         self.bare_network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self._schedule_state = state["schedule"]
         self.history = list(state["history"])
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Go on from another learner's weights, with this one's own rates."""
+        own = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimiser.param_groups
+        ]
+        self.load(state)
+        for group, settings in zip(self.optimiser.param_groups, own, strict=True):
+            group.update(settings)
+        if self._schedule_state is not None:
+            rates = [group["lr"] for group in own]
+            self._schedule_state = {**self._schedule_state, "base_lrs": rates}
+
+    def plan(self, num_steps: int) -> None:
+        """Make the schedule for so many steps in all, where the last one was left."""
+        self.schedule = self.task.schedule(self.optimiser, self.params, num_steps)
+        if self.schedule is None or self._schedule_state is None:
+            return
+        self.schedule.load_state_dict(self._schedule_state)
+        # Making a schedule sets the first step's rates, and loading one does not set them back.
+        for group, rate in zip(
+            self.optimiser.param_groups, self.schedule.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
 
     @property
     def bare_network(self) -> nn.Module:
@@ -104,6 +151,7 @@ def fit(
     Raises:
         DataError: there are fewer examples than workers.
         DivergedError: the loss is no longer a finite number.
+        TaskError: a hyper-parameter of the loop has no meaning.
     """
     if len(train) < shard.num_workers:
         raise DataError(
@@ -111,7 +159,8 @@ def fit(
             "give more examples or fewer workers"
         )
     batch_size = int(learner.params.get("batch_size", BATCH_SIZE))
-    examples = batch_of(train)
+    examples = batch_of(train)._replace(weights=weights_of(learner.params, train.targets))
+    learner.plan(epochs * -(-len(train) // max(batch_size, 2 * shard.num_workers)))
     with one_thread():
         for epoch in range(len(learner.history), epochs):
             record: Record = {"epoch": epoch + 1}
@@ -134,17 +183,21 @@ def _train_epoch(
 ) -> float:
     """Take one step for each batch and give the mean of their losses."""
     max_norm = float(learner.params.get("max_grad_norm", MAX_GRAD_NORM))
+    num_pieces = int(learner.params.get("accumulate", 1))
+    parameters = list(learner.network.parameters())
     learner.network.train()
     losses: list[Tensor] = []
     for batch in batches:
-        loss = learner.task.step(learner.network, batch)
         learner.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(_add_gradient(learner, batch, num_pieces))
+        learner.scaler.unscale_(learner.optimiser)
         if on_gradient is not None:
             on_gradient()
-        nn.utils.clip_grad_norm_(learner.network.parameters(), max_norm)
-        learner.optimiser.step()
-        losses.append(loss.detach())
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+        learner.scaler.step(learner.optimiser)
+        learner.scaler.update()
+        if learner.schedule is not None:
+            learner.schedule.step()
     mean = torch.stack(losses).mean()
     if not torch.isfinite(mean):
         raise DivergedError(
@@ -154,10 +207,51 @@ def _train_epoch(
     return float(mean)
 
 
+def _add_gradient(learner: Learner, batch: Batch, num_pieces: int) -> Tensor:
+    """Add a batch's gradient to the network's, piece by piece, and give the batch's mean loss.
+
+    Workers talk to each other only with the last piece.
+    """
+    device = device_of(learner.network)
+    pieces = _pieces(batch, num_pieces)
+    total: Tensor | None = None
+    for number, piece in enumerate(pieces, start=1):
+        on_device = piece.each(lambda part: part.to(device))
+        with _quiet(learner.network, number < len(pieces)):
+            with torch.autocast(device.type, learner.half, enabled=learner.half is not None):
+                loss = learner.task.step(learner.network, on_device)
+            if len(pieces) > 1:
+                loss = loss * (len(piece.inputs) / len(batch.inputs))
+            learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total
+
+
+def _pieces(batch: Batch, num_pieces: int) -> list[Batch]:
+    """Cut a batch into pieces of at least two examples, on which batch normalisation works."""
+    num_pieces = min(num_pieces, len(batch.inputs) // 2)
+    if num_pieces <= 1:
+        return [batch]
+    parts = torch.tensor_split(torch.arange(len(batch.inputs)), num_pieces)
+    return [_take(batch, part) for part in parts]
+
+
+def _take(batch: Batch, places: Tensor) -> Batch:
+    return batch.each(lambda array: array[places])
+
+
+def _quiet(network: nn.Module, quiet: bool) -> contextlib.AbstractContextManager[None]:
+    """Keep a wrapper from averaging gradients over workers."""
+    if quiet and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()
+
+
 def _batches(examples: Batch, batch_size: int, seed: int, shard: Shard) -> Iterator[Batch]:
     """Cut the shuffled examples into batches and take this worker's part of each."""
     for part in batch_places(len(examples.inputs), batch_size, seed, shard):
-        yield Batch(examples.inputs[part], examples.targets[part])
+        yield _take(examples, part)
 
 
 def batch_places(

@@ -15,6 +15,7 @@ from torch import nn
 from minga.federation.parameters import Parameters
 from minga.training.errors import ShapeError, TaskError
 from minga.training.space import Params
+from minga.training.stored import StoredRows
 from minga.training.task import Batch, Split, Task
 
 _MODEL = "model."
@@ -100,6 +101,22 @@ def load_parameters(network: nn.Module, parameters: Parameters) -> None:
             tensor.copy_(torch.from_numpy(np.array(parameters[name], np.float32)))
 
 
+class RowsOnDisk:
+    """Inputs that stay on the disk, as the training loop asks for them: by rows."""
+
+    def __init__(self, rows: StoredRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, places: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._rows[places.numpy()])
+
+
 def batch_of(split: Split) -> Batch:
-    """Copy a split into tensors, of the types that it has."""
+    """Copy a split into tensors, of the types that it has; stored inputs stay where they are."""
+    if isinstance(split.inputs, StoredRows):
+        targets = torch.from_numpy(split.targets.copy())
+        return Batch(RowsOnDisk(split.inputs), targets)
     return Batch(torch.from_numpy(split.inputs.copy()), torch.from_numpy(split.targets.copy()))

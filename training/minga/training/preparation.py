@@ -1,5 +1,13 @@
-"""The network's first part: it turns raw inputs into what the model learns from."""
+"""The network's first part: it turns raw inputs into what the model learns from.
 
+It is fitted on the training split alone, and it is inside the exported model: training, serving and
+devices cannot prepare inputs differently.
+
+    numbers       missing values become the mean; shifted and scaled to mean 0 and deviation 1
+    categories    one column for each declared value; a missing or unknown value is none of them
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -7,14 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minga.training.errors import TaskError
+from minga.training.schema import category_values, prepared_width
+from minga.training.stored import chunks_of
 from minga.training.task import Split
+
+Categories = Mapping[str, Sequence[str | float]]
 
 
 class Standardize(nn.Module):
     """Shifts and scales each column to mean 0 and deviation 1, by fixed numbers.
 
     The numbers are buffers: they are stored, exported and federated with the weights, and
-    training does not move them.
+    training does not move them. A missing value becomes 0, as the column's mean does.
 
     Attributes:
         mean: shape `(columns,)`.
@@ -32,20 +45,112 @@ class Standardize(nn.Module):
     @classmethod
     def fitted(cls, inputs: NDArray[Any]) -> Self:
         """Take mean and deviation from inputs of shape `(n, columns)`, missing values aside."""
-        is_present = np.isfinite(inputs)
-        num_present = np.maximum(is_present.sum(axis=0), 1)
-        values = np.where(is_present, inputs, 0).astype(np.float64)
-        mean = values.sum(axis=0) / num_present
-        variance = (np.where(is_present, values - mean, 0) ** 2).sum(axis=0) / num_present
-        return cls(mean, np.where(variance > 0, np.sqrt(variance), 1.0))
+        return cls(*moments(inputs))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the exported model's input name
         """Standardise inputs of shape `(batch, columns)`; the shape stays."""
-        return (input - self.mean) / self.scale
+        scaled = (input - self.mean) / self.scale
+        return torch.where(torch.isnan(input), torch.zeros_like(scaled), scaled)
 
 
-def default_preparation(train: Split) -> nn.Module:
-    """Standardise float inputs of shape `(n, columns)`; leave any other as it is."""
-    if train.inputs.ndim == 2 and train.inputs.dtype.kind == "f" and len(train) > 0:
+class PrepareTable(Standardize):
+    """Standardises a table's numbers, and makes columns of 0 and 1 of its categories.
+
+    Which values a category has is declared by the Task and not fitted: devices must agree on it
+    before they have seen each other's data.
+
+    Attributes:
+        mean: shape `(numbers,)`, of the columns that are no categories.
+        scale: of the same shape.
+        texts: place of a column -> the texts that its numbers stand for, if they stand for any.
+        width: columns of the output: the numbers in their order, then the categories' in theirs.
+    """
+
+    def __init__(
+        self,
+        mean: NDArray[Any],
+        scale: NDArray[Any],
+        *,
+        columns: Sequence[str],
+        categories: Categories,
+    ) -> None:
+        super().__init__(mean, scale)
+        self.columns = tuple(columns)
+        self.texts = {
+            columns.index(name): tuple(map(str, values))
+            for name, values in categories.items()
+            if any(isinstance(value, str) for value in values)
+        }
+        self._places = [columns.index(name) for name in columns if name in categories]
+        self.register_buffer("_numbers", _places_of_numbers(columns, categories), persistent=False)
+        for place in self._places:
+            values = torch.tensor(category_values(categories[columns[place]]))
+            self.register_buffer(f"_values_{place}", values, persistent=False)
+        self.width = prepared_width(columns, categories)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the exported model's input name
+        """Prepare inputs of shape `(batch, columns)`; the result's is `(batch, width)`."""
+        parts = [super().forward(torch.index_select(input, 1, self.get_buffer("_numbers")))]
+        for place in self._places:
+            column = input[:, place : place + 1]
+            parts.append((column == self.get_buffer(f"_values_{place}")).to(input.dtype))
+        return torch.cat(parts, dim=1)
+
+
+def moments(
+    inputs: NDArray[Any], places: Sequence[int] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give mean and deviation of columns, missing values aside; 1 where a column is constant.
+
+    Args:
+        inputs: of shape `(n, columns)`.
+        places: of the columns to look at; None means all.
+    """
+    wanted = slice(None) if places is None else list(places)
+    num_columns = inputs.shape[1] if places is None else len(places)
+    num_present, total, squares = (np.zeros(num_columns) for _ in range(3))
+    for chunk in chunks_of(inputs):
+        part = chunk[:, wanted]
+        is_present = np.isfinite(part)
+        num_present += is_present.sum(axis=0)
+        total += np.where(is_present, part, 0).astype(np.float64).sum(axis=0)
+    num_present = np.maximum(num_present, 1)
+    mean = total / num_present
+    for chunk in chunks_of(inputs):
+        part = chunk[:, wanted]
+        squares += (np.where(np.isfinite(part), part - mean, 0) ** 2).sum(axis=0)
+    variance = squares / num_present
+    return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
+
+
+def default_preparation(
+    train: Split, columns: Sequence[str] = (), categories: Categories | None = None
+) -> nn.Module:
+    """Standardise float inputs of shape `(n, columns)`; leave any other as it is.
+
+    Args:
+        train: what means and deviations are taken from.
+        columns: names of the columns, where categories are declared.
+        categories: column -> its values; they become columns of 0 and 1.
+
+    Raises:
+        TaskError: a category is none of the columns, or there are not as many columns as names.
+    """
+    if train.inputs.ndim != 2 or train.inputs.dtype.kind != "f" or len(train) == 0:
+        return nn.Identity()
+    if not categories:
         return Standardize.fitted(train.inputs)
-    return nn.Identity()
+    unknown = sorted(set(categories) - set(columns))
+    if unknown or len(columns) != train.inputs.shape[1]:
+        raise TaskError(
+            f"categories are declared for {', '.join(categories)}, columns are "
+            f"{', '.join(columns) or 'not named'}, and inputs have {train.inputs.shape[1]}; "
+            "name all columns"
+        )
+    mean, scale = moments(train.inputs, _places_of_numbers(columns, categories).tolist())
+    return PrepareTable(mean, scale, columns=columns, categories=categories)
+
+
+def _places_of_numbers(columns: Sequence[str], categories: Categories) -> Tensor:
+    places = [place for place, name in enumerate(columns) if name not in categories]
+    return torch.tensor(places, dtype=torch.int64)

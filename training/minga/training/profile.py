@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from minga.training.document import Document
 from minga.training.schema import MAX_CATEGORIES, iterate_columns
+from minga.training.stored import chunks_of, sample_of
 
 NUM_BINS = 10
 
@@ -42,32 +43,71 @@ class Profile(Document):
 
 
 def profile_columns(array: NDArray[Any], names: Sequence[str] = ()) -> tuple[ColumnProfile, ...]:
-    """Profile an array of shape `(n, ...)` column by column."""
-    table = array[:, None] if array.ndim == 1 else array
-    return tuple(_profile(name, values) for name, values in iterate_columns(table, names))
+    """Profile an array of shape `(n, ...)` column by column.
+
+    The bins of an array that stays on the disk are cut by a sample; all else is of all its rows.
+    """
+    if array.ndim == 1:
+        array = array[:][:, None]
+    columns = {
+        name: _Distribution(name, values[np.isfinite(values)])
+        for name, values in iterate_columns(sample_of(array), names)
+    }
+    for chunk in chunks_of(array):
+        for name, values in iterate_columns(chunk, names):
+            columns[name].add(values)
+    return tuple(column.profile() for column in columns.values())
 
 
 def stability_index(reference: ColumnProfile, values: NDArray[np.float64]) -> float:
     """Give the PSI of values, shape `(n,)`, against a profiled column; 0 if none is present."""
-    present = values[np.isfinite(values)]
-    if len(present) == 0:
+    return stability_index_of(reference, bin_counts(reference, values))
+
+
+def stability_index_of(reference: ColumnProfile, counts: NDArray[np.int64]) -> float:
+    """Give the PSI of counts by the bins of a profiled column; 0 if all are 0."""
+    if not counts.sum():
         return 0.0
     expected = np.maximum(reference.shares, SMALLEST_SHARE)
-    seen = np.maximum(_shares(present, np.asarray(reference.edges)), SMALLEST_SHARE)
+    seen = np.maximum(counts / counts.sum(), SMALLEST_SHARE)
     return float(np.sum((seen - expected) * np.log(seen / expected)))
 
 
-def _profile(name: str, values: NDArray[np.float64]) -> ColumnProfile:
-    present = values[np.isfinite(values)]
-    edges = _edges(present)
-    return ColumnProfile(
-        name=name,
-        edges=tuple(map(float, edges)),
-        shares=tuple(map(float, _shares(present, edges))),
-        mean=float(present.mean()) if len(present) else 0.0,
-        deviation=float(present.std()) if len(present) else 0.0,
-        missing=1 - len(present) / len(values) if len(values) else 0.0,
-    )
+def bin_counts(reference: ColumnProfile, values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Count values, shape `(n,)`, by the bins of a profiled column, missing ones aside."""
+    return _counts(values[np.isfinite(values)], np.asarray(reference.edges))
+
+
+class _Distribution:
+    """What a column's values come to, chunk by chunk; a sample says where to cut it."""
+
+    def __init__(self, name: str, sample: NDArray[np.float64]) -> None:
+        self._name = name
+        self._edges = _edges(sample)
+        self._centre = float(sample.mean()) if len(sample) else 0.0
+        self._counts = np.zeros(len(self._edges) + 1, np.int64)
+        self._num_values = 0
+        self._sum = self._sum_of_squares = 0.0
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        present = values[np.isfinite(values)]
+        self._counts += _counts(present, self._edges)
+        self._num_values += len(values)
+        self._sum += float((present - self._centre).sum())
+        self._sum_of_squares += float(((present - self._centre) ** 2).sum())
+
+    def profile(self) -> ColumnProfile:
+        num_present = int(self._counts.sum())
+        offset = self._sum / max(num_present, 1)
+        variance = max(self._sum_of_squares / max(num_present, 1) - offset**2, 0.0)
+        return ColumnProfile(
+            name=self._name,
+            edges=tuple(map(float, self._edges)),
+            shares=tuple(map(float, self._counts / max(num_present, 1))),
+            mean=self._centre + offset,
+            deviation=float(np.sqrt(variance)),
+            missing=1 - num_present / self._num_values if self._num_values else 0.0,
+        )
 
 
 def _edges(present: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -78,6 +118,5 @@ def _edges(present: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.unique(np.quantile(present, np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
 
 
-def _shares(present: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    counts = np.bincount(np.searchsorted(edges, present, side="right"), minlength=len(edges) + 1)
-    return counts / max(len(present), 1)
+def _counts(present: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.bincount(np.searchsorted(edges, present, side="right"), minlength=len(edges) + 1)

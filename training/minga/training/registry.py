@@ -1,9 +1,12 @@
 """Registered model versions: their files, their digests, and which of them is champion.
 
-A version's files are never changed. What it carries is in `minga.training.bundle`; the verdict of
-its gates is its tag `minga.blessed`. The aliases `champion` and `challenger` say which is used.
+A version's files are never changed. What it carries is in `minga.training.bundle`. The tag
+`minga.blessed` tells listings what its gates said; promotion believes the signed verdict alone.
+The aliases `champion` and `challenger` say which is used; how the first moves is in
+`minga.training.promotions`.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +14,12 @@ from urllib.parse import unquote, urlparse
 
 from mlflow.exceptions import MlflowException
 
-from minga.training.bundle import Digests
-from minga.training.errors import GateError, RegistryError
+from minga.training.bundle import Digests, read_verdict
+from minga.training.errors import ConflictError, GateError, RegistryError
 from minga.training.progress import OnProgress, silent
+from minga.training.promotions import SUFFIX, Decision, Kind, Ledger, who_and_when
+from minga.training.services import Service, services_of
+from minga.training.signing import Keyring
 from minga.training.tracking import connect
 
 Alias = Literal["champion", "challenger"]
@@ -42,15 +48,30 @@ class Version:
 class Registry:
     """Model versions in one MLflow database.
 
-    Several processes may read and register at once; of two that promote at once, the later wins.
+    Several processes may read, register and promote at once; of two that promote at once, one
+    wins and the other is told.
+
+    Args:
+        tracking_uri: of MLflow, such as `sqlite:////path/mlflow.db`.
+        on_progress: hears of the seconds that making a database takes.
+        keyring: opens the keys whose verdicts and promotions are believed; only promotions and
+            their history need them.
     """
 
-    def __init__(self, tracking_uri: str, on_progress: OnProgress = silent) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        on_progress: OnProgress = silent,
+        *,
+        keyring: Callable[[], Keyring] | None = None,
+    ) -> None:
         self._client = connect(tracking_uri, on_progress)
+        self._keyring = keyring
 
     def names(self) -> tuple[str, ...]:
         """Name all registered models."""
-        return tuple(sorted(model.name for model in self._client.search_registered_models()))
+        found = (model.name for model in self._client.search_registered_models())
+        return tuple(sorted(name for name in found if not name.endswith(SUFFIX)))
 
     def register(
         self, name: str, bundle: Path, *, run_id: str, blessed: bool, tags: dict[str, str]
@@ -63,8 +84,16 @@ class Registry:
             run_id: the run that the version belongs to.
             blessed: whether it passed its gates.
             tags: more facts about it.
+
+        Raises:
+            RegistryError: the run has a version already, whose files this one's would overwrite.
         """
         digests = Digests.of(bundle)
+        if taken := self._client.search_model_versions(f"run_id='{run_id}'"):
+            raise RegistryError(
+                f"run {run_id} has version {taken[0].version} of {taken[0].name} already, and "
+                "versions never change; open another run"
+            )
         self._client.log_artifacts(run_id, str(bundle), ARTIFACT_PATH)
         if name not in self.names():
             self._client.create_registered_model(name)
@@ -120,6 +149,18 @@ class Registry:
         except RegistryError:
             return None
 
+    def find_run(self, name: str, which: str) -> Version:
+        """Give the version of a run, or the one that a number or an alias names.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        found = self._client.search_model_versions(f"run_id='{which}'") if len(which) == 32 else ()
+        for version in found:
+            if version.name == name:
+                return self.get(name, int(version.version))
+        return self.get(name, which)
+
     def fetch(self, name: str, which: int | str) -> Path:
         """Bring a version's files to this machine and check them against what was registered.
 
@@ -130,10 +171,7 @@ class Registry:
             RegistryError: there is no such version, or its files are not what was registered.
         """
         version = self.get(name, which)
-        source = self._client.get_model_version(name, str(version.version)).source
-        folder = _local_path(source)
-        if folder is None:
-            folder = Path(self._client.download_artifacts(version.run_id, ARTIFACT_PATH))
+        folder = self._folder(version)
         if not folder.is_dir():
             raise RegistryError(f"{name} version {version.version}: its files are gone: {folder}")
         seen = Digests.of(folder)
@@ -149,33 +187,141 @@ class Registry:
         """Let an alias name a version, and no other one."""
         self._client.set_registered_model_alias(name, alias, str(version))
 
-    def promote(self, name: str, which: int | str, *, override: bool = False) -> Version:
+    def promote(self, name: str, which: int | str, *, override: str = "") -> Version:
         """Make a version the champion.
+
+        A version that was judged against a champion takes the place of that one and no other: if
+        somebody else promoted in the meantime, this promotion fails. A version that was champion
+        before may come back at any time.
 
         Args:
             name: of the model.
             which: number or alias.
-            override: promote it even if its gates refused it; the version is tagged so.
+            override: why it is promoted although its gates refused it or it was not judged
+                against today's champion; the reason is kept in the ledger.
 
         Raises:
-            GateError: its gates refused it, and `override` is not set.
+            GateError: its gates refused it, and there is no `override`.
+            ConflictError: the champion is not the one that it was judged against, or changes now.
+            VerdictError: its verdict, or the ledger, is altered or not by a trusted key.
             RegistryError: there is no such version, or its files are not what was registered.
         """
         version = self.get(name, which)
-        if not version.blessed and not override:
+        folder = self.fetch(name, version.version)
+        report = read_verdict(folder, name, self._keys())
+        if not report.blessed and not override:
             raise GateError(
                 f"{name} version {version.version} did not pass its gates and stays a candidate; "
                 f"see why with: minga model show {version.version}"
             )
-        self.fetch(name, version.version)
-        if not version.blessed:
-            self._client.set_model_version_tag(
-                name, str(version.version), "minga.overridden", "true"
-            )
-        self.set_alias(name, CHAMPION, version.version)
+        ledger = Ledger(self._client, name, self._keys())
+        seen, history = ledger.entries(), ledger.decisions()
+        champion = self._champion(name, history)
+        if not override:
+            _require_current(version, report.champion, champion, history)
+        decision = self._decision(version, champion, "promoted", override)
+        ledger.append(seen, decision, source=self._source(version), run_id=version.run_id)
+        self._settle(name, ledger)
+        if override:
+            self._tag(version, "minga.overridden", "true")
         if CHALLENGER in version.aliases:
             self._client.delete_registered_model_alias(name, CHALLENGER)
         return self.get(name, version.version)
+
+    def retire(self, name: str, which: int | str, *, reason: str) -> Version:
+        """Take a version out of use: it is promoted no more, unless somebody overrides that.
+
+        Its files stay, for whoever asks later what was served.
+
+        Args:
+            name: of the model.
+            which: number or alias.
+            reason: is kept in the ledger.
+
+        Raises:
+            GateError: it is the champion.
+            ConflictError: somebody else decided something in the same moment.
+            VerdictError: the ledger is altered or not by trusted keys.
+            RegistryError: there is no such version.
+        """
+        version = self.get(name, which)
+        ledger = Ledger(self._client, name, self._keys())
+        seen, history = ledger.entries(), ledger.decisions()
+        champion = self._champion(name, history)
+        if champion == version.version:
+            raise GateError(
+                f"{name} version {version.version} is champion and cannot be retired; promote "
+                "another one first"
+            )
+        decision = self._decision(version, champion, "retired", reason)
+        ledger.append(seen, decision, source=self._source(version), run_id=version.run_id)
+        if CHALLENGER in version.aliases:
+            self._client.delete_registered_model_alias(name, CHALLENGER)
+        return self.get(name, version.version)
+
+    def services(self, name: str = "") -> tuple[Service, ...]:
+        """Tell which version was served centrally where and when, the oldest first."""
+        return services_of(self._client, name)
+
+    def decisions(self, name: str) -> tuple[Decision, ...]:
+        """Tell which versions were promoted and retired, by whom and why, the oldest first.
+
+        Raises:
+            VerdictError: an entry is altered, missing, or signed by nobody who is trusted.
+        """
+        return Ledger(self._client, name, self._keys()).decisions()
+
+    def _champion(self, name: str, history: tuple[Decision, ...]) -> int | None:
+        """Give the champion: whom the alias names, or will name as soon as a promotion is done."""
+        current = self.find(name, CHAMPION)
+        number = current.version if current else None
+        last = _last_promotion(history)
+        if last is not None and number == last.champion_before:
+            return last.version
+        return number
+
+    def _settle(self, name: str, ledger: Ledger) -> None:
+        """Let the alias name what was promoted last.
+
+        Between an entry and its alias another process may have made both: looking again after
+        the alias was set leaves the last word to the ledger, whoever writes last.
+        """
+        settled = 0
+        while (last := _last_promotion(ledger.decisions())) and last.number != settled:
+            self.set_alias(name, CHAMPION, last.version)
+            settled = last.number
+
+    def _decision(
+        self, version: Version, champion: int | None, kind: Kind, reason: str
+    ) -> Decision:
+        by, at = who_and_when()
+        return Decision(
+            number=0,
+            previous="",
+            model=version.name,
+            version=version.version,
+            bundle_sha256=version.digests.bundle,
+            champion_before=champion,
+            kind=kind,
+            by=by,
+            at=at,
+            reason=reason,
+        )
+
+    def _folder(self, version: Version) -> Path:
+        """Give where a version's files are on this machine, unchecked."""
+        folder = _local_path(self._source(version))
+        return folder or Path(self._client.download_artifacts(version.run_id, ARTIFACT_PATH))
+
+    def _tag(self, version: Version, key: str, value: str) -> None:
+        self._client.set_model_version_tag(version.name, str(version.version), key, value)
+
+    def _source(self, version: Version) -> str:
+        return str(self._client.get_model_version(version.name, str(version.version)).source)
+
+    def _keys(self) -> Keyring:
+        assert self._keyring is not None, "a registry that promotes is opened with a keyring"
+        return self._keyring()
 
     def _registered(self, name: str) -> Any:
         try:
@@ -183,6 +329,44 @@ class Registry:
         except MlflowException as error:
             known = ", ".join(self.names()) or "none yet; make one with: minga run"
             raise RegistryError(f"no model {name!r} is registered; models: {known}") from error
+
+
+def retired(history: Iterable[Decision]) -> set[int]:
+    """Name the versions on which the last word was that they are retired."""
+    last = {one.version: one.kind for one in history}
+    return {version for version, kind in last.items() if kind == "retired"}
+
+
+def _last_promotion(history: Iterable[Decision]) -> Decision | None:
+    promoted = [one for one in history if one.kind == "promoted"]
+    return promoted[-1] if promoted else None
+
+
+def _require_current(
+    version: Version, judged: int | None, champion: int | None, history: tuple[Decision, ...]
+) -> None:
+    """Refuse what is retired, and what was judged against another champion than today's.
+
+    Raises:
+        GateError: it is retired.
+        ConflictError: somebody else promoted since it was judged.
+    """
+    number = version.version
+    if number in retired(history):
+        last = next(one for one in reversed(history) if one.version == number)
+        raise GateError(
+            f"{version.name} version {number} was retired by {last.by} at {last.at}: "
+            f"{last.reason}; promote it nevertheless with: --override REASON"
+        )
+    if champion in (judged, number) or any(one.version == number for one in history):
+        return
+    last_one = next((one for one in reversed(history) if one.version == champion), None)
+    since = f" (by {last_one.by} at {last_one.at})" if last_one else ""
+    against = f"against version {judged}" if judged else "when there was no champion"
+    raise ConflictError(
+        f"{version.name} version {number} was judged {against}, but version {champion} "
+        f"is champion now{since}; judge it anew with: minga model judge {number}"
+    )
 
 
 def _number(which: int | str, aliases: dict[str, str]) -> int | None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from minga.training.document import Document
 from minga.training.errors import DataError
+from minga.training.stored import chunks_of
 from minga.training.task import Split
 
 MAX_CATEGORIES = 20
@@ -62,6 +63,11 @@ class Schema(Document):
     columns: tuple[Column, ...]
     targets: tuple[Column, ...] = ()
 
+    @property
+    def served_dtype(self) -> str:
+        """What the exported model takes: text if a category is text, else the inputs' type."""
+        return "string" if any(column.names for column in self.columns) else self.input_dtype
+
     def breaks(self, other: "Schema") -> tuple[str, ...]:
         """Say what a client written for this schema would trip over in `other`."""
         found = [
@@ -69,6 +75,8 @@ class Schema(Document):
             for name in ("input_shape", "input_dtype", "target_shape", "target_dtype")
             if getattr(other, name) != getattr(self, name)
         ]
+        if other.served_dtype != self.served_dtype:
+            found.append(f"the model takes {other.served_dtype}, took {self.served_dtype}")
         mine = [column.name for column in self.columns]
         theirs = [column.name for column in other.columns]
         if mine != theirs:
@@ -136,10 +144,10 @@ def infer_schema(
         target_shape=train.targets.shape[1:],
         target_dtype=str(train.targets.dtype),
         columns=tuple(
-            _known(_describe(name, values), categories.get(name, ()))
-            for name, values in iterate_columns(train.inputs, names)
+            _known(column, categories.get(column.name, ()))
+            for column in _described(train.inputs, names)
         ),
-        targets=tuple(_describe(name, values) for name, values in iterate_columns(table)),
+        targets=tuple(_described(table, ("target",) if train.targets.ndim == 1 else ())),
     )
 
 
@@ -176,18 +184,60 @@ def category_values(categories: Sequence[str | float]) -> tuple[float, ...]:
     return tuple(map(float, categories))
 
 
-def _describe(name: str, values: NDArray[np.float64]) -> Column:
-    present = values[np.isfinite(values)]
-    distinct = np.unique(present)
-    is_whole = bool(np.all(distinct == np.round(distinct)))
-    is_category = len(distinct) <= MAX_CATEGORIES and is_whole
-    return Column(
-        name=name,
-        kind="category" if is_category else "number",
-        low=float(distinct[0]) if len(distinct) else 0.0,
-        high=float(distinct[-1]) if len(distinct) else 0.0,
-        categories=tuple(map(float, distinct)) if is_category else (),
-        missing=1 - len(present) / len(values) if len(values) else 0.0,
-        whole=is_whole,
-        unique=is_whole and not is_category and len(distinct) == len(values) >= MIN_UNIQUE,
-    )
+def prepared_width(columns: Sequence[str], categories: Mapping[str, Sequence[str | float]]) -> int:
+    """Give how many columns the default preparation makes of a table: one for each category."""
+    return len(columns) - len(categories) + sum(map(len, categories.values()))
+
+
+class _Seen:
+    """What a column's values come to, chunk by chunk."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._num_values = self._num_present = self._num_distinct = self._num_chunks = 0
+        self._low, self._high = np.inf, -np.inf
+        self._few: NDArray[np.float64] | None = np.empty(0)
+        self._whole = True
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Look at more values, shape `(n,)`."""
+        present = values[np.isfinite(values)]
+        distinct = np.unique(present)
+        self._num_values += len(values)
+        self._num_present += len(present)
+        self._num_distinct += len(distinct)
+        self._num_chunks += 1
+        if len(distinct):
+            self._low = min(self._low, float(distinct[0]))
+            self._high = max(self._high, float(distinct[-1]))
+        self._whole = self._whole and bool(np.all(distinct == np.round(distinct)))
+        if self._few is not None:
+            few = np.union1d(self._few, distinct)
+            self._few = few if len(few) <= MAX_CATEGORIES else None
+
+    def column(self) -> Column:
+        """Describe the column. Whether values repeat is only known of a single chunk."""
+        is_category = self._few is not None and self._whole
+        is_unique = self._num_chunks == 1 and self._num_distinct == self._num_values >= MIN_UNIQUE
+        missing = 1 - self._num_present / self._num_values if self._num_values else 0.0
+        return Column(
+            name=self._name,
+            kind="category" if is_category else "number",
+            low=self._low if self._num_present else 0.0,
+            high=self._high if self._num_present else 0.0,
+            categories=tuple(map(float, self._few))
+            if self._few is not None and is_category
+            else (),
+            missing=missing,
+            whole=self._whole,
+            unique=self._whole and not is_category and is_unique,
+        )
+
+
+def _described(array: NDArray[Any], names: Sequence[str] = ()) -> Iterator[Column]:
+    seen: dict[str, _Seen] = {}
+    for chunk in chunks_of(array):
+        for name, values in iterate_columns(chunk, names):
+            seen.setdefault(name, _Seen(name)).add(values)
+    for column in seen.values():
+        yield column.column()

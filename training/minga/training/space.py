@@ -1,6 +1,6 @@
 """What a Task says about its hyper-parameters: their domains and what is best.
 
-Domains know no search library; `minga.training.search` translates them.
+Domains know no search library; `minga.training.search.suggestions` draws from them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ import importlib.util
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,20 +29,30 @@ from minga.training.space import (
     RandInt,
     Uniform,
 )
+from minga.training.stored import StoredRows
 
 if TYPE_CHECKING:
     import torch
 
     from minga.training.schema import Schema
 
+SQLITE = "sqlite:///"
+"""What follows is the path of a database; a second slash makes it absolute."""
+
 SplitName = Literal["train", "validation", "test"]
 
 
 class Batch(NamedTuple):
-    """The examples of one training step, first axis the batch."""
+    """The examples of one training step, first axis the batch; `weights` if they count unalike."""
 
     inputs: "torch.Tensor"
     targets: "torch.Tensor"
+    weights: "torch.Tensor | None" = None
+
+    def each(self, change: "Callable[[torch.Tensor], torch.Tensor]") -> "Batch":
+        """Change each of the tensors."""
+        weights = None if self.weights is None else change(self.weights)
+        return Batch(change(self.inputs), change(self.targets), weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +60,7 @@ class Split:
     """Examples: `inputs` of shape `(n, ...)` and `targets` of shape `(n, ...)`.
 
     Float arrays of another width become float32, the only width that networks compute in here.
+    Inputs may stay on the disk (`minga.training.stored.StoredRows`).
     `owners`, shape `(n,)`, says whose each example is, for simulations that give each owner a
     device; nothing else looks at it.
 
@@ -63,7 +74,10 @@ class Split:
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
-            array = np.asarray(getattr(self, name))
+            given = getattr(self, name)
+            if isinstance(given, StoredRows) and name == "inputs" and given.dtype != np.float64:
+                continue
+            array = np.asarray(given)
             if array.ndim == 0 or array.dtype.kind not in "fiub":
                 raise DataError(
                     f"{name} are {array.dtype} of shape {array.shape}; "
@@ -106,8 +120,9 @@ class Task(ABC):
 
     Attributes:
         name: the registered model's name: lower-case letters, digits and dashes.
-        defaults: hyper-parameters used where nothing was searched. `lr`, `batch_size` and
-            `max_grad_norm` are understood by the defaults of this class and by the training loop.
+        defaults: hyper-parameters used where nothing was searched. `lr`, `batch_size`,
+            `max_grad_norm`, `accumulate`, `schedule`, `warmup` and `class_weights` are understood
+            by the defaults of this class and by the training loop.
         search_space: domains of the hyper-parameters to search; each has a default.
         objective: the metric that search, checkpoints and gates go by.
         columns: names of the inputs' columns, for messages and profiles.
@@ -142,11 +157,19 @@ class Task(ABC):
         """Build the network's first part, fitted on the training split.
 
         It is exported and federated with the model, so that training, serving and devices
-        prepare inputs alike. The default standardises float inputs of shape `(n, columns)`.
+        prepare inputs alike. The default puts means in place of missing values, standardises float
+        inputs of shape `(n, columns)`, and makes columns of 0 and 1 of declared `categories`.
         """
         from minga.training.preparation import default_preparation
 
-        return default_preparation(train)
+        return default_preparation(train, self.columns, self.categories)
+
+    @property
+    def width(self) -> int:
+        """How many columns the default preparation makes of `columns` and `categories`."""
+        from minga.training.schema import prepared_width
+
+        return prepared_width(self.columns, self.categories)
 
     def optimiser(self, model: "torch.nn.Module", params: Params) -> "torch.optim.Optimizer":
         """Build the optimiser; Adam at `lr` (0.001) unless overridden."""
@@ -154,13 +177,49 @@ class Task(ABC):
 
         return torch.optim.Adam(model.parameters(), lr=float(params.get("lr", 1e-3)))
 
+    def schedule(
+        self, optimiser: "torch.optim.Optimizer", params: Params, num_steps: int
+    ) -> "torch.optim.lr_scheduler.LRScheduler | None":
+        """Build what moves the learning rate after each step; see `minga.training.schedules`."""
+        from minga.training.schedules import schedule_of
+
+        return schedule_of(optimiser, params, num_steps)
+
     def step(self, model: "torch.nn.Module", batch: Batch) -> "torch.Tensor":
         """Give the loss of one training step; the loop does the rest."""
-        return self.loss(model(batch.inputs), batch.targets)
+        outputs = model(batch.inputs)
+        if batch.weights is None:
+            return self.loss(outputs, batch.targets)
+        from minga.training.weighting import weighted_loss
 
-    def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:  # noqa: ARG002
-        """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail."""
+        return weighted_loss(self.loss, outputs, batch.targets, batch.weights)
+
+    def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:
+        """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail.
+
+        Unless overridden they are the groups.
+        """
+        return {
+            f"{attribute}={group}": np.asarray(labels) == group
+            for attribute, labels in self.groups(split).items()
+            for group in np.unique(labels)
+        }
+
+    def groups(self, split: Split) -> Mapping[str, NDArray[Any]]:  # noqa: ARG002
+        """Name attributes by which examples must not be treated unequally.
+
+        Each has every example's group, shape `(n,)`. A classifier that gives `probabilities` is
+        measured on them; see `max_selection_gap` and `max_odds_gap` in `[gates]`.
+        """
         return {}
+
+    def probabilities(self, outputs: NDArray[Any]) -> NDArray[Any] | None:  # noqa: ARG002
+        """Turn a classifier's raw outputs into probabilities, so that its calibration is judged.
+
+        Give shape `(n,)` for the positive class of two, or `(n, classes)`; None, as here, if the
+        outputs are none.
+        """
+        return None
 
     def schema(self, train: Split) -> "Schema":
         """Describe valid data; inferred from the training split unless overridden."""
@@ -192,6 +251,8 @@ class TaskReference:
 
     def resolve(self, source: str) -> str:
         """Take a relative path from the project folder; leave URIs and absolute paths alone."""
+        if source.startswith(SQLITE) and not source.startswith(SQLITE + "/"):
+            return f"{SQLITE}{self.root}/{source.removeprefix(SQLITE)}"
         return source if "://" in source else str(self.root / source)
 
 

@@ -5,6 +5,7 @@ several may live in one process. The database is SQLite unless the URI says othe
 MLflow's file store is out of support.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -20,13 +21,16 @@ from minga.training.history import Record
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Params
 
-# MLflow reads this when it is imported: nothing is to be sent anywhere.
+# MLflow reads these when it is imported: nothing is to be sent anywhere, and progress is ours
+# to show.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow.onnx
 import onnx
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from onnx.helper import tensor_dtype_to_np_dtype
@@ -36,8 +40,35 @@ for _noisy in ("alembic", "mlflow"):
 
 PARENT_TAG = "mlflow.parentRunId"
 
+QUOTED_PARENT = f"`{PARENT_TAG}`"
+
+MAX_RUNS = 10_000
+"""The most nested runs that are looked at: more than MLflow gives at once by default."""
+SETTINGS = "minga.json"
+"""The artifact with a run's resolved settings."""
+
+TEST = "test_"
+"""What the names of metrics on the test split begin with."""
+
 BATCH_METRICS = 1000
 """The most values that MLflow takes at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What a run left behind.
+
+    Attributes:
+        tags: of the run.
+        settings: the resolved settings; empty if the run kept none.
+        history: one record for each epoch.
+        metrics: on the test split, by the Task's names.
+    """
+
+    tags: Mapping[str, str]
+    settings: dict[str, Any]
+    history: tuple[Record, ...]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +108,26 @@ class Tracker:
 
     @contextmanager
     def run(
-        self, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
+        self,
+        name: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        parent: str | None = None,
+        kept: Path | None = None,
     ) -> Iterator[str]:
-        """Open a run and give its id; it ends as finished, killed or failed."""
-        run_id = self.start(name, tags=tags, parent=parent)
+        """Open a run and give its id; it ends as finished, killed or failed.
+
+        Args:
+            name: of the run.
+            tags: of the run.
+            parent: the run that it is nested under.
+            kept: a file that names the run until it is finished: after an interruption, a kill or
+                a failure the same call goes on with the run that the file names.
+        """
+        run_id = self._unfinished(kept) or self.start(name, tags=tags, parent=parent)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(run_id, encoding="utf-8")
         try:
             yield run_id
         except KeyboardInterrupt:
@@ -90,6 +137,22 @@ class Tracker:
             self.end(run_id, "FAILED")
             raise
         self.end(run_id, "FINISHED")
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+
+    def _unfinished(self, kept: Path | None) -> str | None:
+        """Take the run that a file names up again; None if there is none in this experiment."""
+        if kept is None or not kept.exists():
+            return None
+        run_id = kept.read_text(encoding="utf-8").strip()
+        try:
+            info = self.client.get_run(run_id).info
+        except MlflowException:
+            return None
+        if info.experiment_id != self.experiment_id or info.lifecycle_stage != "active":
+            return None
+        self.client.update_run(run_id, status="RUNNING")
+        return run_id
 
     def start(
         self, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
@@ -138,9 +201,46 @@ class Tracker:
         for start in range(BATCH_METRICS, len(values), BATCH_METRICS):
             self.client.log_batch(run_id, metrics=values[start : start + BATCH_METRICS])
 
+    def last_epoch(self, run_id: str) -> int:
+        """Give the last epoch whose loss a run has; 0 if it has none."""
+        losses = self.client.get_metric_history(run_id, "train_loss")
+        return max((loss.step for loss in losses), default=0)
+
+    def children(self, run_id: str) -> dict[str, str]:
+        """Give the runs nested under one: name -> id."""
+        found = self.client.search_runs(
+            [self.experiment_id], f"tags.{QUOTED_PARENT} = '{run_id}'", max_results=MAX_RUNS
+        )
+        return {run.info.run_name: run.info.run_id for run in found}
+
     def log_settings(self, run_id: str, settings: dict[str, Any]) -> None:
         """Keep the resolved settings with a run, as its artifact `minga.json`."""
-        self.client.log_dict(run_id, settings, "minga.json")
+        self.client.log_dict(run_id, settings, SETTINGS)
+
+    def read(self, run_id: str) -> Recorded:
+        """Read what a run left behind."""
+        run = self.client.get_run(run_id)
+        records: dict[int, Record] = {}
+        for name in run.data.metrics:
+            if not name.startswith(TEST):
+                for metric in self.client.get_metric_history(run_id, name):
+                    record = records.setdefault(metric.step, {"epoch": float(metric.step)})
+                    record[name] = metric.value
+        kept = {artifact.path for artifact in self.client.list_artifacts(run_id)}
+        settings: dict[str, Any] = {}
+        if SETTINGS in kept:
+            file = self.client.download_artifacts(run_id, SETTINGS)
+            settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        return Recorded(
+            tags=run.data.tags,
+            settings=settings,
+            history=tuple(record for _, record in sorted(records.items())),
+            metrics={
+                name.removeprefix(TEST): value
+                for name, value in run.data.metrics.items()
+                if name.startswith(TEST)
+            },
+        )
 
     def log_file(self, run_id: str, name: str, data: bytes) -> None:
         """Keep bytes with a run, as its artifact of this name."""

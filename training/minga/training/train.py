@@ -2,7 +2,9 @@
 
 Every worker runs the one loop on its part of each batch, under PyTorch's DDP. Each epoch leaves a
 checkpoint. A lost worker costs the epoch it was in: the others are restarted from the last
-checkpoint and end with the very weights of an undisturbed run.
+checkpoint and end with the very weights of an undisturbed run. With `min_workers` they need not
+wait for a new machine: batches stay as large, each worker takes a larger part, and weights differ
+from an undisturbed run's by rounding alone.
 
 An interrupted training is kept in its folder; calling `train` again with that folder goes on.
 """
@@ -12,7 +14,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from minga.federation.parameters import Parameters
 from minga.training.config import TrainConfig
 from minga.training.errors import TrainingError
-from minga.training.history import Record, best_record
+from minga.training.history import OnEpoch, Record, best_record, is_stalled, unheard
 from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, Shard, fit
 from minga.training.network import build_network, parameters_of
@@ -42,8 +44,10 @@ from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 
 CHECKPOINT = "learner.pt"
-PROGRESS_FILE = "history.jsonl"
+HISTORY = "history.json"
 POLL_S = 0.3
+RESIZE_CHECK_S = 20.0
+"""How often a shrunken training looks for machines that came back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +79,12 @@ def train(
     seed: int,
     folder: Path,
     on_progress: OnProgress = silent,
+    on_epoch: OnEpoch = unheard,
 ) -> Trained:
     """Train with given parameters. Ray must be running.
 
-    The same arguments give the same weights, bit by bit, on the same kind of machine.
+    The same arguments give the same weights, bit by bit, on the same kind of machine, unless
+    workers were lost for good (`min_workers`).
 
     Args:
         reference: of the Task, which every worker loads for itself.
@@ -89,28 +95,36 @@ def train(
         seed: of the first weights and of the order of examples.
         folder: of this training and no other; only reuse it with the same arguments.
         on_progress: hears of every epoch.
+        on_epoch: gets every epoch's record, those of an interrupted training once more.
 
     Raises:
-        TrainingError: Ray has too few CPUs, or training failed more often than it may.
+        TrainingError: Ray has too few CPUs or GPUs, or training failed more often than it may.
         KeyboardInterrupt: the user stopped it; its checkpoints are kept in `folder`.
     """
-    _require_cpus(config.num_workers)
+    use_gpu = _use_gpu(config)
     trainer = TorchTrainer(
         _work,
         train_loop_config={
             "reference": reference,
             "splits": ray.put(splits),
             "params": dict(params),
-            "epochs": config.epochs,
+            "config": config,
             "seed": seed,
-            "history": str(folder / PROGRESS_FILE),
+            "history": str(folder / HISTORY),
         },
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=config.num_workers),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, config.num_workers)
+            if config.min_workers
+            else config.num_workers,
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
+        ),
         run_config=_run_config(task, config, folder),
     )
+    reporting = _reporting(folder / HISTORY, config.epochs, on_progress, on_epoch)
     try:
-        with _reporting(folder / PROGRESS_FILE, config.epochs, on_progress), handlers_restored():
+        with reporting, handlers_restored():
             result = trainer.fit()
         trained = _read_best(result, task, splits, params, seed)
     except ray.train.TrainingFailedError as error:
@@ -132,7 +146,7 @@ def _run_config(task: Task, config: TrainConfig, folder: Path) -> RunConfig:
         failure_config=FailureConfig(max_failures=config.max_failures),
         # The latest is kept as well, whatever it scores: training goes on from it.
         checkpoint_config=CheckpointConfig(
-            num_to_keep=2,
+            num_to_keep=config.keep_checkpoints,
             checkpoint_score_attribute=task.objective.metric,
             checkpoint_score_order=task.objective.mode,
         ),
@@ -140,14 +154,20 @@ def _run_config(task: Task, config: TrainConfig, folder: Path) -> RunConfig:
     )
 
 
-def _work(config: dict[str, Any]) -> None:
+def _work(settings: dict[str, Any]) -> None:
     """Train as one worker; only the first one validates, the others wait for its report."""
     context = ray.train.get_context()
     shard = Shard(rank=context.get_world_rank(), num_workers=context.get_world_size())
-    splits: Splits = ray.get(config["splits"])
-    task = config["reference"].load()
-    learner = _learner(task, config["params"], splits, config["seed"], shard)
+    config: TrainConfig = settings["config"]
+    splits: Splits = ray.get(settings["splits"])
+    task: Task = settings["reference"].load()
+    learner = _learner(task, settings["params"], splits, config, settings["seed"])
     is_first = shard.rank == 0
+
+    def is_over() -> bool:
+        return is_stalled(
+            learner.history, task.objective, patience=config.patience, min_gain=config.min_gain
+        )
 
     def report(record: Record) -> bool:
         with tempfile.TemporaryDirectory() as saved:
@@ -157,30 +177,51 @@ def _work(config: dict[str, Any]) -> None:
                 checkpoint = Checkpoint.from_directory(saved)
             ray.train.report(dict(record), checkpoint=checkpoint)
         if is_first:
-            with Path(config["history"]).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        return False
+            _write_history(learner.history, Path(settings["history"]))
+        return _agree(is_over(), shard) if config.patience else False
 
+    if is_over():
+        return
     fit(
         learner,
         splits.train,
-        epochs=config["epochs"],
-        seed=config["seed"],
+        epochs=config.epochs,
+        seed=settings["seed"],
         validation=splits.validation if is_first else None,
         shard=shard,
         on_epoch=report,
     )
 
 
-def _learner(task: Task, params: Params, splits: Splits, seed: int, shard: Shard) -> Learner:
+def _learner(task: Task, params: Params, splits: Splits, config: TrainConfig, seed: int) -> Learner:
     """Make the learner, or restore it from the last checkpoint, and wrap it for several workers."""
-    learner = Learner(task, build_network(task, params, splits.train, seed=seed), params)
+    device = ray.train.torch.get_device()
+    network = build_network(task, params, splits.train, seed=seed).to(device)
+    mixed = config.precision == "mixed" and device.type == "cuda"
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    learner = Learner(task, network, params, half=half if mixed else None)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         learner.load(_read(checkpoint))
-    if shard.num_workers > 1:
+    if ray.train.get_context().get_world_size() > 1:
         learner.network = ray.train.torch.prepare_model(learner.network)
     return learner
+
+
+def _agree(value: bool, shard: Shard) -> bool:
+    """Give the first worker's value to all: only that one has validated."""
+    if shard.num_workers == 1:
+        return value
+    told = torch.tensor(int(value), device=ray.train.torch.get_device())
+    torch.distributed.broadcast(told, src=0)
+    return bool(told.item())
+
+
+def _write_history(history: Sequence[Record], file: Path) -> None:
+    """Put the history where the driver looks, whole or not at all."""
+    unfinished = file.with_suffix(".new")
+    unfinished.write_text(json.dumps(history), encoding="utf-8")
+    unfinished.replace(file)
 
 
 def _read_best(result: Any, task: Task, splits: Splits, params: Params, seed: int) -> Trained:
@@ -201,17 +242,32 @@ def _read_best(result: Any, task: Task, splits: Splits, params: Params, seed: in
 
 def _read(checkpoint: Checkpoint) -> dict[str, Any]:
     with checkpoint.as_directory() as saved:
-        state: dict[str, Any] = torch.load(Path(saved) / CHECKPOINT, weights_only=True)
+        file = Path(saved) / CHECKPOINT
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 
-def _require_cpus(num_workers: int) -> None:
-    num_cpus = int(ray.cluster_resources().get("CPU", 0))
-    if num_cpus < num_workers:
+def _use_gpu(config: TrainConfig) -> bool:
+    """Decide what the workers compute on.
+
+    Raises:
+        TrainingError: Ray has too few of it; training would wait for ever.
+    """
+    fewest = config.min_workers or config.num_workers
+    name = "min_workers" if config.min_workers else "num_workers"
+    resources = ray.cluster_resources()
+    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    use_gpu = config.device == "gpu" or (config.device == "auto" and num_gpus >= config.num_workers)
+    if use_gpu and num_gpus < fewest:
         raise TrainingError(
-            f"training.num_workers = {num_workers} but Ray has {num_cpus} CPUs; "
-            "ask for fewer workers"
+            f'training.device = "gpu" and training.{name} = {fewest} but Ray has {num_gpus} GPUs; '
+            'ask for fewer workers, or for device = "cpu"'
         )
+    if num_cpus < fewest:
+        raise TrainingError(
+            f"training.{name} = {fewest} but Ray has {num_cpus} CPUs; ask for fewer workers"
+        )
+    return use_gpu
 
 
 def _reason(error: Exception) -> str:
@@ -221,7 +277,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _reporting(file: Path, epochs: int, on_progress: OnProgress) -> Iterator[None]:
+def _reporting(
+    file: Path, epochs: int, on_progress: OnProgress, on_epoch: OnEpoch
+) -> Iterator[None]:
     """Report every epoch that the first worker notes, while this thread waits for the workers."""
     on_progress(Progress(step="train", done=0, total=epochs, note="starting workers"))
     ended = threading.Event()
@@ -229,12 +287,12 @@ def _reporting(file: Path, epochs: int, on_progress: OnProgress) -> Iterator[Non
 
     def look() -> None:
         nonlocal num_seen
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        for line in lines[num_seen:]:
-            record: Record = json.loads(line)
+        history: list[Record] = json.loads(file.read_bytes()) if file.exists() else []
+        for record in history[num_seen:]:
             note = ", ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "epoch")
             on_progress(Progress(step="train", done=int(record["epoch"]), total=epochs, note=note))
-        num_seen = len(lines)
+            on_epoch(record)
+        num_seen = max(num_seen, len(history))
 
     def watch() -> None:
         while not ended.wait(POLL_S):

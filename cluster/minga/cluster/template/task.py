@@ -59,6 +59,10 @@ class ShuttleAnomaly(Task):
             "roc_auc": float(roc_auc_score(targets, outputs)),
         }
 
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """Turn logits into probabilities, so that the gates judge their calibration."""
+        return torch.sigmoid(torch.from_numpy(outputs)).numpy()
+
 
 def read(file: Path) -> np.ndarray:
     """Read a table of numbers with one line of titles, shape (n, 10)."""

@@ -105,6 +105,7 @@ class Kind(StrEnum):
     ROUND_COMMITTED = "round-committed"
     ROUND_ABORTED = "round-aborted"
     MODEL_PUBLISHED = "model-published"
+    MODEL_REPORTED = "model-reported"
 
 
 class AuditLog:

@@ -76,9 +76,32 @@ class PublishedModels:
         return digest in self.blobs_in_use()
 
     def note_report(self, device_id: str, report: pb.ModelReport) -> None:
-        """Remember what a device says it runs.
+        """Remember what a device says it runs; what is new goes into the audit log as well.
+
+        So it can be told later which version ran where and when.
 
         Raises:
             PeerError: the report is malformed.
         """
-        self._store.note_model(device_id, wire.model_report(report).SerializeToString())
+        known = wire.model_report(report).SerializeToString()
+        device = self._store.device(device_id)
+        if device is not None and device.model == known:
+            return
+        # Limited, for a device could report this and that without an end. Written first: of a
+        # coordinator that dies in between the log tells it twice, not never.
+        self._audit.append_limited(
+            Kind.MODEL_REPORTED,
+            f"device/{device_id}",
+            model=report.name,
+            version=report.version,
+            digest=report.digest.hex(),
+            state=_name_of(report.state),
+        )
+        self._store.note_model(device_id, known)
+
+
+def _name_of(state: "pb.ModelState.ValueType") -> str:
+    """Name a state as listings do; a device may also send a number that has no name."""
+    if state not in pb.ModelState.values():
+        return str(state)
+    return pb.ModelState.Name(state).removeprefix("MODEL_STATE_").lower()

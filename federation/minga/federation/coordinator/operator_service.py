@@ -20,7 +20,7 @@ from minga.federation.errors import CampaignError, MissingDeviceError
 from minga.federation.limits import PAGE_DEVICES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
-from minga.federation.wire import condition_to_wire, timestamp
+from minga.federation.wire import condition_to_wire, privacy_from_wire, timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -109,7 +109,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         """Start a campaign."""
         # Off the loop: it may load code and make a strategy.
         await asyncio.to_thread(self._campaigns.strategies.require_possible, request.plan)
-        if request.plan.HasField("privacy"):
+        if privacy_from_wire(request.plan) is not None:
             await asyncio.to_thread(load_accounting)
         campaign = self._campaigns.start(request.plan, principal_of_call(context).path)
         return pb.StartCampaignResponse(campaign_id=campaign.campaign_id)

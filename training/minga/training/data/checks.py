@@ -5,7 +5,6 @@ Warnings do not, unless `[data] strict` is set: ranges, drift, volume, values th
 examples that are in two splits, a column that gives the target away.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -14,11 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.training.config import DataConfig
+from minga.training.data.reading import sample_of_split
+from minga.training.data.tallies import Tally, row_digests, tally_columns
+from minga.training.data.versions import DataVersion
 from minga.training.document import Document
 from minga.training.errors import SchemaError
-from minga.training.profile import ColumnProfile, Profile, stability_index
-from minga.training.schema import Column, Schema, iterate_columns
+from minga.training.profile import Profile
+from minga.training.schema import Schema, iterate_columns
+from minga.training.stored import chunks_of
 from minga.training.task import Split, SplitName, Splits
+from minga.training.uris import PublicUri
 
 MAX_OVERLAP = 0.05
 """Share of test examples that may also be training examples: readings do repeat."""
@@ -68,8 +72,10 @@ class DataReport(Document):
     """What data was found, what it should look like, and where it does not."""
 
     task: str
-    source: str
+    source: PublicUri
     digest: str
+    versions: tuple[DataVersion, ...] = ()
+    """Of the files behind the source."""
     num_examples: dict[SplitName, int]
     data_schema: Schema
     profile: Profile
@@ -151,86 +157,77 @@ def _check_layout(name: SplitName, split: Split, schema: Schema) -> Iterator[Vio
 def _check_columns(
     name: SplitName, split: Split, schema: Schema, profile: Profile | None, config: DataConfig
 ) -> Iterator[Violation]:
-    names = tuple(column.name for column in schema.columns)
     references = {column.name: column for column in profile.inputs} if profile else {}
-    columns = zip(schema.columns, iterate_columns(split.inputs, names), strict=True)
-    for column, (_, values) in columns:
-        yield from _check_values(name, f"{name}.{column.name}", column, values, config)
-        yield from _check_drift(
-            f"{name}.{column.name}", references.get(column.name), values, config
-        )
+    for tally in tally_columns(split.inputs, schema.columns, references):
+        path = f"{name}.{tally.column.name}"
+        yield from _judge(tally, path, config, is_train=name == "train")
     if schema.targets:
         table = split.targets[:, None] if split.targets.ndim == 1 else split.targets
-        for column, (_, values) in zip(schema.targets, iterate_columns(table), strict=True):
-            yield from _check_values(name, f"{name}.targets", column, values, config)
+        for tally in tally_columns(table, schema.targets, {}):
+            yield from _judge(tally, f"{name}.targets", config, is_train=name == "train")
 
 
-def _check_values(
-    name: SplitName, path: str, column: Column, values: NDArray[np.float64], config: DataConfig
-) -> Iterator[Violation]:
-    present = values[np.isfinite(values)]
-    yield from _check_missing(path, column, len(values), len(values) - len(present), config)
-    if column.kind == "category":
-        is_unknown = ~np.isin(present, column.categories)
-        if is_unknown.any():
-            kind = _error if name == "train" else _warning
-            yield kind(
-                "category",
-                path,
-                expected="one of " + ", ".join(column.named(value) for value in column.categories),
-                seen=_first_few(np.unique(present[is_unknown])),
-                count=int(is_unknown.sum()),
-            )
-        return
-    outside = int(((present < column.low) | (present > column.high)).sum())
-    if outside > config.max_out_of_range * len(present):
-        share = outside / len(present)
+def _judge(tally: Tally, path: str, config: DataConfig, *, is_train: bool) -> Iterator[Violation]:
+    """Say what a column's values have against it."""
+    column = tally.column
+    yield from _judge_missing(tally, path, config)
+    if tally.num_unknown:
+        kind = _error if is_train else _warning
+        yield kind(
+            "category",
+            path,
+            expected="one of " + ", ".join(column.named(value) for value in column.categories),
+            seen=_first_few(tally.unknown),
+            count=tally.num_unknown,
+        )
+    if tally.num_outside > config.max_out_of_range * tally.num_present:
+        share = tally.num_outside / tally.num_present
         yield _warning(
             "range",
             path,
             expected=f"{column.low:g} .. {column.high:g}",
-            seen=f"{present.min():g} .. {present.max():g}, {share:.2%} outside",
-            count=outside,
+            seen=f"{tally.low:g} .. {tally.high:g}, {share:.2%} outside",
+            count=tally.num_outside,
         )
-    fractions = int((present != np.round(present)).sum()) if column.whole else 0
-    if fractions:
+    if tally.num_fractions:
         yield _warning(
-            "type", path, expected="whole numbers", seen="fractions too", count=fractions
-        )
-    repeated = len(present) - len(np.unique(present)) if column.unique else 0
-    if repeated:
-        yield _warning(
-            "duplicate", path, expected="each value once", seen="values repeat", count=repeated
-        )
-
-
-def _check_missing(
-    path: str, column: Column, num_values: int, num_missing: int, config: DataConfig
-) -> Iterator[Violation]:
-    """A column with holes in the reference may have as many again, by the luck of the draw."""
-    luck = math.sqrt(column.missing * (1 - column.missing) / num_values)
-    allowed = max(config.max_missing, column.missing + MISSING_DEVIATIONS * luck)
-    if num_missing > allowed * num_values:
-        yield _error(
-            "missing",
+            "type",
             path,
-            expected=f"<= {allowed:.2%}",
-            seen=f"{num_missing / num_values:.2%}",
-            count=num_missing,
+            expected="whole numbers",
+            seen="fractions too",
+            count=tally.num_fractions,
         )
-
-
-def _check_drift(
-    path: str, reference: ColumnProfile | None, values: NDArray[np.float64], config: DataConfig
-) -> Iterator[Violation]:
-    drift = stability_index(reference, values) if reference else 0.0
-    if drift > config.max_drift:
+    if tally.num_repeated:
+        yield _warning(
+            "duplicate",
+            path,
+            expected="each value once",
+            seen="values repeat",
+            count=tally.num_repeated,
+        )
+    if tally.drift > config.max_drift:
         yield _warning(
             "drift",
             path,
             expected=f"<= {config.max_drift}",
-            seen=f"{drift:.3f}",
-            count=len(values),
+            seen=f"{tally.drift:.3f}",
+            count=tally.num_present,
+        )
+
+
+def _judge_missing(tally: Tally, path: str, config: DataConfig) -> Iterator[Violation]:
+    """A column with holes in the reference may have as many again, by the luck of the draw."""
+    usual = tally.column.missing
+    luck = math.sqrt(usual * (1 - usual) / tally.num_values)
+    allowed = max(config.max_missing, usual + MISSING_DEVIATIONS * luck)
+    num_missing = tally.num_values - tally.num_present
+    if num_missing > allowed * tally.num_values:
+        yield _error(
+            "missing",
+            path,
+            expected=f"<= {allowed:.2%}",
+            seen=f"{num_missing / tally.num_values:.2%}",
+            count=num_missing,
         )
 
 
@@ -248,28 +245,33 @@ def _check_volume(train: Split, profile: Profile, config: DataConfig) -> Iterato
 
 def _check_overlap(splits: Splits) -> Iterator[Violation]:
     """Find examples to choose or judge by that were also learned from."""
-    known = set(_rows(splits.train.inputs))
     names: tuple[SplitName, ...] = ("validation", "test")
     for name in names:
-        rows = _rows(splits[name].inputs)
-        count = sum(row in known for row in rows)
-        if count > MAX_OVERLAP * len(rows):
+        digests, counts = np.unique(row_digests(splits[name].inputs), return_counts=True)
+        is_known = np.zeros(len(digests), bool)
+        for chunk in chunks_of(splits.train.inputs):
+            learned = row_digests(chunk)
+            places = np.minimum(np.searchsorted(digests, learned), len(digests) - 1)
+            is_known[places[digests[places] == learned]] = True
+        count, num_rows = int(counts[is_known].sum()), int(counts.sum())
+        if count > MAX_OVERLAP * num_rows:
             yield _warning(
                 "overlap",
                 name,
                 expected=f"<= {MAX_OVERLAP:.0%} of it in train",
-                seen=f"{count / len(rows):.1%} of it in train",
+                seen=f"{count / num_rows:.1%} of it in train",
                 count=count,
             )
 
 
 def _check_leaks(train: Split, schema: Schema) -> Iterator[Violation]:
-    """Find columns that are the target under another name."""
+    """Find columns that are the target under another name; in a sample, where data is large."""
     if train.targets.ndim != 1 or len(schema.columns) < 2:
         return
-    targets = train.targets.astype(np.float64)
+    few = sample_of_split(train)
+    targets = few.targets.astype(np.float64)
     names = tuple(column.name for column in schema.columns)
-    for name, values in iterate_columns(train.inputs, names):
+    for name, values in iterate_columns(few.inputs, names):
         correlation = correlation_of(values, targets)
         if abs(correlation) > MAX_CORRELATION:
             yield _warning(
@@ -290,11 +292,6 @@ def correlation_of(values: NDArray[np.float64], others: NDArray[np.float64]) -> 
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / scale if scale > 0 else 0.0
-
-
-def _rows(inputs: NDArray[Any]) -> list[bytes]:
-    """Name each example by a digest of 16 bytes, so that images do not fill the memory."""
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in inputs]
 
 
 def _first_few(values: NDArray[np.float64]) -> str:

@@ -6,7 +6,9 @@ import numpy as np
 
 from minga.training.errors import DataError
 from minga.training.profile import Profile, profile_columns
+from minga.training.stored import StoredRows, chunks_of, sample_places
 from minga.training.task import Split, SplitName, Splits, Task
+from minga.training.uris import redacted, scrubbed
 
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -23,7 +25,8 @@ def read_splits(task: Task, source: str) -> Splits:
         raise
     except Exception as error:
         raise DataError(
-            f"{type(task).__name__}.data cannot read {source}: {type(error).__name__}: {error}"
+            f"{type(task).__name__}.data cannot read {redacted(source)}: "
+            f"{type(error).__name__}: {scrubbed(str(error), source)}"
         ) from error
     if not isinstance(splits, Splits):
         raise DataError(
@@ -38,8 +41,17 @@ def digest_of(splits: Splits) -> str:
     for name in SPLIT_NAMES:
         for array in (splits[name].inputs, splits[name].targets):
             digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            for chunk in chunks_of(array):
+                digest.update(np.ascontiguousarray(chunk).data)
     return digest.hexdigest()
+
+
+def sample_of_split(split: Split) -> Split:
+    """Give a split as it is, or examples of one that stays on the disk, at equal distances."""
+    if not isinstance(split.inputs, StoredRows):
+        return split
+    places = sample_places(len(split))
+    return Split(inputs=split.inputs[places], targets=split.targets[places])
 
 
 def profile_of(task: Task, train: Split) -> Profile:

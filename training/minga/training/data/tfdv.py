@@ -29,7 +29,7 @@ def to_tfdv(schema: Schema, config: DataConfig) -> str:
     for column in schema.columns:
         _describe(message.feature.add(), column, config)
     for column in schema.targets:
-        name = "target" if len(schema.targets) == 1 else f"target_{column.name}"
+        name = column.name if column.name == "target" else f"target_{column.name}"
         _describe(message.feature.add(), column.model_copy(update={"name": name}), config)
     return str(text_format.MessageToString(message))
 

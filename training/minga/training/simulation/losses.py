@@ -137,10 +137,10 @@ class StackedLoss:
         """See whether the loss of a batch is the mean of its examples' losses."""
         with torch.no_grad():
             try:
-                whole = self._step(*examples)
+                whole = self._step(examples.inputs, examples.targets)
                 singles = [
                     self._step(one.unsqueeze(0), target.unsqueeze(0))
-                    for one, target in zip(*examples, strict=True)
+                    for one, target in zip(examples.inputs, examples.targets, strict=True)
                 ]
             except (RuntimeError, ValueError, IndexError):  # it cannot take one example
                 return False

@@ -1,0 +1,191 @@
+"""Search and training for a project: what is recorded where, and what goes on after a stop.
+
+Unfinished work lies in the project's `ray_storage`, named by all that decides its result. What
+interrupted it does not matter: Ctrl-C, a crash, a power cut; the same call goes on.
+"""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minga.cluster.checking import data_tags, require_valid_data
+from minga.cluster.occupation import occupied
+from minga.cluster.project import Project
+from minga.cluster.stack import local_ray
+from minga.training.data import digest_of
+from minga.training.probe import probe
+from minga.training.progress import OnProgress, Progress, silent
+from minga.training.search.picture import search_page
+from minga.training.space import Params
+from minga.training.trials import SearchResult
+
+if TYPE_CHECKING:
+    from minga.training.tracking import Tracker
+    from minga.training.train import Trained
+
+PAGE = "search.html"
+"""The picture of a search, among the files of its run."""
+
+
+def search(
+    project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
+) -> SearchResult:
+    """Search the Task's hyper-parameters.
+
+    A finished search is kept; the same code, data and settings give it again without a trial.
+
+    Args:
+        project: the project.
+        on_progress: hears of every epoch of every trial.
+        fresh: search anew, even if there is a finished or an interrupted search.
+
+    Raises:
+        SchemaError: the data breaks its schema; nothing was started.
+        ShapeError: one training step does not work; nothing was started.
+        TrainingError: every trial failed.
+        KeyboardInterrupt: the user stopped it; the same call goes on.
+    """
+    if not fresh and (kept := finished_search(project)) is not None:
+        total = len(kept.trials)
+        note = "kept from an earlier search of the same code, data and settings"
+        on_progress(Progress(step="search", done=total, total=total, note=note))
+        return kept
+    require_valid_data(project)
+    probe(project.loaded_task, project.loaded_task.defaults, project.splits)
+    folder = _search_folder(project)
+    if fresh:
+        _discard(folder)
+    tracker = project.tracker(on_progress)
+    on_progress(Progress(step="search", done=0, total=project.search.num_trials))
+    tags = {"minga.step": "search", **data_tags(project)}
+    with (
+        occupied(project),
+        tracker.run("search", tags=tags, kept=folder.with_suffix(".run")) as run_id,
+        local_ray(),
+    ):
+        found = _search(project, tracker, run_id, folder, on_progress)
+    found.write(_search_file(project))
+    _discard(folder)
+    return found
+
+
+def _search(
+    project: Project, tracker: "Tracker", run_id: str, folder: Path, on_progress: OnProgress
+) -> SearchResult:
+    """Search, with a nested run for each trial."""
+    # Ray reads its settings when it is imported, so not before it is started.
+    from minga.training.recording import recording  # noqa: PLC0415
+    from minga.training.search.runs import TrialRuns, earlier_points  # noqa: PLC0415
+    from minga.training.search.tuning import search as run_search  # noqa: PLC0415
+
+    task, config = project.loaded_task, project.search
+    tracker.log_settings(run_id, project.model_dump(mode="json"))
+    points = earlier_points(tracker, task, config.warm_start) if config.warm_start else ()
+    with recording(tracker, project.tensorboard_folder / f"search-{run_id[:8]}") as recorder:
+        runs = TrialRuns(tracker, recorder, run_id, task.objective)
+        found = run_search(
+            project.reference,
+            task,
+            project.splits,
+            config=config,
+            seed=project.seed,
+            folder=folder,
+            points=points,
+            on_progress=on_progress,
+            on_epoch=runs.note,
+        )
+    runs.end(found.trials)
+    tracker.log(run_id, params=found.params, metrics=found.metrics)
+    page = search_page(found, task.objective, title=f"{task.name}: search")
+    tracker.client.log_text(run_id, page, PAGE)
+    picture_of(project).write_text(page, encoding="utf-8")
+    return found
+
+
+def finished_search(project: Project) -> SearchResult | None:
+    """Give the result of a finished search of the same code, data and settings, if there is one."""
+    file = _search_file(project)
+    if not file.exists():
+        return None
+    return SearchResult.read(file)
+
+
+def picture_of(project: Project) -> Path:
+    """Name the page that shows the search of the same code, data and settings, once it is over."""
+    return _search_file(project).with_suffix(".html")
+
+
+def train_model(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained":
+    """Train with given hyper-parameters, as the `[training]` table says.
+
+    Args:
+        project: the project.
+        params: complete hyper-parameters, such as `SearchResult.params`.
+        on_progress: hears of every epoch.
+
+    Raises:
+        SchemaError: the data breaks its schema; nothing was started.
+        ShapeError: one training step does not work; nothing was started.
+        TrainingError: it failed more often than it may.
+        KeyboardInterrupt: the user stopped it; the same call goes on.
+    """
+    require_valid_data(project)
+    probe(project.loaded_task, params, project.splits)
+    tracker = project.tracker(on_progress)
+    folder = _training_folder(project, params)
+    tags = {"minga.step": "train", **data_tags(project)}
+    with (
+        occupied(project),
+        tracker.run("train", tags=tags, kept=folder.with_suffix(".run")) as run_id,
+        local_ray(),
+    ):
+        # Ray reads its settings when it is imported, so not before it is started.
+        from minga.training.recording import recording  # noqa: PLC0415
+        from minga.training.train import train  # noqa: PLC0415
+
+        tracker.log(run_id, params={**params, "seed": project.seed})
+        tracker.log_settings(run_id, project.model_dump(mode="json"))
+        with recording(tracker, project.tensorboard_folder) as recorder:
+            recorder.open(run_id, f"train-{run_id[:8]}")
+            trained = train(
+                project.reference,
+                project.loaded_task,
+                project.splits,
+                params,
+                config=project.training,
+                seed=project.seed,
+                folder=folder,
+                on_progress=on_progress,
+                on_epoch=partial(recorder.note, run_id),
+            )
+    return replace(trained, run_id=run_id)
+
+
+def _training_folder(project: Project, params: Params) -> Path:
+    work = fingerprint(project, (project.training, dict(params)))
+    return project.ray_storage / f"train-{work}"
+
+
+def _search_folder(project: Project) -> Path:
+    return project.ray_storage / f"search-{fingerprint(project, project.search)}"
+
+
+def _search_file(project: Project) -> Path:
+    return _search_folder(project).with_suffix(".json")
+
+
+def fingerprint(project: Project, settings: object) -> str:
+    """Name work by all that decides its result: code beside the Task, data, seed and settings."""
+    digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
+    for file in sorted(project.reference.file.parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    digest.update(digest_of(project.splits).encode())
+    return digest.hexdigest()[:16]
+
+
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
