@@ -160,6 +160,20 @@ def test_bombs_cost_no_memory(target):
     target.assert_well()
 
 
+def test_millions_of_empty_lists_cost_no_memory(target):
+    """Small on the wire and large in memory: such JSON is refused before it is read."""
+    before = target.memory
+    peak = 0
+    with httpx.Client(base_url=target.url) as client:
+        for piece in (b"[],", b"{},"):
+            response = client.post(INFER, content=b"[" + piece * (2 * MB) + b"0]")
+            assert response.status_code == 400
+            assert "flat" in response.json()["error"]
+            peak = max(peak, target.memory - before)
+    assert peak < 48 * MB
+    target.assert_well()
+
+
 @pytest.mark.parametrize(
     "beginning",
     [b"", b"POST ", b"POST /v2 HTTP/1.1\r\nHost: x\r\nX-Slow: "],

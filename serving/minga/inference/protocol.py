@@ -34,6 +34,8 @@ from minga.inference.tensors import (
 
 JSON_SIZE_HEADER: Final = "inference-header-content-length"
 BINARY_EXTENSION: Final = "binary_tensor_data"
+# An empty list is 3 bytes on the wire and 64 in memory; a row per list is a usual request.
+_MAX_NESTED: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +200,11 @@ def _split(message: Message) -> tuple[dict[str, Any], memoryview]:
     if size > len(view):
         raise BadRequestError(
             f"{JSON_SIZE_HEADER} says {size} bytes of JSON, the body has {len(view)}"
+        )
+    if message.body.count(b"[", 0, size) + message.body.count(b"{", 0, size) > _MAX_NESTED:
+        raise BadRequestError(
+            f"the body has over {_MAX_NESTED} lists and objects; "
+            "give data flat, or with the binary tensor extension"
         )
     try:
         root = orjson.loads(view[:size])

@@ -3,6 +3,7 @@
 import asyncio
 import resource
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,7 @@ from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import DeviceRow, Store
-from minga.federation.errors import CampaignError, MissingDeviceError
+from minga.federation.errors import CampaignError, MissingDeviceError, PrivacyError
 from minga.federation.limits import PAGE_DEVICES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
@@ -109,8 +110,9 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         """Start a campaign."""
         # Off the loop: it may load code and make a strategy.
         await asyncio.to_thread(self._campaigns.strategies.require_possible, request.plan)
-        if privacy_from_wire(request.plan) is not None:
-            await asyncio.to_thread(load_accounting)
+        with suppress(PrivacyError):  # of a plan that is refused below
+            if privacy_from_wire(request.plan) is not None:
+                await asyncio.to_thread(load_accounting)
         campaign = self._campaigns.start(request.plan, principal_of_call(context).path)
         return pb.StartCampaignResponse(campaign_id=campaign.campaign_id)
 
