@@ -468,7 +468,9 @@ def test_device_folder_that_was_moved(tmp_path: Path) -> None:
     slots.idle_path("add-one").write_bytes(model)
     slots.activate("add-one", "1", digest_of(model))
     (tmp_path / "old").rename(tmp_path / "new")
-    (ref,) = ModelSlots(tmp_path / "new").active()
+    models = ModelRepository()
+    models.apply(ModelSlots(tmp_path / "new").active())
+    (ref,) = models.refs
     assert Path(ref.path).read_bytes() == model
 
 
