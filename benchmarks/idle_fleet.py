@@ -93,7 +93,7 @@ class Crowd:
         num = len(self._processes)
         for number, process in enumerate(self._processes):
             given = {
-                "authority": authority.certificate_pem.decode(),
+                "authority": authority.pinned.public_bytes(Encoding.PEM).decode(),
                 "address": address,
                 "identities": identities[number::num],
             }
