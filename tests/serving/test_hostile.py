@@ -91,7 +91,7 @@ class Target:
                     client.infer("scaling", {"input": rows})["output"], rows * 2
                 )
 
-    def wait(self, is_so, timeout_s: float = 15) -> None:
+    def wait(self, is_so, timeout_s: float = 60) -> None:
         """Wait for something that the server does in its time."""
         deadline = time.monotonic() + timeout_s
         while not is_so():
@@ -271,10 +271,10 @@ def test_large_messages_over_grpc_are_refused(target):
     """A message over the limit is an error of its sender, again and again, and costs nothing."""
     rows = np.ones((MB, 3), np.float32)
     with GrpcClient(target.grpc_url) as client:
-        for round_ in range(12):
-            if round_ == 2:
+        for round_ in range(24):
+            if round_ == 8:
                 before = target.memory
             with pytest.raises(InferenceError, match="larger than max"):
                 client.infer("scaling", {"input": rows})
-    assert target.memory - before < 24 * MB
+    assert target.memory - before < 64 * MB  # of 192 MB that came meanwhile
     target.assert_well()
