@@ -85,6 +85,8 @@ class ModelRef:
                 raise ModelError(
                     f"a model's name and version are parts of a URL; {part!r} is empty or has a '/'"
                 )
+        # JSON, in which a reference is kept and sent, knows lists alone.
+        object.__setattr__(self, "baseline", tuple(self.baseline))
 
     def __str__(self) -> str:
         return f"'{self.name}' version {self.version}"

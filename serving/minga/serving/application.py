@@ -128,7 +128,4 @@ def build(options: dict[str, Any]) -> Application:
 
 
 def _refs(config: UserConfig) -> list[ModelRef]:
-    return [
-        ModelRef(**model | {"baseline": tuple(model.get("baseline", ()))})
-        for model in config["models"]
-    ]
+    return [ModelRef(**model) for model in config["models"]]

@@ -23,7 +23,7 @@ from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics
 from minga.federation.device.trainer_process import TrainedUpdate, TrainerProcess
 from minga.federation.errors import PeerError, TrainerError
-from minga.federation.parameters import Layout, Parameters, read_layout, read_parameters
+from minga.federation.parameters import Layout, Parameters, read_parameters
 from minga.federation.parts import (
     has_control,
     is_personal,
@@ -77,17 +77,16 @@ class LocalLearning:
         self._clip = clip
         self._metrics = metrics
 
-    async def train(self, travelling: Path) -> tuple[NDArray[np.float32], int]:
-        """Train on what travelled, a safetensors file.
+    async def train(self, travelling: Path, layout: Layout) -> tuple[NDArray[np.float32], int]:
+        """Train on what travelled, a safetensors file of some layout.
 
         Returns:
-            What is to be sent, in the order of the file's layout, and the example count.
+            What is to be sent, in the order of the layout, and the example count.
 
         Raises:
             TrainerError: user code failed, or its update is none.
             PeerError: what travelled is not what the method needs.
         """
-        layout = await asyncio.to_thread(read_layout, travelling)
         if has_control(layout.names) != self._method.scaffold:
             raise PeerError("control variates travel with the model if, and only if, they are used")
         if self._method.keeps_state:

@@ -32,7 +32,7 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.identity import CertificateVerifier, Identity
-from minga.federation.parameters import read_layout
+from minga.federation.parameters import Layout, read_layout
 from minga.federation.plain import PlainPlan, update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.fixedpoint import encode_update
@@ -226,12 +226,12 @@ class Participant:
             return await self._tell(self._asked)
         with tempfile.TemporaryDirectory(prefix="minga-round-") as folder:
             model = Path(folder) / "model.safetensors"
-            await self._fetch(model)
+            layout = await self._fetch(model)
             match self._asked:
                 case Evaluation():
                     vector, weight = await self._learning.evaluate(self._asked, model)
                 case Training():
-                    vector, weight = await self._learning.train(model)
+                    vector, weight = await self._learning.train(model, layout)
                     self._require_count(weight)
         return vector, min(weight, self._plan.max_weight)
 
@@ -244,7 +244,8 @@ class Participant:
             )
         return vector, min(num_rows, self._plan.max_weight)
 
-    async def _fetch(self, path: Path) -> None:
+    async def _fetch(self, path: Path) -> Layout:
+        """Fetch the model into a file, and give its layout."""
         await self._download(self._model_digest, path)
         layout = await asyncio.to_thread(read_layout, path)
         length = self._asked.num_values(layout.num_values)
@@ -252,6 +253,7 @@ class Participant:
             raise PeerError(
                 f"the round takes {length} values, the plan says {self._plan.num_values}"
             )
+        return layout
 
     async def _require_examples(self) -> None:
         """Leave before others count on this device, if its trainer knows its count beforehand."""

@@ -7,7 +7,7 @@ in the middle, and the version before stays at hand.
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from minga.federation.durable import replace_file
@@ -58,8 +58,7 @@ class ModelSlots:
         except InferenceError as error:
             path.unlink(missing_ok=True)
             raise PeerError(str(error)) from error
-        kept = {"name": name, "version": version, "path": ref.path, "sha256": ref.sha256}
-        replace_file(path.parent / _ACTIVE, json.dumps(kept).encode())
+        replace_file(path.parent / _ACTIVE, json.dumps(asdict(ref)).encode())
         return ref
 
 
