@@ -34,6 +34,7 @@ from tests.serving.conftest import scaling_model
 PACKAGE = Path(observability.__file__).parent
 DEVICES = ("press-1", "press-2", "press-3")
 MODEL = "watched"
+READY = r"ready at (http[^;]+)"
 RESPOND = """
 [respond]
 alarms = ["MingaServingDown"]
@@ -176,11 +177,13 @@ def watched(registry_uri, tmp_path_factory):
     patch.setenv("MINGA_TRACKING_URI", registry_uri)
     content = register(registry_uri, folder / "registered")
     with Processes(folder / "logs") as processes:
+        local = ("--port", "0", "--engine", "local")
+        processes.minga("serving", "serve", MODEL, "--project", str(project), *local)
+        processes.minga("respond", "respond", "run", "--project", str(project))
         minga = LocalMinga(processes, folder)
-        words = ("respond", "run", "--project", str(project))
-        url = processes.minga("respond", *words, says=r"ready at (http[^;]+)")
-        minga.serve(project, MODEL)
         minga.add_devices(*DEVICES)
+        minga.urls["serving"] = processes.said("serving", READY)
+        url = processes.said("respond", READY)
         minga.operate(lambda operator: operator.publish_model(MODEL, "1", content, "default"))
         token = project / ".minga" / "respond" / "token"
         port = observe(folder / "observe", minga, url=url, token_file=token)
@@ -188,7 +191,7 @@ def watched(registry_uri, tmp_path_factory):
         alertmanager(processes, folder / "observe", port)
         askable = {name: url for name, url in minga.urls.items() if name != "coordinator"}
         with asked(askable, MODEL, columns=3):
-            until(lambda: "unknown" not in prometheus.targets().values(), "all are scraped")
+            until(lambda: list(prometheus.targets().values()) == ["up"] * 6, "all are scraped")
             model = to_bytes(toy_model(200_000))
             name = minga.operate(lambda o: o.start_campaign(private_campaign(), model))
             minga.operate(lambda operator: _finished(operator, name))
@@ -205,9 +208,14 @@ async def _finished(operator, name: str) -> None:
 @pytest.mark.slow
 def test_every_process_is_scraped(watched: Watched) -> None:
     """Prometheus finds all processes through the lists of targets, and they are up."""
-    health = watched.prometheus.targets()
-    assert len(health) == 6
-    assert set(health.values()) == {"up"}
+    jobs = [name.partition("/")[0] for name in watched.prometheus.targets()]
+    assert sorted(jobs) == [
+        "minga-coordinator",
+        *["minga-devices"] * 3,
+        "minga-respond",
+        "minga-serving",
+    ]
+    assert set(watched.prometheus.targets().values()) == {"up"}
 
 
 @pytest.mark.slow

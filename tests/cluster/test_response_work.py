@@ -30,6 +30,7 @@ from tests.federation.fleet import Fleet
 pytestmark = pytest.mark.slow
 
 MODEL = "shuttle-anomaly"
+READY = r"ready at (http[^;]+)"
 RESPOND = """
 [respond]
 alarms = ["InputsMoved"]
@@ -125,8 +126,8 @@ def precision(url: str, table: np.ndarray) -> tuple[str, float]:
 
 def start_responder(processes: Processes, name: str, directory: Path) -> str:
     """Run the responder; give the webhook's URL."""
-    words = ("respond", "run", "--project", str(directory))
-    return processes.minga(name, *words, says=r"ready at (http[^;]+)")
+    processes.minga(name, "respond", "run", "--project", str(directory))
+    return processes.said(name, READY)
 
 
 def tell(url: str, directory: Path) -> None:
@@ -154,9 +155,10 @@ def test_a_model_recovers_from_drift_without_a_hand(plant: Path, tmp_path: Path)
     registry = load(plant).registry()
     num_versions = len(registry.list_versions(MODEL))
     with Processes(tmp_path / "logs") as processes:
-        words = ("serve", MODEL, "--project", str(plant), "--port", "0", "--engine", "local")
-        served = processes.minga("serving", *words, says=r"ready at (http[^;]+)")
+        local = ("--port", "0", "--engine", "local")
+        processes.minga("serving", "serve", MODEL, "--project", str(plant), *local)
         url = start_responder(processes, "respond", plant)
+        served = processes.said("serving", READY)
         version, before = precision(served, new)
         assert before < 0.7
         tell(url, plant)

@@ -75,10 +75,9 @@ class Processes(contextlib.AbstractContextManager["Processes"]):
                 start_new_session=True,
             )
 
-    def minga(self, name: str, *words: str, says: str) -> str:
-        """Run a command of Minga; wait until it writes a pattern, and give what that holds."""
+    def minga(self, name: str, *words: str) -> None:
+        """Run a command of Minga."""
         self.start(name, sys.executable, "-m", "minga.cli", *words)
-        return self.said(name, says)
 
     def said(self, name: str, pattern: str) -> str:
         """Wait until a process writes a pattern; give its group."""
@@ -178,8 +177,8 @@ class LocalMinga:
         self.state = folder / "coordinator"
         self.urls: dict[str, str] = {}
         ports = ("--port", "0", "--enrol-port", "0", "--metrics-port", "0")
-        words = ("coordinator", "run", "--state", str(self.state), *ports)
-        url = processes.minga("coordinator", *words, says=r"metrics: (http://\S+)/metrics")
+        processes.minga("coordinator", "coordinator", "run", "--state", str(self.state), *ports)
+        url = processes.said("coordinator", r"metrics: (http://\S+)/metrics")
         self.urls["coordinator"] = url
 
     def operate(self, act: Callable[[Operator], Any]) -> Any:
@@ -198,16 +197,11 @@ class LocalMinga:
             asyncio.run(enrol(token.token, self.folder / name, name))
             words = ("device", "run", "--folder", str(self.folder / name), "--port", "0")
             trainer = ("--trainer", "constant_trainer:make", "--option.step", "0.01")
-            self.processes.start(name, sys.executable, "-m", "minga.cli", *words, *trainer)
+            self.processes.minga(name, *words, *trainer)
         for name in names:
             file = self.folder / name / "endpoints.json"
             until(file.exists, f"{name} runs")
             self.urls[name] = json.loads(file.read_text())["inference"]
-
-    def serve(self, project: Path, model: str) -> None:
-        """Serve a model of the registry."""
-        words = ("serve", model, "--project", str(project), "--port", "0", "--engine", "local")
-        self.urls["serving"] = self.processes.minga("serving", *words, says=r"ready at (http[^;]+)")
 
 
 def observe(folder: Path, minga: LocalMinga, *, url: str, token_file: Path) -> int:
