@@ -12,7 +12,6 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-import ray
 from sklearn.metrics import average_precision_score
 
 from minga.cli.app import main
@@ -67,6 +66,8 @@ def write_new_window(directory: Path) -> None:
 @pytest.fixture
 def plant(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project with a champion of its own, whose work joins the session's Ray."""
+    import ray
+
     directory = tmp_path / "plant"
     shutil.copytree(finished[0].directory, directory)
     write_new_window(directory)
