@@ -90,7 +90,7 @@ def test_labels_may_come_in_pieces(store, table):
 def test_impossible_labels_are_refused_whole(store):
     """A label that is no answer of the model leaves all of its chunk to be sent again."""
     labels = [*labels_of([1, 0]), Label(request="r2", place=0, value=0.5)]
-    with pytest.raises(MonitorError, match="a label is 1 or 0, not 0.5"):
+    with pytest.raises(MonitorError, match=r"a label is 1 or 0, not 0\.5"):
         desk_of(store).take(labels)
     assert desk_of(store).take(labels[:2]).joined == 2
     with pytest.raises(MonitorError, match="never watched here, only: yes-or-no"):
