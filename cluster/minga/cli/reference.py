@@ -119,9 +119,9 @@ def metrics_page() -> str:
         "with several replicas each scrape reaches one of them.",
         _series(inference),
         "## Monitor",
-        "At the same place, where what is served is watched. Series with a version are of its newest "
-        "full window, which on Ray Serve is over all replicas: take any of them, not their sum. The "
-        "counts without one are each process's own.",
+        "At the same place, where what is served is watched. Series with a version are of its "
+        "newest full window, which on Ray Serve is over all replicas: take any of them, not their "
+        "sum. The counts without one are each process's own.",
         _series(_monitor()),
     ]
     return _NOTE + "\n\n".join(sections) + "\n"
@@ -131,7 +131,7 @@ def _monitor() -> CollectorRegistry:
     class Nowhere:
         """Takes nothing, since nothing is served."""
 
-        def take(self, traffic: Sequence[Traffic]) -> Sequence[ModelSummary]:
+        def take(self, _: Sequence[Traffic]) -> Sequence[ModelSummary]:
             return ()
 
     registry = CollectorRegistry()

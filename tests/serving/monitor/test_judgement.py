@@ -27,9 +27,10 @@ def moved(table: np.ndarray) -> set[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("num_rows", [50, 500, 5000])
-def test_no_change_counts_for_nothing(num_rows):
-    """Of windows like the training data nothing counts, whatever their size."""
-    assert not [found for seed in range(20) if (found := moved(rows(num_rows, 100 + seed)))]
+def test_of_quiet_windows_a_hundredth_counts(num_rows):
+    """Of windows like the training data no more count than the level, whatever their size."""
+    windows = [moved(rows(num_rows, 100 + seed)) for seed in range(300)]
+    assert sum(map(bool, windows)) <= 8  # of 3 expected at most; 9 or more are 1 in 250
 
 
 def test_shift_of_one_column_is_told_of_that_column():

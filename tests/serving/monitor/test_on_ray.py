@@ -82,7 +82,7 @@ def test_windows_are_over_all_replicas(host, folder, write_model):
         with httpx.Client() as fresh:
             text = fresh.get(f"{host.url}/metrics").text
         if "minga_monitor_standing_alarm{" in text:
-            own = next(line for line in text.splitlines() if "monitor_rows_total " in line)
-            seen.add(own)
+            lines = text.splitlines()
+            seen.add(next(one for one in lines if one.startswith("minga_monitor_rows_total ")))
     assert len(seen) == 2, "each replica has counted rows of its own and tells the common alarm"
     assert sum(float(line.split()[1]) for line in seen) == 1200

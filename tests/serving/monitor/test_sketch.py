@@ -49,7 +49,7 @@ def test_parts_in_any_order_are_the_whole(tables, chance):
         chance.shuffle(parts)
         one = parts.pop()
         parts[0].merge(one)
-    assert parts[0] == whole
+    assert parts[0].to_json() == whole.to_json()
     assert whole.rows == sum(map(len, tables))
 
 
@@ -61,7 +61,7 @@ def test_sum_does_not_depend_on_sides(left, right):
     one.merge(sketch_of(right))
     swapped = sketch_of(right)
     swapped.merge(other)
-    assert one == swapped
+    assert one.to_json() == swapped.to_json()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -70,7 +70,7 @@ def test_sketch_survives_the_wire(table):
     """A sketch that went through JSON is the same, and cannot become one of other bins."""
     sketch = sketch_of(table)
     wired = json.loads(json.dumps(sketch.to_json()))
-    assert Sketch.from_json(reference(), wired) == sketch
+    assert Sketch.from_json(reference(), wired).to_json() == sketch.to_json()
     with pytest.raises(ValueError, match="another reference"):
         Sketch.from_json(described(column("input", "x")), wired)
     with pytest.raises(ValueError, match="do not add up"):
@@ -106,7 +106,7 @@ def test_images_give_one_value_a_row():
     whole, turned = Sketch(known), Sketch(known)
     whole.add(images, None)
     turned.add(images[::-1], None)
-    assert whole == turned
+    assert whole.to_json() == turned.to_json()
     assert np.allclose(whole.counts[0] / 500, 0.25, atol=0.08)
     wide = Sketch(known)
     wide.add(np.zeros((3, MAX_COLUMNS + 1), np.float32), None)

@@ -85,7 +85,7 @@ def describe(
         _input(column, described, profile.num_examples)
         for column, described in zip(profile.inputs, schema.columns, strict=True)
     ]
-    given = {
+    given: dict[str, Any] = {
         "layout": LAYOUT,
         "num_held_out": len(test),
         "columns": [*inputs, *_outputs(outputs)],

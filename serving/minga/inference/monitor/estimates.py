@@ -14,6 +14,7 @@ a no; whether these are expected or seen makes no difference to the arithmetic.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -23,8 +24,11 @@ from numpy.typing import NDArray
 
 from minga.inference.monitor.indices import Counts, Floats
 from minga.inference.monitor.reference import AnswerKind, Answers, Reference, Role
+from minga.inference.monitor.significance import LossNull, two_digits, upper_normal
 
-NUM_DRAWS: Final = 500
+ERROR: Final = "mean_absolute_error"
+NUM_DRAWS: Final = 2000
+_TINY: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +40,23 @@ class Performance:
             mean_absolute_error (less is better).
         value: now.
         reference: on the test split, in the same bins.
-        deviation: of the difference of the two if nothing has changed, by luck of the draws.
+        p_value: the probability of so much loss by luck, if nothing has changed.
     """
 
     metric: str
     value: float
     reference: float
-    deviation: float
+    p_value: float
 
     @property
     def loss(self) -> float:
         """How much worse it is; negative if it is better."""
-        is_error = self.metric == "mean_absolute_error"
-        return self.value - self.reference if is_error else self.reference - self.value
+        return self.value - self.reference if self.is_error else self.reference - self.value
+
+    @property
+    def is_error(self) -> bool:
+        """Whether less is better."""
+        return self.metric == ERROR
 
 
 def estimated(reference: Reference, scores: Counts) -> tuple[Performance, ...]:
@@ -61,10 +69,10 @@ def estimated(reference: Reference, scores: Counts) -> tuple[Performance, ...]:
     answers, score = reference.answers, reference.only(Role.SCORE)
     if answers is None or score is None or not answers.rates or not scores.sum():
         return ()
-    cells = _expected(answers, scores.astype(np.float64))
+    cells = _expected(answers, scores)
     law = _expected(answers, score.share_array)
-    deviations = _deviations(reference, int(scores.sum()), with_labels=False)
-    return _compared(answers, cells, law, deviations)
+    null = _null(reference, two_digits(int(scores.sum())), with_labels=False)
+    return _compared(answers, cells, law, null)
 
 
 def measured(reference: Reference, cells: Counts) -> tuple[Performance, ...]:
@@ -79,8 +87,8 @@ def measured(reference: Reference, cells: Counts) -> tuple[Performance, ...]:
     if answers is None or score is None or not answers.rates or not cells.sum():
         return ()
     law = _expected(answers, score.share_array)
-    deviations = _deviations(reference, int(cells.sum()), with_labels=True)
-    return _compared(answers, cells.astype(np.float64), law, deviations)
+    null = _null(reference, two_digits(int(cells.sum())), with_labels=True)
+    return _compared(answers, cells.astype(np.float64), law, null)
 
 
 def measured_error(reference: Reference, errors: Floats) -> tuple[Performance, ...]:
@@ -88,19 +96,15 @@ def measured_error(reference: Reference, errors: Floats) -> tuple[Performance, .
     answers = reference.answers
     if answers is None or answers.kind is not AnswerKind.NUMBER or not len(errors):
         return ()
+    value = float(errors.mean())
     spread = math.sqrt(1 / len(errors) + 1 / max(reference.num_held_out, 1))
-    return (
-        Performance(
-            metric="mean_absolute_error",
-            value=float(errors.mean()),
-            reference=answers.error,
-            deviation=answers.error_deviation * spread,
-        ),
-    )
+    deviation = max(answers.error_deviation * spread, _TINY)
+    p_value = upper_normal((value - answers.error) / deviation)
+    return (Performance(metric=ERROR, value=value, reference=answers.error, p_value=p_value),)
 
 
 def _compared(
-    answers: Answers, cells: Floats, law: Floats, deviations: dict[str, float]
+    answers: Answers, cells: Floats, law: Floats, null: Mapping[str, LossNull]
 ) -> tuple[Performance, ...]:
     now, then = _measures(answers, cells), _measures(answers, law)
     return tuple(
@@ -108,14 +112,14 @@ def _compared(
             metric=name,
             value=float(now[name]),
             reference=float(then[name]),
-            deviation=deviations[name],
+            p_value=null[name].tail(float(then[name] - now[name])),
         )
         for name in now
-        if math.isfinite(now[name]) and math.isfinite(then[name])
+        if name in null and math.isfinite(now[name]) and math.isfinite(then[name])
     )
 
 
-def _expected(answers: Answers, scores: Floats) -> Floats:
+def _expected(answers: Answers, scores: Floats | Counts) -> Floats:
     """Part counts by bins, shape `(..., bins)`, into yes and no, shape `(..., bins, 2)`."""
     rates = np.asarray(answers.rates)
     return np.stack([scores * rates, scores * (1 - rates)], axis=-1)
@@ -155,29 +159,31 @@ def _average_precision(yes: Floats, no: Floats) -> Floats:
     return mean
 
 
-def _deviations(reference: Reference, num_rows: int, *, with_labels: bool) -> dict[str, float]:
-    """Give how much each measure varies between windows of a size and test splits, by luck."""
-    window = _variances(reference, num_rows, with_labels)
-    test = _variances(reference, reference.num_held_out, True)
-    return {name: math.sqrt(window[name] + test[name]) for name in window}
-
-
 @lru_cache(maxsize=1024)
-def _variances(reference: Reference, num_rows: int, with_labels: bool) -> dict[str, float]:
+def _null(reference: Reference, num_rows: int, *, with_labels: bool) -> dict[str, LossNull]:
+    """Draw how much each measure is lost by luck, of windows of a size and of test splits."""
+    windows = _draw(reference, num_rows, with_labels=with_labels, seed=1)
+    tests = _draw(reference, reference.num_held_out, with_labels=True, seed=2)
+    losses = {name: tests[name] - windows[name] for name in windows}
+    return {
+        name: LossNull.of(loss[np.isfinite(loss)])
+        for name, loss in losses.items()
+        if np.isfinite(loss).any()
+    }
+
+
+def _draw(
+    reference: Reference, num_rows: int, *, with_labels: bool, seed: int
+) -> dict[str, Floats]:
     answers, score = reference.answers, reference.only(Role.SCORE)
     assert answers is not None, "its callers have looked"
     assert score is not None, "its callers have looked"
-    generator = np.random.default_rng(20261123)
+    generator = np.random.default_rng(seed)
     law = score.share_array / score.share_array.sum()
     if with_labels:
         cells = _expected(answers, law)
         flat = generator.multinomial(num_rows, cells.reshape(-1), NUM_DRAWS)
         drawn = flat.reshape(NUM_DRAWS, *cells.shape).astype(np.float64)
     else:
-        scores = generator.multinomial(num_rows, law, NUM_DRAWS).astype(np.float64)
-        drawn = _expected(answers, scores)
-    measures = _measures(answers, drawn)
-    return {
-        name: float(np.nanvar(values)) if np.isfinite(values).any() else math.inf
-        for name, values in measures.items()
-    }
+        drawn = _expected(answers, generator.multinomial(num_rows, law, NUM_DRAWS))
+    return _measures(answers, drawn)

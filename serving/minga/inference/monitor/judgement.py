@@ -40,7 +40,6 @@ from minga.inference.monitor.significance import (
     more_often,
     stability_null,
     two_sided,
-    upper_normal,
 )
 from minga.inference.monitor.sketch import Sketch
 
@@ -159,17 +158,14 @@ def with_significance(found: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def loss_of(kind: AlarmKind, performance: Performance) -> Finding:
     """Hold a measure against what it was on the test split."""
-    is_error = performance.metric == "mean_absolute_error"
-    deviation = performance.deviation
-    z = performance.loss / deviation if deviation > 0 else math.copysign(math.inf, performance.loss)
-    is_worse = performance.loss > 0
+    is_error = performance.is_error
     return Finding(
         kind=kind,
         subject=performance.metric,
         statistic="loss",
         value=max(performance.loss, 0.0),
         limit=MIN_ERROR_GROWTH * performance.reference if is_error else MIN_LOSS,
-        p_value=upper_normal(z) if is_worse else 1.0,
+        p_value=performance.p_value if performance.loss > 0 else 1.0,
     )
 
 
