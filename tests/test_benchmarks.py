@@ -175,3 +175,17 @@ def test_batching_is_measured(tmp_path: Path) -> None:
     assert all(case["limit_rows_per_s"] > 0 for case in written["cases"])
     rates = {name: median["rows_per_s"] for name, median in written["cases"][-1]["medians"].items()}
     assert rates["batched"] > rates["single"]
+
+
+@pytest.mark.slow
+def test_drift_is_measured(tmp_path: Path) -> None:
+    """The quick study has its sizes, no false alarm too many, and the delay that is claimed."""
+    report = tmp_path / "drift.json"
+    command = [sys.executable, ROOT / "benchmarks" / "drift.py"]
+    subprocess.run(
+        [*command, "--quick", "--ours-only", "--json", report], check=True, capture_output=True
+    )
+    written = json.loads(report.read_text())
+    assert [case["size"] for case in written["cases"]] == [50, 500, 5000]
+    assert all(case["false_alarm_days"] <= 0.07 for case in written["cases"])
+    assert all(target["met"] for target in written["targets"])

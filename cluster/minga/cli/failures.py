@@ -47,6 +47,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.inference.errors.BadRequestError": 25,
     "minga.inference.errors.ModelError": 26,
     "minga.serving.errors.VersionRefusedError": 26,
+    "minga.inference.errors.MonitorError": 51,
     "minga.serving.errors.NoChampionError": 27,
     "minga.serving.errors.RegistryUnreachableError": 28,
     # minga.federation.errors

@@ -35,6 +35,7 @@ from minga.inference.errors import (
 )
 from minga.inference.limits import Limits
 from minga.inference.metrics import CONTENT_TYPE
+from minga.inference.monitor.observer import Observer
 from minga.inference.openapi import description
 from minga.inference.protocol import (
     JSON_SIZE_HEADER,
@@ -80,6 +81,7 @@ class InferenceApp:
         limits: what callers are granted.
         registry: where the Prometheus series live; `GET /metrics` writes all of it.
         control: see `InferenceService`.
+        observer: see `InferenceService`.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class InferenceApp:
         limits: Limits | None = None,
         registry: CollectorRegistry | None = None,
         control: ModelControl | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.service = InferenceService(
-            repository, limits=limits, registry=registry, control=control
+            repository, limits=limits, registry=registry, control=control, observer=observer
         )
         self._before_shutdown: Callable[[], Awaitable[None]] | None = None
 

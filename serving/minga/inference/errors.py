@@ -15,6 +15,7 @@ InferenceError
 ├── UnavailableError            503  the same request may succeed later: nothing is loaded yet
 │   └── OverloadedError         503  or too many bytes of requests are in memory
 ├── ModelError                  a model cannot be loaded or fails its self-test
+├── MonitorError                what the monitor remembers cannot be used
 ├── PortInUseError              the server's port is taken
 └── ClientError                 what the client of a server meets
     ├── ServerUnreachableError  nobody answers at the URL
@@ -108,6 +109,10 @@ class OverloadedError(UnavailableError):
 
 class ModelError(InferenceError):
     """A model that cannot be served: missing, altered, unreadable, or failing its self-test."""
+
+
+class MonitorError(InferenceError):
+    """What the monitor remembers cannot be read or written, or labels fit nothing that it knows."""
 
 
 class PortInUseError(InferenceError):

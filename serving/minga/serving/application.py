@@ -23,7 +23,10 @@ from minga.inference.engine import ModelRef
 from minga.inference.errors import ForbiddenError, ModelError
 from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
+from minga.inference.monitor.observer import Observer
 from minga.inference.repository import ModelRepository
+from minga.serving.config import MonitorConfig
+from minga.serving.monitor_actor import ActorSink
 
 APPLICATION: Final = "minga"
 DEPLOYMENT: Final = "InferenceReplica"
@@ -75,12 +78,23 @@ class InferenceReplica:
     Args:
         limits: what callers are granted.
         grpc: where to listen for gRPC; None means nowhere.
+        monitor: how what is answered is watched; None means not at all.
     """
 
-    def __init__(self, limits: Limits, grpc: GrpcAddress | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        grpc: GrpcAddress | None = None,
+        *,
+        monitor: MonitorConfig | None = None,
+    ) -> None:
         self._repository = ModelRepository()
-        self._app = InferenceApp(self._repository, limits=limits, control=RegistryControl())
+        self._observer = _observer(monitor)
+        self._app = InferenceApp(
+            self._repository, limits=limits, control=RegistryControl(), observer=self._observer
+        )
         self._grpc = GrpcServer(self._app.service, **grpc, shared=True) if grpc else None
+        self._app.before_shutdown(self._end)
 
     def __serve_build_asgi_app__(self) -> InferenceApp:
         """Give the application that takes this replica's requests."""
@@ -108,7 +122,13 @@ class InferenceReplica:
             _LOG.exception("the declared versions are refused; the old ones go on being served")
         if self._grpc and not self._grpc.is_started:
             await self._grpc.start()
-            self._app.before_shutdown(self._grpc.stop)
+
+    async def _end(self) -> None:
+        """Finish what flows beside HTTP, and hand over what was counted last."""
+        if self._grpc and self._grpc.is_started:
+            await self._grpc.stop()
+        if self._observer is not None:
+            await asyncio.to_thread(self._observer.close)
 
     async def served(self) -> UserConfig:
         """Tell which versions answer requests now."""
@@ -120,11 +140,21 @@ def build(options: dict[str, Any]) -> Application:
 
     Args:
         options: `limits`, the fields of `minga.inference.limits.Limits`, and `grpc`, those of
-            `GrpcAddress` or None.
+            `GrpcAddress` or None. `monitor`, the fields of `MonitorConfig`, may be left out.
     """
     ingress = serve.ingress()(InferenceReplica)
     replica = serve.deployment(name=DEPLOYMENT)(ingress)
-    return replica.bind(Limits(**options["limits"]), options["grpc"])
+    given = options.get("monitor")
+    monitor = MonitorConfig.model_validate(given) if given else None
+    return replica.bind(Limits(**options["limits"]), options["grpc"], monitor=monitor)
+
+
+def _observer(config: MonitorConfig | None) -> Observer | None:
+    if config is None or not config.is_on:
+        return None
+    observer = Observer(ActorSink(config), flush_s=config.flush_s)
+    observer.start()
+    return observer
 
 
 def _refs(config: UserConfig) -> list[ModelRef]:

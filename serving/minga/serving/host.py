@@ -32,6 +32,7 @@ from minga.serving.application import (
 )
 from minga.serving.config import ServingConfig
 from minga.serving.errors import HostError, VersionRefusedError
+from minga.serving.monitor_actor import end_actor
 
 _POLL_S: Final = 0.1
 _START_TIMEOUT_S: Final = 120
@@ -99,6 +100,7 @@ class ServeHost:
     def drain(self) -> None:
         """Finish the requests in flight and end the replicas; Ray Serve ends with its Ray."""
         serve.delete(APPLICATION)
+        end_actor()
 
     def stop(self) -> None:
         """Finish the requests in flight, then stop Ray Serve and free its port; Ray goes on.
@@ -107,6 +109,7 @@ class ServeHost:
         is shut down next, `drain` does the same in silence.
         """
         serve.shutdown()
+        end_actor()
 
     def _launch(self) -> None:
         """Bring up replicas that serve nothing yet."""
@@ -205,7 +208,11 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": {"limits": asdict(config.limits), "grpc": _grpc_address(config)},
+        "args": {
+            "limits": asdict(config.limits),
+            "grpc": _grpc_address(config),
+            "monitor": config.monitor.model_dump(),
+        },
         "deployments": [
             {
                 "name": DEPLOYMENT,

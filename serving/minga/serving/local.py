@@ -12,6 +12,7 @@ from minga.inference.grpc_server import GrpcServer
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 from minga.serving.config import ServingConfig
+from minga.serving.monitoring import observing
 from minga.serving.watcher import ModelSource, Watcher
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ async def serve_locally(
     Raises:
         PortInUseError: the port is taken.
         ModelError: one of the versions cannot be loaded.
+        MonitorError: the monitor's folder cannot be used.
     """
     repository = ModelRepository()
     repository.apply(refs)
-    app = InferenceApp(repository, limits=config.limits)
     stop = threading.Event()
     watcher = Watcher(source, refs, repository.apply)
     async with AsyncExitStack() as stack:
+        observer = stack.enter_context(observing(config.monitor))
+        app = InferenceApp(repository, limits=config.limits, observer=observer)
         http = await stack.enter_async_context(Server(app, host=config.host, port=config.port))
         grpc_url = None
         if config.grpc_port is not None:

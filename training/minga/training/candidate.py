@@ -16,6 +16,7 @@ from minga.training.export import INPUT, OUTPUT, as_served, parity_error, run_on
 from minga.training.fairness import Fairness, measure_fairness
 from minga.training.gates import Difference, Evidence, GateReport, Trial, compare, judge
 from minga.training.profile import Profile, profile_columns
+from minga.training.reference import with_reference
 from minga.training.robustness import with_gaps, with_noise
 from minga.training.schema import Schema
 from minga.training.task import Split, Task
@@ -72,8 +73,9 @@ def assess(
         seed: of the bootstrap and of the disturbances.
         try_out: starts the runtimes that are to load the model; see `minga.cluster.trials`.
     """
-    onnx = to_onnx(network, test.inputs)
-    outputs = run_onnx(onnx, test.inputs)
+    bare = to_onnx(network, test.inputs)
+    outputs = run_onnx(bare, test.inputs)
+    onnx = with_reference(bare, task, schema=schema, profile=profile, test=test, outputs=outputs)
     few = test.inputs[:PARITY_EXAMPLES]
     breaks = champion.schema.breaks(schema) if champion else ()
     slices = {name: mask for name, mask in task.slices(test).items() if mask.any()}
