@@ -10,13 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import orjson
 import pytest
+from numpy.typing import NDArray
 
 from minga.cluster import observability
 from minga.federation.device.enrolment import enrol
@@ -222,24 +226,19 @@ def observe(folder: Path, minga: LocalMinga, *, url: str, token_file: Path) -> i
 
 
 @contextlib.contextmanager
-def asked(urls: Mapping[str, str], model: str, columns: int) -> Iterator[None]:
-    """Ask servers for predictions, again and again, for as long as the context lasts."""
-    import threading
-
+def asked(urls: Mapping[str, str], model: str, table: NDArray[np.float32]) -> Iterator[None]:
+    """Ask servers about rows, rightly and wrongly in turn, for as long as the context lasts."""
     stop = threading.Event()
-    request = {
-        "inputs": [
-            {"name": "input", "shape": [1, columns], "datatype": "FP32", "data": [0.5] * columns}
-        ]
-    }
+    tensor = {"name": "input", "shape": table.shape, "datatype": "FP32", "data": table.tolist()}
+    bodies = [orjson.dumps({"inputs": [tensor]}), b"{}"]
 
     def ask() -> None:
         with httpx.Client() as client:
             while not stop.wait(0.05):
                 for url in urls.values():
-                    for body in (request, {}):
+                    for body in bodies:
                         with contextlib.suppress(httpx.TransportError):
-                            client.post(f"{url}/v2/models/{model}/infer", json=body)
+                            client.post(f"{url}/v2/models/{model}/infer", content=body)
 
     thread = threading.Thread(target=ask)
     thread.start()
