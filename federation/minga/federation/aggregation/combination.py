@@ -110,8 +110,7 @@ def _mean_at_once(
     fitting, rejected = sort_out(contributions, out.size)
     rule.require_enough(len(fitting))
     weights = np.array([one.weight for one in fitting], np.float64)
-    _add_up(fitting, rule.shares(weights), out, block_bytes)
-    if not np.isfinite(out).all():
+    if not _add_up(fitting, rule.shares(weights), out, block_bytes):
         return None
     return Combined(
         counted=tuple(one.name for one in fitting),
@@ -124,18 +123,23 @@ def _mean_at_once(
 
 def _add_up(
     contributions: Sequence[Contribution], shares: Wide, out: Vector, block_bytes: int
-) -> None:
-    """Make the sum of contributions, each times its share; one without a share is not read."""
+) -> bool:
+    """Make the sum of contributions, each times its share; one without a share is not read.
 
-    def add_up(block: slice) -> None:
+    Returns:
+        Whether it is finite.
+    """
+
+    def add_up(block: slice) -> bool:
         total = np.zeros(block.stop - block.start)
         for one, share in zip(contributions, shares, strict=True):
             if share != 0.0:
                 part = one.read(block.start, block.stop).astype(np.float64)
                 total += np.multiply(part, share, out=part)
         out[block] = total
+        return bool(np.isfinite(total).all())
 
-    in_parallel(add_up, single_blocks(out.size, block_bytes))
+    return all(in_parallel(add_up, single_blocks(out.size, block_bytes)))
 
 
 def _reduce(
