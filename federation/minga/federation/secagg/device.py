@@ -193,7 +193,7 @@ class DeviceSession:
         return tuple(
             agreement.seal_shares(
                 self._plan,
-                self._share_pair.secret,
+                self._share_pair,
                 own,
                 peer,
                 shares=PeerShares(self_seed=seeds[places[name]], mask_key=keys[places[name]]),
@@ -260,10 +260,10 @@ class DeviceSession:
     ) -> None:
         """Add the self mask and the pairwise masks (Bonawitz et al., figure 4, round 2)."""
         assert self._masking is not None
-        secret = self._masking.mask_pair.secret
+        pair = self._masking.mask_pair
         masks = [agreement.self_mask(self._plan, own.device_id, self._masking.self_seed)]
         masks += [
-            agreement.pair_mask(self._plan, secret, own, self._peers[name]) for name in received
+            agreement.pair_mask(self._plan, pair, own, self._peers[name]) for name in received
         ]
         apply_masks(levels, masks)
 
@@ -362,7 +362,7 @@ class DeviceSession:
         for name, message in self._inbox.items():
             try:
                 shares = agreement.open_shares(
-                    self._plan, self._share_pair.secret, own, self._peers[name], message
+                    self._plan, self._share_pair, own, self._peers[name], message
                 )
             except ShareError:
                 continue
