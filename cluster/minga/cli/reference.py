@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings
 from minga.cli.app import COMMANDS, app
 from minga.cli.failures import EXIT_CODES
 from minga.cluster.project import Project, tables_of
+from minga.cluster.response.metrics import Metrics as RespondMetrics
 from minga.cluster.settings import Settings
 from minga.federation.coordinator.metrics import Metrics as CoordinatorMetrics
 from minga.federation.coordinator.settings import CoordinatorSettings
@@ -123,6 +124,9 @@ def metrics_page() -> str:
         "newest full window, which on Ray Serve is over all replicas: take any of them, not their "
         "sum. The counts without one are each process's own.",
         _series(_monitor()),
+        "## Responder",
+        "At `/metrics` of `minga respond run`, port 8070 unless told otherwise.",
+        _series(RespondMetrics().registry),
     ]
     return _NOTE + "\n\n".join(sections) + "\n"
 
