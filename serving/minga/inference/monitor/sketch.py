@@ -205,11 +205,11 @@ def _as_table(array: Array, columns: list[Column]) -> Floats:
     if array.dtype.kind in "OUS":
         return _read_texts(array.reshape(num_rows, -1), columns)
     flat: Array = array.reshape(num_rows, -1)
-    if array.ndim <= 2 and flat.shape[1] <= MAX_COLUMNS:
-        return flat.astype(np.float64)
-    octets = np.ascontiguousarray(flat).view(np.uint8).sum(axis=1, dtype=np.int64)
-    places = octets % flat.shape[1]
-    return flat[np.arange(num_rows), places].astype(np.float64)[:, None]
+    if array.ndim > 2 or flat.shape[1] > MAX_COLUMNS:
+        octets = np.ascontiguousarray(flat).view(np.uint8).sum(axis=1, dtype=np.int64)
+        flat = flat[np.arange(num_rows), octets % flat.shape[1]][:, None]
+    table: Floats = flat.astype(np.float64)
+    return table
 
 
 def _read_texts(cells: Array, columns: list[Column]) -> Floats:
