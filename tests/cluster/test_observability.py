@@ -195,7 +195,11 @@ def watched(registry_uri, tmp_path_factory):
         alertmanager(processes, folder / "observe", port)
         askable = {name: url for name, url in minga.urls.items() if name != "coordinator"}
         with asked(askable, MODEL, rows(50, seed=7)):
-            until(lambda: list(prometheus.targets().values()) == ["up"] * 6, "all are scraped")
+            until(
+                lambda: list(prometheus.targets().values()) == ["up"] * 6,
+                "all are scraped",
+                seen=prometheus.targets,
+            )
             model = to_bytes(toy_model(200_000))
             name = minga.operate(lambda o: o.start_campaign(private_campaign(), model))
             minga.operate(lambda operator: _finished(operator, name))

@@ -48,11 +48,16 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def until(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Wait until something is true, and give it."""
+def until(
+    holds: Callable[[], Any],
+    what: str,
+    patience_s: float = PATIENCE_S,
+    seen: Callable[[], Any] = str,
+) -> Any:
+    """Wait until something is true, and give it; else tell what was seen instead."""
     deadline = time.monotonic() + patience_s
     while not (found := holds()):
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        assert time.monotonic() < deadline, f"waited in vain: {what} {seen()}"
         time.sleep(0.05)
     return found
 
@@ -113,7 +118,7 @@ class Processes(contextlib.AbstractContextManager["Processes"]):
 def fast(folder: Path) -> None:
     """Let what `minga observe` wrote scrape, alert and tell within a second."""
     for name, changes in {
-        "prometheus.yml": {"15s": "250ms"},
+        "prometheus.yml": {"15s": "1s"},
         "rules/alerts.yml": {"for: 1m\n": "for: 0s\n"},
         "alertmanager.yml": {
             "group_wait: 10s": "group_wait: 100ms",
@@ -153,10 +158,11 @@ class Prometheus:
         return [(labels, value) for labels, value in samples if value == value]  # noqa: PLR0124
 
     def targets(self) -> dict[str, str]:
-        """Tell the health of what is scraped: job/instance -> up, down or unknown."""
+        """Tell what is scraped and how that goes: job/instance -> `up`, or what is wrong."""
         answer = httpx.get(f"{self.url}/api/v1/targets").json()
         return {
-            f"{each['labels']['job']}/{each['labels']['instance']}": each["health"]
+            f"{each['labels']['job']}/{each['labels']['instance']}": each["lastError"]
+            or each["health"]
             for each in answer["data"]["activeTargets"]
         }
 
