@@ -6,7 +6,8 @@ protocols, whichever is installed:
 
 - A request's headers come within `_HEADERS_S` of the connection or of their first byte, and
   within `_MAX_HEADER_BYTES`; else the connection is closed (431 for their length).
-- What is left of an answer `_UNREAD_S` after its end is thrown away with the connection.
+- A caller who does not read has `_UNREAD_S` from when its answers fill the server's buffer, or
+  from the end of one that does not; then what is left is thrown away with the connection.
 - Over `_MAX_CONNECTIONS` a new connection is told 503 and closed.
 """
 
@@ -38,7 +39,8 @@ class _Guard:
     cycle: Any
     loop: Any
     transport: Any
-    _patience: TimerHandle | None = None
+    _patience: TimerHandle | None = None  # for the caller's headers
+    _reader_patience: TimerHandle | None = None  # for the caller to read
     _in_headers = False  # told by httptools; h11 bounds headers itself
     _num_header_bytes = 0
 
@@ -51,6 +53,7 @@ class _Guard:
 
     def connection_lost(self, error: Exception | None) -> None:
         self._be_patient()
+        self._be_patient_with_reader()
         super().connection_lost(error)  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
@@ -78,6 +81,16 @@ class _Guard:
         if self.transport.get_write_buffer_size():
             self.loop.call_later(_UNREAD_S, self._forget_answer, self.cycle)
 
+    # A full buffer is bounded here and not at an answer's end: the application that gives up has
+    # uvicorn close the connection, and a close waits, without a bound, for the buffer to empty.
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self._reader_patience = self.loop.call_later(_UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()  # type: ignore[misc]
+        self._be_patient_with_reader()
+
     def _is_between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
@@ -88,6 +101,11 @@ class _Guard:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _be_patient_with_reader(self) -> None:
+        if self._reader_patience is not None:
+            self._reader_patience.cancel()
+            self._reader_patience = None
 
     def _forget_answer(self, cycle: Any) -> None:
         if self.cycle is cycle and self.transport.get_write_buffer_size():
