@@ -1,14 +1,15 @@
 """What one connection may cost, whoever is at its other end.
 
-uvicorn bounds neither how long a request's headers may take nor, with httptools, how long they
-may be, and it keeps an answer for a caller who does not read it. `guarded` adds to uvicorn's
-protocols, whichever is installed:
+uvicorn bounds neither how long a request's headers may take nor how long they may be, and it
+keeps an answer for a caller who does not read it. `guarded` adds to uvicorn's protocol:
 
 - A request's headers come within `_HEADERS_S` of the connection or of their first byte, and
   within `_MAX_HEADER_BYTES`; else the connection is closed (431 for their length).
 - A caller who does not read has `_UNREAD_S` from when its answers fill the server's buffer, or
   from the end of one that does not; then what is left is thrown away with the connection.
 - Over `_MAX_CONNECTIONS` a new connection is told 503 and closed.
+
+It also tells the application of a verified client certificate, by ASGI's TLS extension.
 """
 
 from asyncio import TimerHandle
@@ -28,7 +29,7 @@ _REFUSALS: Final = {
 
 @cache
 def guarded(protocol: type[Any]) -> type[Any]:
-    """Give a kind of uvicorn's HTTP protocol whose connections keep these bounds."""
+    """Give a kind of uvicorn's httptools protocol whose connections keep these bounds."""
     return type(f"Guarded{protocol.__name__}", (_Guard, protocol), {})
 
 
@@ -38,14 +39,17 @@ class _Guard:
     connections: set[Any]
     cycle: Any
     loop: Any
+    scope: Any
     transport: Any
     _patience: TimerHandle | None = None  # for the caller's headers
     _reader_patience: TimerHandle | None = None  # for the caller to read
-    _in_headers = False  # told by httptools; h11 bounds headers itself
+    _in_headers = False
     _num_header_bytes = 0
+    _client: str | None = None  # the certificate's name
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)  # type: ignore[misc]
+        self._client = _certified(transport)
         if len(self.connections) > _MAX_CONNECTIONS:
             self._refuse(503)
         else:
@@ -71,6 +75,8 @@ class _Guard:
         self._in_headers = True
         self._num_header_bytes = 0
         super().on_message_begin()  # type: ignore[misc]
+        if self._client is not None:
+            self.scope["extensions"] = {"tls": {"client_cert_name": self._client}}
 
     def on_headers_complete(self) -> None:
         self._in_headers = False
@@ -119,3 +125,13 @@ class _Guard:
             b"content-length: %d\r\n\r\n%b" % (line, len(body), body)
         )
         self.transport.close()
+
+
+def _certified(transport: Any) -> str | None:
+    """Give the subject of a certificate that TLS has verified; None if none was shown."""
+    connection = transport.get_extra_info("ssl_object")
+    certificate = connection.getpeercert() if connection is not None else None
+    if not certificate:
+        return None
+    subject = certificate.get("subject", ())
+    return ",".join(f"{name}={value}" for part in subject for name, value in part)

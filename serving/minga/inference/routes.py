@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
+from minga.inference.keys import Permission
+
 
 class Operation(Enum):
     """What a path is for."""
@@ -32,11 +34,13 @@ class Route:
         operation: what it is for.
         method: GET or POST.
         template: the path, with `{model}` and `{version}` where a caller names one.
+        permission: what a caller needs leave for; None means that everyone is answered.
     """
 
     operation: Operation
     method: str
     template: str
+    permission: Permission | None = Permission.ASK
 
     @property
     def allowed(self) -> str:
@@ -51,20 +55,25 @@ ROUTES: Final = (
     Route(Operation.EXPLAIN, "POST", "/v2/models/{model}/versions/{version}/explain"),
     Route(Operation.SERVER_METADATA, "GET", "/v2"),
     Route(Operation.SERVER_METADATA, "GET", "/v2/"),
-    Route(Operation.SERVER_LIVE, "GET", "/v2/health/live"),
-    Route(Operation.SERVER_READY, "GET", "/v2/health/ready"),
+    Route(Operation.SERVER_LIVE, "GET", "/v2/health/live", None),
+    Route(Operation.SERVER_READY, "GET", "/v2/health/ready", None),
     Route(Operation.MODEL_NAMES, "GET", "/v2/models"),
-    Route(Operation.STATISTICS, "GET", "/v2/models/stats"),
-    Route(Operation.STATISTICS, "GET", "/v2/models/{model}/stats"),
-    Route(Operation.STATISTICS, "GET", "/v2/models/{model}/versions/{version}/stats"),
+    Route(Operation.STATISTICS, "GET", "/v2/models/stats", Permission.WATCH),
+    Route(Operation.STATISTICS, "GET", "/v2/models/{model}/stats", Permission.WATCH),
+    Route(
+        Operation.STATISTICS,
+        "GET",
+        "/v2/models/{model}/versions/{version}/stats",
+        Permission.WATCH,
+    ),
     Route(Operation.MODEL_METADATA, "GET", "/v2/models/{model}"),
     Route(Operation.MODEL_METADATA, "GET", "/v2/models/{model}/versions/{version}"),
     Route(Operation.MODEL_READY, "GET", "/v2/models/{model}/ready"),
     Route(Operation.MODEL_READY, "GET", "/v2/models/{model}/versions/{version}/ready"),
     Route(Operation.REPOSITORY_INDEX, "POST", "/v2/repository/index"),
-    Route(Operation.LOAD, "POST", "/v2/repository/models/{model}/load"),
-    Route(Operation.UNLOAD, "POST", "/v2/repository/models/{model}/unload"),
-    Route(Operation.METRICS, "GET", "/metrics"),
+    Route(Operation.LOAD, "POST", "/v2/repository/models/{model}/load", Permission.MANAGE),
+    Route(Operation.UNLOAD, "POST", "/v2/repository/models/{model}/unload", Permission.MANAGE),
+    Route(Operation.METRICS, "GET", "/metrics", Permission.METRICS),
     Route(Operation.DESCRIPTION, "GET", "/openapi.json"),
 )
 _PARTS: Final = tuple((tuple(route.template.split("/")[1:]), route) for route in ROUTES)

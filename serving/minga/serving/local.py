@@ -38,19 +38,24 @@ async def serve_locally(
         tracking_uri: of MLflow, where it is recorded what is served here; nowhere if empty.
 
     Raises:
+        AccessError: it would not be protected as it has to be.
         PortInUseError: the port is taken.
         ModelError: one of the versions cannot be loaded.
     """
+    protection = config.protection
+    protection.check(config.host)
+    access, tls = protection.access(), protection.tls()
     repository = ModelRepository()
     repository.apply(refs)
-    app = InferenceApp(repository, limits=config.limits)
+    app = InferenceApp(repository, limits=config.limits, access=access)
     stop = threading.Event()
     watcher = Watcher(source, refs, repository.apply)
     async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(Server(app, host=config.host, port=config.port))
+        front = Server(app, host=config.host, port=config.port, tls=tls)
+        http = await stack.enter_async_context(front)
         grpc_url = None
         if config.grpc_port is not None:
-            server = GrpcServer(app.service, host=config.host, port=config.grpc_port)
+            server = GrpcServer(app.service, host=config.host, port=config.grpc_port, tls=tls)
             grpc_url = (await stack.enter_async_context(server)).url
         on_ready(http.url, grpc_url)
         record = _record(tracking_uri, http.url) if tracking_uri else None
