@@ -81,7 +81,7 @@ print(json.dumps(best))
 """
 """Gives the rows per second of onnxruntime alone on one thread, at the best batch size."""
 
-WARM_UP_S: Final = 0.5
+WARM_UP_S: Final = 1
 MAX_BATCH: Final = 64
 BATCH_SIZES: Final = (1, 16, 32, 64, 128)
 OURS: Final = ("minga", "minga on Ray")
@@ -94,7 +94,7 @@ class Scale:
 
     networks: tuple[Network, ...]
     callers: tuple[int, ...]
-    seconds: float
+    seconds: int
     num_repeats: int
 
 

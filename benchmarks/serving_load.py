@@ -73,7 +73,7 @@ def require_clients() -> None:
 
 
 def over_http(
-    process: psutil.Process, port: int, request: Request, *, num_callers: int, seconds: float
+    process: psutil.Process, port: int, request: Request, *, num_callers: int, seconds: int
 ) -> Run:
     """Let wrk ask for a time.
 
@@ -87,7 +87,7 @@ def over_http(
         script.write_text(_LUA.format(body=body, headers=headers), encoding="utf-8")
         before = _cpu_s(process)
         said = _call(
-            ["wrk", "-t1", f"-c{num_callers}", f"-d{seconds:g}s", "--timeout", "30s", "--latency"],
+            ["wrk", "-t1", f"-c{num_callers}", f"-d{seconds}s", "--timeout", "30s", "--latency"],
             ["-s", str(script), f"http://127.0.0.1:{port}{request.path}"],
             seconds=seconds,
         )
@@ -104,7 +104,7 @@ def over_http(
 
 
 def over_grpc(
-    process: psutil.Process, port: int, request: Request, *, num_callers: int, seconds: float
+    process: psutil.Process, port: int, request: Request, *, num_callers: int, seconds: int
 ) -> Run:
     """Let h2load ask for a time, each connection with one call at a time.
 
@@ -118,7 +118,7 @@ def over_grpc(
         body.write_bytes(b"\0" + len(request.body).to_bytes(4, "big") + request.body)
         before = _cpu_s(process)
         said = _call(
-            ["h2load", "-t1", "-m1", f"-c{num_callers}", f"-D{max(1, round(seconds))}"],
+            ["h2load", "-t1", "-m1", f"-c{num_callers}", f"-D{seconds}"],
             ["-H", "content-type: application/grpc", "-H", "te: trailers", "-d", str(body)],
             [f"--log-file={log}", f"http://127.0.0.1:{port}{METHOD}"],
             seconds=seconds,
@@ -163,7 +163,7 @@ def _cpu_s(process: psutil.Process) -> float:
     return total
 
 
-def _call(*parts: Sequence[str], seconds: float) -> str:
+def _call(*parts: Sequence[str], seconds: int) -> str:
     command = [word for part in parts for word in part]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=seconds + _SLACK_S

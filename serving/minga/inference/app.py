@@ -154,7 +154,7 @@ class InferenceApp:
         match = find(path)
         if match is None:
             raise UnknownPathError(f"there is no {path[:80]!r} here; the protocol begins at /v2")
-        if scope["method"] not in match.route.allowed.split(", "):
+        if scope["method"] not in match.route.methods:
             raise MethodNotAllowedError(
                 f"{path[:80]} answers {match.route.allowed}, not {scope['method'][:20]}",
                 allowed=match.route.allowed,

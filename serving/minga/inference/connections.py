@@ -61,11 +61,11 @@ class _Guard:
         super().connection_lost(error)  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
-        if self._patience is None and self._is_between_requests():
-            self._lose_patience_after(_HEADERS_S)
         super().data_received(data)  # type: ignore[misc]
-        if not self._is_between_requests():
+        if self.cycle is not None and not self.cycle.response_complete:
             self._be_patient()
+        elif self._patience is None:
+            self._lose_patience_after(_HEADERS_S)
         if self._in_headers:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > _MAX_HEADER_BYTES:
@@ -96,9 +96,6 @@ class _Guard:
     def resume_writing(self) -> None:
         super().resume_writing()  # type: ignore[misc]
         self._be_patient_with_reader()
-
-    def _is_between_requests(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
 
     def _lose_patience_after(self, seconds: float) -> None:
         self._patience = self.loop.call_later(seconds, self.transport.abort)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Final
 
 from minga.inference.keys import Permission
@@ -43,9 +44,14 @@ class Route:
     permission: Permission | None = Permission.ASK
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that the path answers."""
+        return ("GET", "HEAD") if self.method == "GET" else (self.method,)
+
+    @property
     def allowed(self) -> str:
         """The methods as the `Allow` header lists them."""
-        return "GET, HEAD" if self.method == "GET" else self.method
+        return ", ".join(self.methods)
 
 
 ROUTES: Final = (
@@ -76,6 +82,7 @@ ROUTES: Final = (
     Route(Operation.METRICS, "GET", "/metrics", Permission.METRICS),
     Route(Operation.DESCRIPTION, "GET", "/openapi.json"),
 )
+_MAX_KEPT_PATH: Final = 512  # callers choose paths, and what is kept of them must be bounded
 _PARTS: Final = tuple((tuple(route.template.split("/")[1:]), route) for route in ROUTES)
 
 
@@ -90,6 +97,10 @@ class Match:
 
 def find(path: str) -> Match | None:
     """Find the route of a path; None if there is none."""
+    return _find_kept(path) if len(path) <= _MAX_KEPT_PATH else _find(path)
+
+
+def _find(path: str) -> Match | None:
     given = path.split("/")[1:]
     for parts, route in _PARTS:
         if len(parts) != len(given):
@@ -103,3 +114,6 @@ def find(path: str) -> Match | None:
         else:
             return Match(route, named.get("{model}"), named.get("{version}"))
     return None
+
+
+_find_kept = lru_cache(maxsize=1024)(_find)
