@@ -103,9 +103,11 @@ async def test_a_replica_lets_in_who_has_a_key(models, write_model, tmp_path):
             response = await client.post("/v2/models/scaling/infer", content=GOOD, headers=headers)
         assert response.status_code == status
         url = f"grpc://127.0.0.1:{port}"
-        with GrpcClient(url, credentials=Credentials(key=shown)) as client:
-            with contextlib.nullcontext() if shown else pytest.raises(RejectedError):
-                await asyncio.to_thread(client.infer, "scaling", {"input": ROWS})
+        with (
+            GrpcClient(url, credentials=Credentials(key=shown)) as client,
+            contextlib.nullcontext() if shown else pytest.raises(RejectedError),
+        ):
+            await asyncio.to_thread(client.infer, "scaling", {"input": ROWS})
     await end(replica)
 
 
