@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime as dt
-import ipaddress
 import json
 import logging
 import socket
@@ -14,10 +13,6 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from minga.inference.access import Protection
 from minga.inference.app import InferenceApp
@@ -33,63 +28,12 @@ from minga.inference.server import Server
 from minga.inference.v2 import open_inference_pb2 as pb
 from minga.serving.config import ServingConfig
 from minga.serving.key_store import KeyStore
+from tests.serving.certificates import issue
 from tests.serving.conftest import ref_of, running, scaling_model
 from tests.serving.test_app import GOOD
 
 ROWS = np.ones((1, 3), np.float32)
 SERVICE = "/inference.GRPCInferenceService/"
-
-
-@dataclass(frozen=True)
-class Files:
-    """An authority, a server's certificate and a client's, in PEM."""
-
-    ca: Path
-    server: Path
-    server_key: Path
-    client: Path
-    client_key: Path
-
-
-def issue(folder: Path, name: str, issuer=None) -> tuple[Path, Path, tuple]:
-    """Make a key and a certificate, self-signed or signed by an issuer."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    authority, authority_key = issuer or (subject, key)
-    now = dt.datetime.now(dt.UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(authority)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    files = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files[1].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return *files, (subject, key)
-
-
-@pytest.fixture(scope="module")
-def pem(tmp_path_factory) -> Files:
-    """Certificates of one authority."""
-    folder = tmp_path_factory.mktemp("pem")
-    ca, _, issuer = issue(folder, "ca")
-    server, server_key, _ = issue(folder, "server", issuer)
-    client, client_key, _ = issue(folder, "client", issuer)
-    return Files(ca=ca, server=server, server_key=server_key, client=client, client_key=client_key)
 
 
 @dataclass(frozen=True)
