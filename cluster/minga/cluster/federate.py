@@ -84,19 +84,21 @@ def federate(
             f"model is {name!r}; go to the project that started it"
         )
     parent = registry.get(name, campaign.plan.parent_version)
+    params = _params_of(registry, parent)
     registered = pipeline.register_candidate(
         project,
-        parameters={**personal_of(registry, parent, campaign), **model},
-        params=_params_of(registry, parent),
+        parameters=pipeline.finish(
+            project, {**personal_of(registry, parent, campaign), **model}, params
+        ),
+        params=params,
         parent_version=parent.version,
         campaign=_campaign(campaign),
         on_progress=on_progress,
     )
-    if not registered.report.blessed:
+    if not pipeline.promote_if_allowed(project, registered):
         return Federated(
             campaign=campaign, registered=registered, promoted=False, num_devices_told=0
         )
-    pipeline.promote(project, registered.version)
     num_told = publish(project, state, registered.version)
     return Federated(
         campaign=campaign, registered=registered, promoted=True, num_devices_told=num_told
