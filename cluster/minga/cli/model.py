@@ -72,14 +72,18 @@ def show(
     from minga.training.gates import GateReport
     from minga.training.lineage import Lineage
 
-    registry = _registry(project)
+    loaded, registry = _opened(project)
     version = registry.get(_name(registry, name), which)
     folder = registry.fetch(version.name, version.version)
+    needed = loaded.gates.approvals
+    people = registry.approvals(version.name, version.version).people if needed else ()
     if json:
         report, lineage = GateReport.read(folder / GATES), Lineage.read(folder / LINEAGE)
         details = {"path": folder, **report.model_dump(), "lineage": lineage}
-        print_json(_row(version) | details)
+        print_json(_row(version) | details | {"approved_by": people, "approvals_needed": needed})
         return
+    if needed:
+        print_line(f"{len(people)} of {needed} approvals: {', '.join(people) or 'nobody yet'}")
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
     print_line(f"{version.name} version {version.version}{aliases}, files in {folder}\n")
     print_line((folder / CARD).read_text(encoding="utf-8").rstrip())

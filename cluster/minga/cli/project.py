@@ -116,7 +116,7 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
             )
             for trial in found.trials
         ],
-        empty="the Task has no search_space; its defaults are used",
+        empty="there is nothing to search; the Task's defaults are used",
     )
     print_line(f"best: {_words(found.params)}")
     if found.trials:

@@ -105,7 +105,9 @@ def contenders_of(
         TaskError: two of the Task's contenders have one name, or the name of another one.
     """
     own = {**task.defaults, **(params or {})}
-    networks = {name: params_of(task, name, own) for name in (LINEAR, MLP, OWN)}
+    is_anomalies = isinstance(task, AnomalyTask)  # whose loss is the score itself: no plain network
+    kinds = (OWN,) if is_anomalies else (LINEAR, MLP, OWN)
+    networks = {name: params_of(task, name, own) for name in kinds}
     found: dict[str, Contender] = {
         name: NetworkContender(task, chosen, config) for name, chosen in networks.items()
     }
