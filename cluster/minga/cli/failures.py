@@ -38,6 +38,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.training.errors.TamperedError": 45,
     "minga.training.errors.ConflictError": 46,
     "minga.training.errors.VerdictError": 47,
+    "minga.training.errors.ApprovalError": 53,
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,

@@ -17,12 +17,20 @@ from minga.cluster.response.config import RespondConfig
 from minga.cluster.settings import Settings
 from minga.federation.config import FederationConfig
 from minga.serving.config import ServingConfig
-from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainConfig
+from minga.training.approvals import Policy
+from minga.training.config import (
+    DataConfig,
+    GateConfig,
+    SearchConfig,
+    SelectionConfig,
+    TrainConfig,
+)
 from minga.training.data import read_splits
 from minga.training.data.versions import DataVersion, require_version, versions_of
 from minga.training.progress import OnProgress, silent
 from minga.training.signing import Keyring
 from minga.training.simulation.config import SimulationConfig
+from minga.training.space import FEATURES
 from minga.training.task import Splits, Task, TaskReference
 
 if TYPE_CHECKING:
@@ -50,6 +58,7 @@ class Project(BaseModel):
     """Decides everything that is drawn: search, first weights, order of examples, resampling."""
     data: DataConfig
     search: SearchConfig = SearchConfig()
+    selection: SelectionConfig = SelectionConfig()
     training: TrainConfig = TrainConfig()
     gates: GateConfig = GateConfig()
     serving: ServingConfig = Field(default_factory=lambda: ServingConfig.model_validate({}))
@@ -82,8 +91,14 @@ class Project(BaseModel):
 
     @cached_property
     def loaded_task(self) -> Task:
-        """The Task; see `minga.training.task.load_task` for the errors."""
-        return self.reference.load()
+        """The Task, with `[data] features` among its defaults.
+
+        See `minga.training.task.load_task` for the errors.
+        """
+        task = self.reference.load()
+        if not self.data.features:
+            return task
+        return task.with_defaults({FEATURES: ",".join(self.data.features)})
 
     @cached_property
     def splits(self) -> Splits:
@@ -138,7 +153,12 @@ class Project(BaseModel):
         """Open the model registry; the database is made the first time."""
         from minga.training.registry import Registry  # noqa: PLC0415 - loads MLflow
 
-        return Registry(self.tracking_uri, on_progress, keyring=lambda: self.keyring)
+        return Registry(
+            self.tracking_uri,
+            on_progress,
+            keyring=lambda: self.keyring,
+            approvals=Policy(needed=self.gates.approvals, approvers=self.gates.approvers),
+        )
 
     @cached_property
     def keyring(self) -> Keyring:

@@ -8,6 +8,7 @@ from minga.training.uris import redacted
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+ColumnName = Annotated[str, Field(pattern=r"^[^,]+$")]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -36,6 +37,11 @@ class DataConfig(Table):
     """Largest population stability index of a column against the reference profile."""
     min_volume: Share = 0.5
     """Smallest number of training examples, as a share of the reference's."""
+    features: tuple[Annotated[str, Field(pattern=r"^[^,]+$")], ...] = Field(
+        default=(), strict=False
+    )
+    """The columns that models may go by; empty: all. Rows keep all their columns. `minga data
+    features` proposes some."""
     strict: bool = False
     """Whether what is only a warning stops a run too."""
 
@@ -114,6 +120,23 @@ class TrainConfig(Table):
         return self
 
 
+class SelectionConfig(Table):
+    """How `minga run --auto` compares kinds of models."""
+
+    contenders: tuple[str, ...] = Field(default=(), strict=False)
+    """Those that compete, such as `linear`, `mlp`, `boosting`, `own`; empty: all that there are."""
+    folds: Annotated[int, Field(ge=3)] = 5
+    """Of cross-validation, over the training and the validation split; how examples are divided
+    is said by the Task's `folds`."""
+    repeats: Count = 1
+    """How often examples are divided anew into folds, for a finer comparison; what is sorted by
+    time is divided once."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Of the intervals."""
+    max_concurrent: Count = 2
+    """Fits that run at a time; each takes one CPU."""
+
+
 class GateConfig(Table):
     """What a version must reach to be promoted."""
 
@@ -158,3 +181,8 @@ class GateConfig(Table):
     trusted_keys: tuple[str, ...] = Field(default=(), strict=False)
     """Public keys of colleagues and machines whose verdicts are believed beside this project's
     own; each is what their `minga model key` prints."""
+    approvals: Annotated[int, Field(ge=0)] = 0
+    """So many other people than those who registered and judged a version have to approve it before
+    it is promoted, with `minga model approve`."""
+    approvers: tuple[str, ...] = Field(default=(), strict=False)
+    """Public keys of the people whose approval counts, one for each; empty: all trusted keys."""

@@ -232,6 +232,7 @@ def _read_best(result: Any, task: Task, splits: Splits, params: Params, seed: in
     history = _read(result.checkpoint)["history"]
     network = build_network(task, params, splits.train, seed=seed)
     network.load_state_dict(_read(kept[best["epoch"]])["network"])
+    task.finish(network, splits.validation)
     return Trained(
         parameters=parameters_of(network),
         params=dict(params),
