@@ -2,7 +2,8 @@
 
 Contributions are read twice, block by block: once to leave out what is not finite and to measure
 the rest (`contributions.survey`), once to make the result. A rule never sees a contribution that
-was left out.
+was left out. The plain mean knows what each contribution counts before it has seen any: it reads
+them once, and again only if one of them turns out not to be finite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from minga.federation.aggregation.contributions import (
     Wide,
     blocks,
     in_parallel,
+    misfit,
     single_blocks,
     survey,
 )
-from minga.federation.aggregation.rules import CoordinateRule, LinearRule, Rule
+from minga.federation.aggregation.rules import CoordinateRule, LinearRule, Mean, Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,10 @@ def combine(
     Raises:
         RuleError: too few sound contributions for the rule; `out` is of no use then.
     """
+    if type(rule) is Mean and rule.clip is None:
+        mean = _mean(rule, contributions, out, block_bytes)
+        if mean is not None:
+            return mean
     found = survey(
         contributions,
         out.size,
@@ -91,6 +97,39 @@ def combine(
         ),
         lengths=tuple(found.norms.tolist()),
         total_weight=sum(one.weight for one in found.sound),
+    )
+
+
+def _mean(
+    rule: Mean, contributions: Sequence[Contribution], out: Vector, block_bytes: int
+) -> Combined | None:
+    """Make the mean at the first look; None, and no use of `out`, if one had to be left out."""
+    rule.require_enough(len(contributions))
+    if any(misfit(one, out.size) is not None for one in contributions):
+        return None
+    weights = np.array([one.weight for one in contributions], np.float64)
+    shares = rule.coefficients(np.empty((0, 0)), weights)
+
+    def add_up(block: slice) -> list[float]:
+        total, squares = np.zeros(block.stop - block.start), []
+        with np.errstate(over="ignore", invalid="ignore"):  # it is seen in the squares
+            for one, share in zip(contributions, shares, strict=True):
+                part = one.read(block.start, block.stop).astype(np.float64)
+                squares.append(float(part @ part))
+                total += np.multiply(part, share, out=part)
+            out[block] = total
+        return squares
+
+    found = in_parallel(add_up, single_blocks(out.size, block_bytes))
+    lengths = np.sqrt(np.sum(found, axis=0))
+    if not np.isfinite(lengths).all():
+        return None
+    return Combined(
+        counted=tuple(one.name for one in contributions),
+        rejected={},
+        clipped=(),
+        lengths=tuple(lengths.tolist()),
+        total_weight=sum(one.weight for one in contributions),
     )
 
 

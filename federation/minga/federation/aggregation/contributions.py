@@ -163,9 +163,7 @@ def survey(
         block_bytes: how much memory blocks may take.
     """
     rejected = {
-        one.name: reason
-        for one in contributions
-        if (reason := _misfit(one, num_values)) is not None
+        one.name: reason for one in contributions if (reason := misfit(one, num_values)) is not None
     }
     fitting = [one for one in contributions if one.name not in rejected]
     if all_products:
@@ -223,7 +221,8 @@ def _all_products(
     return finite, products
 
 
-def _misfit(contribution: Contribution, num_values: int) -> str | None:
+def misfit(contribution: Contribution, num_values: int) -> str | None:
+    """Say why a contribution cannot be combined, whatever its values are; None if it can."""
     if contribution.num_values != num_values:
         return f"it has {contribution.num_values} values, the model {num_values}"
     if contribution.weight < 1:

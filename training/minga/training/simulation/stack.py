@@ -16,7 +16,7 @@ where the loss of a batch is the mean of its examples' losses; else each size go
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, pairwise
 from math import prod
 from typing import Final
@@ -36,6 +36,7 @@ from minga.training.proximal import Pull
 from minga.training.scaffold import Correction
 from minga.training.simulation.lesson import Learnt, Lesson, Matrix
 from minga.training.simulation.losses import PROBED_EXAMPLES, Batches, StackedLoss
+from minga.training.simulation.outer import Descent, Scratch, is_worth_it, rate_of
 from minga.training.simulation.partition import Places, Population
 from minga.training.space import Params
 from minga.training.task import Batch, Task
@@ -94,6 +95,7 @@ class Stack:
         self._at = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = network.to(self._at).train()
         self._skeleton = copy.deepcopy(self._network)
+        self._scratch = Scratch()
         self._inputs = torch.from_numpy(population.train.inputs).to(self._at)
         self._targets = torch.from_numpy(population.train.targets).to(self._at)
         some = np.linspace(0, len(population.train) - 1, PROBED_EXAMPLES).astype(np.int64)
@@ -113,11 +115,14 @@ class Stack:
                 raise TaskError(f"{name} is {params[name]!r}, which takes training one by one")
         deltas = np.empty((len(devices), self._num_values), np.float32)
         gradients = None if lesson.corrections is None else np.zeros_like(deltas)
+        rate = self._plain_rate(params, lesson)
         with one_thread():
             for rows, steps in self._chunks(devices, lesson.config):
-                self._fit_chunk(rows, steps, lesson.of(rows), deltas, gradients)
-        with np.errstate(invalid="ignore"):
-            diverged = np.flatnonzero(~np.isfinite(deltas.sum(axis=1)))
+                if rate is not None and is_worth_it(self._loss.dense, _num_examples(steps)):
+                    self._descend(rows, steps, lesson, rate, deltas)
+                else:
+                    self._fit_chunk(rows, steps, lesson.of(rows), deltas, gradients)
+            diverged = np.flatnonzero(~np.isfinite(torch.from_numpy(deltas).sum(1).numpy()))
         reason = "the loss is no longer a finite number"
         failures = {int(row): reason for row in diverged}
         return Learnt(deltas=deltas, gradients=gradients, failures=failures)
@@ -147,6 +152,53 @@ class Stack:
     @property
     def _chunk_bytes(self) -> int:
         return CHUNK_BYTES_GPU if self._at.type == "cuda" else CHUNK_BYTES
+
+    def _plain_rate(self, params: Params, lesson: Lesson) -> float | None:
+        """Give the learning rate, if `Descent` can take the devices' steps.
+
+        It can from a common start, if nothing but the loss decides where steps lead.
+        """
+        if self._loss.dense is None or self._twins:
+            return None
+        if lesson.own is not None or lesson.corrections is not None or proximal_mu(lesson.config):
+            return None
+        optimiser = self._task.optimiser(self._network, without_names(params))
+        moved = [one for group in optimiser.param_groups for one in group["params"]]
+        is_all = {*map(id, moved)} == {id(one) for one in self._network.parameters()}
+        return rate_of(optimiser) if is_all and all(one.requires_grad for one in moved) else None
+
+    def _descend(
+        self,
+        rows: Places,
+        steps: Sequence[Sequence[Places]],
+        lesson: Lesson,
+        rate: float,
+        deltas: Matrix,
+    ) -> None:
+        """Take all steps of one chunk without building weights, and write the devices' changes."""
+        params = {**self._task.defaults, **lesson.config}
+        max_norm = float(params.get("max_grad_norm", MAX_GRAD_NORM))
+        start = torch.from_numpy(lesson.start).to(self._at)
+        values = {
+            name: start[columns].view(self._shapes[name]) for name, columns in self._columns.items()
+        }
+        assert self._loss.dense is not None
+        descent = Descent(
+            self._scratch,
+            self._loss.dense,
+            values,
+            rate=rate,
+            num_devices=len(rows),
+            num_examples=_num_examples(steps),
+        )
+        for step in steps:
+            batches = self._batches(step)
+            descent.step(batches.inputs, partial(self._loss.gradient_at, batches=batches), max_norm)
+        where = _span(rows)
+        for name in self._shapes.keys() - self._trained:
+            deltas[where, self._columns[name]] = 0.0
+        for name, change in descent.changes():
+            deltas[where, self._columns[name]] = change.reshape(len(rows), -1).cpu().numpy()
 
     def _fit_chunk(
         self,
@@ -212,7 +264,7 @@ class Stack:
         Dense weights lie as their products' gradients come, the inputs' axis before the outputs':
         laid out otherwise each gradient is copied, which takes longer than to compute it.
         """
-        if self._loss.is_dense and value.dim() == 2:
+        if self._loss.dense and value.dim() == 2:
             return value.t().expand(count, *value.t().shape).clone().transpose(1, 2)
         return value.expand(count, *value.shape).clone()
 
@@ -287,6 +339,11 @@ class Stack:
                 np.subtract(values, start, out=deltas[where, columns])
             else:
                 deltas[where, columns] = values - start
+
+
+def _num_examples(steps: Sequence[Sequence[Places]]) -> int:
+    """Give how many examples each device of a chunk sees, padding included."""
+    return sum(max(map(len, step)) for step in steps)
 
 
 def _twins(network: nn.Module) -> dict[str, str]:
