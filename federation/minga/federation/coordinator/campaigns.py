@@ -84,7 +84,7 @@ class Campaigns:
         self._grace_s = reconnect_grace_s
         self._apply_masks = apply_masks
         self._started_at = clock()
-        self._herald = Herald(hub)
+        self._herald = Herald(hub, store.sync)
         self.strategies = Strategies(blobs, strategies, apply_masks)
         self._account = PrivacyAccount(store)
         # Device -> the upload of the open round, also one that is never announced.
@@ -416,7 +416,7 @@ class Campaigns:
     # --- changing state ---
 
     def _record(self, campaign: Campaign, round_: Round, event: Event) -> None:
-        """Store an event, apply it, then let others know.
+        """Store an event, apply it, then wake who tells others.
 
         Raises:
             PeerError: it contradicts the state.
@@ -466,7 +466,7 @@ class Campaigns:
         self._drop_unused({*updates, *given_up, round_.order.model_digest})
         self._herald.forget(but=going)
         self._uploads = {name: d for name, d in self._uploads.items() if name in going}
-        self._metrics.observe_round(record)
+        self._metrics.observe_round(record, campaign.plan)
         self._fire()
 
     def _end(self, campaign: Campaign, state: int, reason: str, by: str = "") -> None:
