@@ -139,7 +139,8 @@ def submitted(project, address, on_line):
 def test_cancelled_job_goes_on_though_a_machine_dies(two_machines, project, tmp_path):
     """Ctrl-C cancels a job; submitted again it goes on, and a machine that dies does not end it.
 
-    Both are one run, in which each epoch stands once. The code that runs there is the one that was sent; keys stay at home.
+    Both are one run, in which each epoch stands once. The code that runs there is the one that was
+    sent; keys stay at home.
     """
     cluster, address = two_machines
 
