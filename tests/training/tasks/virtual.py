@@ -55,6 +55,15 @@ class Searched(Dense):
     search_space = {"lr": loguniform(0.001, 1.0)}
 
 
+class Gaps(Dense):
+    """Misses some of its values."""
+
+    def data(self, source):
+        splits = super().data(source)
+        splits.train.inputs[::7, 2] = np.nan
+        return splits
+
+
 class Sites(Dense):
     """Reads sources such as `site-3`."""
 

@@ -108,7 +108,8 @@ class Descent:
         """Take one step of all devices.
 
         Args:
-            inputs: shape `(num_devices, batch, columns)`.
+            inputs: of the first devices, shape `(devices, batch, columns)`; all others have taken
+                all their steps.
             gradient_of: the loss's.
             max_norm: longer gradients are scaled down to it, each device's by itself.
         """
@@ -203,12 +204,13 @@ class _Dense:
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Give outputs of a batch, shape `(devices, batch, outputs)`."""
-        seen, (num_devices, batch, _) = self.num_seen, inputs.shape
-        self.inputs[:, seen : seen + batch] = inputs
-        self.likeness = torch.bmm(inputs, self.inputs[:, : seen + batch].transpose(1, 2))
+        seen, (count, batch, _) = self.num_seen, inputs.shape
+        self.inputs[:count, seen : seen + batch] = inputs
+        self.inputs[count:, seen : seen + batch] = 0.0
+        self.likeness = torch.bmm(inputs, self.inputs[:count, : seen + batch].transpose(1, 2))
         if self.bias is not None:
             self.likeness += 1.0
-        shape = (num_devices, batch, len(self.weight))
+        shape = (count, batch, len(self.weight))
         outputs = self._scratch.take(f"{self.name} outputs", shape, inputs)
         flat, rows = outputs.view(-1, len(self.weight)), inputs.reshape(-1, inputs.shape[-1])
         if self.bias is None:
@@ -216,21 +218,24 @@ class _Dense:
         else:
             torch.addmm(self.bias, rows, self.weight.t(), out=flat)
         if seen:
-            outputs.baddbmm_(self.likeness[:, :, :seen], self.moves[:, :seen])
+            outputs.baddbmm_(self.likeness[:, :, :seen], self.moves[:count, :seen])
         return outputs
 
     def keep(self, gradient: Tensor) -> None:
         """Take the gradient at the outputs of the batch under way."""
-        self.moves[:, self.num_seen : self.num_seen + gradient.shape[1]] = gradient
+        count, batch, _ = gradient.shape
+        self.moves[:count, self.num_seen : self.num_seen + batch] = gradient
+        self.moves[count:, self.num_seen : self.num_seen + batch] = 0.0
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Take the gradient at the outputs, and give the one at the inputs."""
         self.keep(gradient)
         found = gradient @ self.weight
         if self.num_seen:
-            before = self.moves[:, : self.num_seen]
+            count = len(gradient)
+            before = self.moves[:count, : self.num_seen]
             towards = torch.bmm(gradient, before.transpose(1, 2))
-            found.baddbmm_(towards, self.inputs[:, : self.num_seen])
+            found.baddbmm_(towards, self.inputs[:count, : self.num_seen])
         return found
 
     def squared_norm(self) -> Tensor:
@@ -246,4 +251,5 @@ class _Dense:
 
     def _batch(self) -> Tensor:
         """Give the gradients of the batch under way."""
-        return self.moves[:, self.num_seen : self.num_seen + self.likeness.shape[1]]
+        count, batch, _ = self.likeness.shape
+        return self.moves[:count, self.num_seen : self.num_seen + batch]
