@@ -178,6 +178,58 @@ def test_batching_is_measured(tmp_path: Path) -> None:
     assert rates["batched"] > rates["single"]
 
 
+SMALL_SIMULATION = """
+import simulation
+simulation.QUICK = simulation.Scale(cases=("drawn",), repeats=1, num_rounds=4, on_ray=False)
+simulation.main()
+"""
+
+
+@pytest.mark.slow
+def test_simulations_are_measured(tmp_path: Path) -> None:
+    """Ours and a loop by hand do the same work: they end with the same accuracy."""
+    report = tmp_path / "simulation.json"
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_SIMULATION, "--quick", "--ours-only", "--json", report],
+        check=True,
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+    )
+    (case,) = json.loads(report.read_text())["cases"]
+    ours, loop = case["medians"]["ours"], case["medians"]["loop"]
+    assert ours["accuracy"] == pytest.approx(loop["accuracy"], abs=0.003)
+    assert ours["accuracy"] > 0.3
+    assert ours["pace"] > loop["pace"] > 0
+    lines = [TARGET.fullmatch(line) for line in done.stdout.splitlines() if "TARGET" in line]
+    assert [line[1] for line in lines] == ["simulation_ratio_to_loop", "simulation_accuracy_spread"]
+
+
+SMALL_OVERHEAD = """
+import overhead
+overhead.CASES = (overhead.Case(name="small", params={"hidden": 8}, epochs=3),)
+overhead.NUM_TRIALS, overhead.TRIAL_EPOCHS = 2, 2
+overhead.whole_path = lambda source, scratch: {}
+overhead.main()
+"""
+
+
+@pytest.mark.slow
+def test_overhead_is_measured(tmp_path: Path) -> None:
+    """Every layer around the plain loop has a figure; the path as a whole has its own tests."""
+    report = tmp_path / "overhead.json"
+    subprocess.run(
+        [sys.executable, "-c", SMALL_OVERHEAD, "--quick", "--json", report],
+        check=True,
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+    )
+    written = json.loads(report.read_text())
+    (case,) = written["cases"]
+    assert all(value > 0 for name, value in case.items() if name != "case")
+    assert [target["name"] for target in written["targets"]] == ["overhead.train_epoch[small]"]
+
+
 FEW_SERVERS = """
 import serving
 serving.OWN = tuple(one for one in serving.OWN if one.name != "minga on Ray")

@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": ("minga.cli.project:tune", "Search hyper-parameters with Ray Tune."),
     "train": ("minga.cli.project:train", "Train once with given parameters and register."),
     "simulate": ("minga.cli.simulate:simulate", "Play a federation on virtual devices."),
+    "submit": ("minga.cli.submit:submit", "Send run, tune, train or simulate to a Ray cluster."),
+    "job": ("minga.cli.submit:app", "List, follow and cancel jobs on a Ray cluster."),
     "data": ("minga.cli.data:app", "Keep a schema, check data against it, report on data."),
     "model": ("minga.cli.model:app", "List, show, promote registered model versions."),
     "explain": ("minga.cli.explain:explain", "Explain a version's answers, column by column."),

@@ -23,6 +23,7 @@ EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
     "minga.cluster.errors.ProjectError": 10,
     "minga.cluster.errors.BusyError": 42,
+    "minga.cluster.errors.SubmissionError": 54,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
     "minga.cluster.errors.ReproductionError": 48,

@@ -27,6 +27,7 @@ from minga.training.trials import SearchResult
 
 if TYPE_CHECKING:
     from minga.training.models import Model
+    from minga.training.search.campaigns import Federation
     from minga.training.tracking import Tracker
     from minga.training.train import Trained
 
@@ -55,7 +56,7 @@ PAGE = "search.html"
 def search(
     project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
 ) -> SearchResult:
-    """Search the Task's hyper-parameters.
+    """Search the Task's hyper-parameters, over trainings or over simulated federations.
 
     A finished search is kept; the same code, data and settings give it again without a trial. Only
     networks are searched: a Task whose defaults name another kind of model keeps these.
@@ -68,6 +69,7 @@ def search(
     Raises:
         SchemaError: the data breaks its schema; nothing was started.
         ShapeError: one training step does not work; nothing was started.
+        DataError, CampaignError, PrivacyError: there is no campaign to play.
         TrainingError: every trial failed.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
@@ -81,6 +83,7 @@ def search(
         return kept
     require_valid_data(project)
     probe(project.loaded_task, project.loaded_task.defaults, project.splits)
+    federation = _federation(project)
     folder = _search_folder(project)
     if fresh:
         _discard(folder)
@@ -92,14 +95,41 @@ def search(
         tracker.run("search", tags=tags, kept=folder.with_suffix(".run")) as run_id,
         local_ray(),
     ):
-        found = _search(project, tracker, run_id, folder, on_progress)
+        found = _search(
+            project, tracker, run_id, folder, federation=federation, on_progress=on_progress
+        )
     found.write(_search_file(project))
     _discard(folder)
     return found
 
 
+def _federation(project: Project) -> "Federation | None":
+    """Give what trials are played on, if they are; refuse what none of them could do."""
+    if project.search.over != "simulation":
+        return None
+    from minga.training.search.campaigns import Federation, require_searchable  # noqa: PLC0415
+
+    federation = Federation(
+        config=project.federation, devices=project.simulation, root=project.directory
+    )
+    require_searchable(
+        federation,
+        project.loaded_task,
+        project.splits,
+        num_rounds=project.search.max_epochs,
+        seed=project.seed,
+    )
+    return federation
+
+
 def _search(
-    project: Project, tracker: "Tracker", run_id: str, folder: Path, on_progress: OnProgress
+    project: Project,
+    tracker: "Tracker",
+    run_id: str,
+    folder: Path,
+    *,
+    federation: "Federation | None",
+    on_progress: OnProgress,
 ) -> SearchResult:
     """Search, with a nested run for each trial."""
     # Ray reads its settings when it is imported, so not before it is started.
@@ -119,6 +149,7 @@ def _search(
             config=config,
             seed=project.seed,
             folder=folder,
+            federation=federation,
             points=points,
             on_progress=on_progress,
             on_epoch=runs.note,
@@ -228,7 +259,10 @@ def _training_folder(project: Project, params: Params) -> Path:
 
 
 def _search_folder(project: Project) -> Path:
-    return project.ray_storage / f"search-{fingerprint(project, project.search)}"
+    settings: tuple[object, ...] = (project.search,)
+    if project.search.over == "simulation":
+        settings += (project.federation, project.simulation)
+    return project.ray_storage / f"search-{fingerprint(project, settings)}"
 
 
 def _search_file(project: Project) -> Path:

@@ -163,8 +163,12 @@ class Project(BaseModel):
     @cached_property
     def keyring(self) -> Keyring:
         """The key that signs this machine's verdicts, made the first time, and the trusted ones."""
-        file = Path(Settings().signing_key or self.work_folder / "signing.pem")
-        return Keyring.open(file, self.gates.trusted_keys)
+        return Keyring.open(self.signing_key_file, self.gates.trusted_keys)
+
+    @property
+    def signing_key_file(self) -> Path:
+        """Where this machine's key is: MINGA_SIGNING_KEY, or a file in the project."""
+        return Path(Settings().signing_key or self.work_folder / "signing.pem")
 
     def tracker(self, on_progress: OnProgress = silent) -> "Tracker":
         """Open the record of runs, in the experiment named after the Task."""

@@ -54,6 +54,10 @@ class DataConfig(Table):
 class SearchConfig(Table):
     """How hyper-parameters are searched."""
 
+    over: Literal["training", "simulation"] = "training"
+    """What a trial is. training: the Task is trained on the training split. simulation: the
+    campaign of `[federation]` is played on the virtual devices of `[simulation]`; what is said of
+    epochs here then holds for its rounds."""
     searcher: Literal["random", "grid", "tpe"] = "random"
     """What is tried: random points, all points of a grid, or what Optuna's TPE makes of the trials
     so far (Bergstra et al. 2011)."""
@@ -71,7 +75,8 @@ class SearchConfig(Table):
     warm_start: Annotated[int, Field(ge=0)] = 0
     """So many of the best points of earlier searches of this Task are tried after the defaults."""
     max_epochs: Count = 8
-    """Epochs of a trial that is never cut."""
+    """Epochs of a trial that is never cut; with `over = "simulation"` its rounds, in the place of
+    `[federation] num_rounds`."""
     max_concurrent: Count = 2
     """Trials that run at a time; each takes one CPU."""
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
@@ -84,6 +89,15 @@ class SearchConfig(Table):
     """Values of each range in a grid; of a choice it has all."""
     perturbation_epochs: Count = 2
     """Epochs of a generation of population based training."""
+
+    @model_validator(mode="after")
+    def _campaigns_keep_their_own_weights(self) -> Self:
+        if self.over == "simulation" and self.scheduler == "population":
+            raise ValueError(
+                'scheduler = "population" hands weights from trial to trial, which a campaign '
+                'cannot take over; with over = "simulation" take "halving" or "none"'
+            )
+        return self
 
 
 class TrainConfig(Table):
@@ -106,7 +120,7 @@ class TrainConfig(Table):
     """mixed: GPUs compute in bfloat16, or float16 where they lack that; weights stay float32, and
     CPUs compute in float32 all the same."""
     keep_checkpoints: Count = 2
-    """So many of the best epochs' checkpoints are kept while training lasts, beside the last."""
+    """So many of the best checkpoints are kept while training lasts, beside the last."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced before training gives up. A lost machine may count twice:
     for its workers, and for the try to replace them."""
