@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from minga.inference.access import Access
 from minga.inference.batching import Batcher
 from minga.inference.bodies import Budget, DisconnectedError, Share
 from minga.inference.engine import OnnxModel
@@ -131,6 +132,7 @@ class InferenceService:
         registry: where the Prometheus series live.
         control: what loads and unloads models where `limits.model_control` lets callers; by
             default in `repository` alone.
+        access: who is let in; what brings requests here asks it. By default everyone is.
         observer: watches what is answered, if anything does; its owner starts and closes it.
     """
 
@@ -141,9 +143,11 @@ class InferenceService:
         limits: Limits | None = None,
         registry: CollectorRegistry | None = None,
         control: ModelControl | None = None,
+        access: Access | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.repository = repository
+        self.access = access or Access()
         self.limits = limits or Limits()
         registry = registry or CollectorRegistry()
         self.metrics = InferenceMetrics(repository, registry)

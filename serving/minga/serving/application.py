@@ -18,6 +18,7 @@ from typing import Any, Final, TypedDict
 from ray import serve
 from ray.serve import Application
 
+from minga.inference.access import Protection
 from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ForbiddenError, ModelError
@@ -78,6 +79,7 @@ class InferenceReplica:
     Args:
         limits: what callers are granted.
         grpc: where to listen for gRPC; None means nowhere.
+        protection: who is let in, and gRPC's TLS; that of HTTP is Ray Serve's proxy's.
         monitor: how what is answered is watched; None means not at all.
     """
 
@@ -85,15 +87,25 @@ class InferenceReplica:
         self,
         limits: Limits,
         grpc: GrpcAddress | None = None,
+        protection: Protection | None = None,
         *,
         monitor: MonitorConfig | None = None,
     ) -> None:
+        protection = protection or Protection()
         self._repository = ModelRepository()
         self._observer = _observer(monitor)
         self._app = InferenceApp(
-            self._repository, limits=limits, control=RegistryControl(), observer=self._observer
+            self._repository,
+            limits=limits,
+            control=RegistryControl(),
+            access=protection.access(),
+            observer=self._observer,
         )
-        self._grpc = GrpcServer(self._app.service, **grpc, shared=True) if grpc else None
+        self._grpc = (
+            GrpcServer(self._app.service, **grpc, shared=True, tls=protection.tls())
+            if grpc
+            else None
+        )
         self._app.before_shutdown(self._end)
 
     def __serve_build_asgi_app__(self) -> InferenceApp:
@@ -139,14 +151,17 @@ def build(options: dict[str, Any]) -> Application:
     """Make the application from the options of a Serve config file.
 
     Args:
-        options: `limits`, the fields of `minga.inference.limits.Limits`, and `grpc`, those of
-            `GrpcAddress` or None. `monitor`, the fields of `MonitorConfig`, may be left out.
+        options: `limits`, the fields of `minga.inference.limits.Limits`, `grpc`, those of
+            `GrpcAddress` or None, and `protection`, those of `minga.inference.access.Protection`.
+            `monitor`, those of `MonitorConfig`, may be left out.
     """
     ingress = serve.ingress()(InferenceReplica)
     replica = serve.deployment(name=DEPLOYMENT)(ingress)
+    protection = Protection(**options.get("protection", {}))
     given = options.get("monitor")
     monitor = MonitorConfig.model_validate(given) if given else None
-    return replica.bind(Limits(**options["limits"]), options["grpc"], monitor=monitor)
+    limits = Limits(**options["limits"])
+    return replica.bind(limits, options["grpc"], protection, monitor=monitor)
 
 
 def _observer(config: MonitorConfig | None) -> Observer | None:
