@@ -230,6 +230,19 @@ def test_overhead_is_measured(tmp_path: Path) -> None:
     assert [target["name"] for target in written["targets"]] == ["overhead.train_epoch[small]"]
 
 
+@pytest.mark.slow
+def test_drift_is_measured(tmp_path: Path) -> None:
+    """The quick study has its sizes, no false alarm too many, and the delay that is claimed."""
+    report = tmp_path / "drift.json"
+    command = [sys.executable, ROOT / "benchmarks" / "drift.py"]
+    subprocess.run(
+        [*command, "--quick", "--ours-only", "--json", report], check=True, capture_output=True
+    )
+    written = json.loads(report.read_text())
+    assert [case["size"] for case in written["cases"]] == [50, 500, 5000]
+    assert all(target["met"] for target in written["targets"])
+
+
 FEW_SERVERS = """
 import serving
 serving.OWN = tuple(one for one in serving.OWN if one.name != "minga on Ray")

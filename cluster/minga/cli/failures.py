@@ -50,6 +50,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.inference.errors.ModelError": 26,
     "minga.inference.errors.AccessError": 50,
     "minga.serving.errors.VersionRefusedError": 26,
+    "minga.inference.errors.MonitorError": 51,
     "minga.serving.errors.NoChampionError": 27,
     "minga.serving.errors.RegistryUnreachableError": 28,
     # minga.federation.errors

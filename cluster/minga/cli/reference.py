@@ -7,7 +7,7 @@ said of commands, keys, exit codes and metrics is said where they are defined.
 import importlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
@@ -30,6 +30,10 @@ from minga.federation.coordinator.settings import CoordinatorSettings
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.settings import DeviceSettings
 from minga.inference.metrics import InferenceMetrics
+from minga.inference.monitor.metrics import MonitorSeries
+from minga.inference.monitor.observer import Observer
+from minga.inference.monitor.summary import ModelSummary
+from minga.inference.monitor.traffic import Traffic
 from minga.inference.repository import ModelRepository
 
 _NOTE: Final = "<!-- Written by `make docs` from the code; change it there. -->\n"
@@ -115,11 +119,28 @@ def metrics_page() -> str:
         "At `/metrics` of every server that answers requests: a device, and `minga serve`, where "
         "with several replicas each scrape reaches one of them.",
         _series(inference),
+        "## Monitor",
+        "At the same place, where what is served is watched. Series with a version are of its "
+        "newest full window, which on Ray Serve is over all replicas: take any of them, not their "
+        "sum. The counts without one are each process's own.",
+        _series(_monitor()),
         "## Responder",
         "At `/metrics` of `minga respond run`, port 8070 unless told otherwise.",
         _series(RespondMetrics().registry),
     ]
     return _NOTE + "\n\n".join(sections) + "\n"
+
+
+def _monitor() -> CollectorRegistry:
+    class Nowhere:
+        """Takes nothing, since nothing is served."""
+
+        def take(self, _: Sequence[Traffic]) -> Sequence[ModelSummary]:
+            return ()
+
+    registry = CollectorRegistry()
+    registry.register(MonitorSeries(Observer(Nowhere()), ModelRepository()))
+    return registry
 
 
 PAGES: Final = {

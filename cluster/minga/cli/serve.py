@@ -90,14 +90,17 @@ def _configured(
     project: Path | None, chosen: Mapping[str, str | int | None]
 ) -> tuple["ServingConfig", str]:
     """Give the configuration and the registry, from a project or from the environment alone."""
-    from minga.cluster.project import FILE, load
+    from minga.cluster.project import FILE, MONITOR_FOLDER, load
     from minga.cluster.settings import Settings
     from minga.serving.config import ServingConfig
 
     config, uri = ServingConfig.model_validate({}), Settings().tracking_uri
+    monitor_folder = Path(MONITOR_FOLDER)
     if project is not None or not uri or Path(FILE).is_file():
         loaded = load(project or Path())
         config, uri = loaded.protected_serving, loaded.tracking_uri
+        monitor_folder = loaded.monitor_folder
+    config = config.watched_in(monitor_folder)
     given = {name: value for name, value in chosen.items() if value is not None}
     return config.model_copy(update=given), uri
 

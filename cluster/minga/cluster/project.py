@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 FILE = "minga.toml"
 SCHEMA_FILE = "schema.json"
+MONITOR_FOLDER = ".minga/monitor"
 
 
 class Project(BaseModel):
@@ -78,6 +79,11 @@ class Project(BaseModel):
     def work_folder(self) -> Path:
         """Where Minga keeps what it makes: the registry, unfinished work."""
         return self._directory / ".minga"
+
+    @property
+    def monitor_folder(self) -> Path:
+        """Where the monitor keeps what it knows: `[serving.monitor] folder`, or the project's."""
+        return self._directory / (self.serving.monitor.folder or MONITOR_FOLDER)
 
     @property
     def reference(self) -> TaskReference:

@@ -37,6 +37,7 @@ from minga.inference.errors import (
 )
 from minga.inference.limits import Limits
 from minga.inference.metrics import CONTENT_TYPE
+from minga.inference.monitor.observer import Observer
 from minga.inference.openapi import description
 from minga.inference.protocol import (
     JSON_SIZE_HEADER,
@@ -82,6 +83,7 @@ class InferenceApp:
         limits: what callers are granted.
         registry: where the Prometheus series live; `GET /metrics` writes all of it.
         control: see `InferenceService`.
+        observer: see `InferenceService`.
         access: who is let in; by default everyone.
     """
 
@@ -93,9 +95,15 @@ class InferenceApp:
         registry: CollectorRegistry | None = None,
         control: ModelControl | None = None,
         access: Access | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.service = InferenceService(
-            repository, limits=limits, registry=registry, control=control, access=access
+            repository,
+            limits=limits,
+            registry=registry,
+            control=control,
+            access=access,
+            observer=observer,
         )
         self._before_shutdown: Callable[[], Awaitable[None]] | None = None
 

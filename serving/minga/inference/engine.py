@@ -18,6 +18,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from minga.inference.errors import BadRequestError, ModelError
+from minga.inference.monitor.reference import Reference
 from minga.inference.protocol import InferRequest, InferResponse
 from minga.inference.statistics import Statistics
 from minga.inference.tensors import Array, Datatype, TensorSpec
@@ -101,6 +102,7 @@ class OnnxModel:
         outputs: what it gives.
         is_rowwise: whether a row's outputs do not depend on the rows beside it, as tried at load.
         statistics: what it has done; its server counts.
+        reference: what its traffic is compared with; None if its file carries nothing of it.
 
     Args:
         ref: which version this is.
@@ -126,6 +128,8 @@ class OnnxModel:
         self._output_names = tuple(spec.name for spec in self.outputs)
         self._has_batch = all(spec.shape[:1] == (-1,) for spec in (*self.inputs, *self.outputs))
         self.statistics = Statistics()
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.reference = Reference.of_metadata(metadata)
         self._zeros = self._self_test()
         self._zeros_bytes = max(sum(array.nbytes for array in self._zeros.values()), 1)
         self._zeros_s = self._time(self._zeros)

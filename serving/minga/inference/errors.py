@@ -17,6 +17,7 @@ InferenceError
 │   ├── OverloadedError         503  or too many bytes of requests are in memory
 │   └── RateLimitedError        429  or the key has made its requests for now
 ├── ModelError                  a model cannot be loaded or fails its self-test
+├── MonitorError                what the monitor remembers cannot be used
 ├── PortInUseError              the server's port is taken
 ├── AccessError                 the server would not be protected, or its keys or TLS are unusable
 └── ClientError                 what the client of a server meets
@@ -133,6 +134,10 @@ class RateLimitedError(UnavailableError):
 
 class ModelError(InferenceError):
     """A model that cannot be served: missing, altered, unreadable, or failing its self-test."""
+
+
+class MonitorError(InferenceError):
+    """What the monitor remembers cannot be read or written, or labels fit nothing that it knows."""
 
 
 class PortInUseError(InferenceError):

@@ -28,6 +28,8 @@ from minga.inference.errors import ForbiddenError, InferenceError, ModelError, U
 from minga.inference.explaining import attributions, baseline_of, occluded, rows_of
 from minga.inference.limits import Limits
 from minga.inference.metrics import InferenceMetrics
+from minga.inference.monitor.metrics import MonitorSeries
+from minga.inference.monitor.observer import Observer
 from minga.inference.protocol import BINARY_EXTENSION, InferRequest, InferResponse
 from minga.inference.repository import ModelRepository
 from minga.inference.statistics import Execution
@@ -131,6 +133,7 @@ class InferenceService:
         control: what loads and unloads models where `limits.model_control` lets callers; by
             default in `repository` alone.
         access: who is let in; what brings requests here asks it. By default everyone is.
+        observer: watches what is answered, if anything does; its owner starts and closes it.
     """
 
     def __init__(
@@ -141,11 +144,16 @@ class InferenceService:
         registry: CollectorRegistry | None = None,
         control: ModelControl | None = None,
         access: Access | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.repository = repository
         self.access = access or Access()
         self.limits = limits or Limits()
-        self.metrics = InferenceMetrics(repository, registry or CollectorRegistry())
+        registry = registry or CollectorRegistry()
+        self.metrics = InferenceMetrics(repository, registry)
+        self._observer = observer
+        if observer is not None:
+            registry.register(MonitorSeries(observer, repository))
         self._control = control or LocalControl(repository)
         num_threads = self.limits.num_threads
         self._threads = ThreadPoolExecutor(num_threads, "minga-inference")
@@ -250,6 +258,8 @@ class InferenceService:
             outputs, times.queue_s = result.outputs, result.queue_s
             size = sum(array.nbytes for array in outputs.values())
             answer = await self.beside(size, call.encode, model.response(request, outputs), request)
+        if self._observer is not None:
+            self._observer.observe(model, request.inputs, outputs, request.id)
         times.input_s = decoded - start
         times.output_s = time.perf_counter() - computed
         return answer

@@ -24,7 +24,10 @@ from minga.inference.engine import ModelRef
 from minga.inference.errors import ForbiddenError, ModelError
 from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
+from minga.inference.monitor.observer import Observer
 from minga.inference.repository import ModelRepository
+from minga.serving.config import MonitorConfig
+from minga.serving.monitor_actor import ActorSink
 
 APPLICATION: Final = "minga"
 DEPLOYMENT: Final = "InferenceReplica"
@@ -77,21 +80,33 @@ class InferenceReplica:
         limits: what callers are granted.
         grpc: where to listen for gRPC; None means nowhere.
         protection: who is let in, and gRPC's TLS; that of HTTP is Ray Serve's proxy's.
+        monitor: how what is answered is watched; None means not at all.
     """
 
     def __init__(
-        self, limits: Limits, grpc: GrpcAddress | None = None, protection: Protection | None = None
+        self,
+        limits: Limits,
+        grpc: GrpcAddress | None = None,
+        protection: Protection | None = None,
+        *,
+        monitor: MonitorConfig | None = None,
     ) -> None:
         protection = protection or Protection()
         self._repository = ModelRepository()
+        self._observer = _observer(monitor)
         self._app = InferenceApp(
-            self._repository, limits=limits, control=RegistryControl(), access=protection.access()
+            self._repository,
+            limits=limits,
+            control=RegistryControl(),
+            access=protection.access(),
+            observer=self._observer,
         )
         self._grpc = (
             GrpcServer(self._app.service, **grpc, shared=True, tls=protection.tls())
             if grpc
             else None
         )
+        self._app.before_shutdown(self._end)
 
     def __serve_build_asgi_app__(self) -> InferenceApp:
         """Give the application that takes this replica's requests."""
@@ -119,7 +134,13 @@ class InferenceReplica:
             _LOG.exception("the declared versions are refused; the old ones go on being served")
         if self._grpc and not self._grpc.is_started:
             await self._grpc.start()
-            self._app.before_shutdown(self._grpc.stop)
+
+    async def _end(self) -> None:
+        """Finish what flows beside HTTP, and hand over what was counted last."""
+        if self._grpc and self._grpc.is_started:
+            await self._grpc.stop()
+        if self._observer is not None:
+            await asyncio.to_thread(self._observer.close)
 
     async def served(self) -> UserConfig:
         """Tell which versions answer requests now."""
@@ -132,11 +153,23 @@ def build(options: dict[str, Any]) -> Application:
     Args:
         options: `limits`, the fields of `minga.inference.limits.Limits`, `grpc`, those of
             `GrpcAddress` or None, and `protection`, those of `minga.inference.access.Protection`.
+            `monitor`, those of `MonitorConfig`, may be left out.
     """
     ingress = serve.ingress()(InferenceReplica)
     replica = serve.deployment(name=DEPLOYMENT)(ingress)
     protection = Protection(**options.get("protection", {}))
-    return replica.bind(Limits(**options["limits"]), options["grpc"], protection)
+    given = options.get("monitor")
+    monitor = MonitorConfig.model_validate(given) if given else None
+    limits = Limits(**options["limits"])
+    return replica.bind(limits, options["grpc"], protection, monitor=monitor)
+
+
+def _observer(config: MonitorConfig | None) -> Observer | None:
+    if config is None or not config.is_on:
+        return None
+    observer = Observer(ActorSink(config), flush_s=config.flush_s)
+    observer.start()
+    return observer
 
 
 def _refs(config: UserConfig) -> list[ModelRef]:

@@ -9,6 +9,50 @@ from pydantic import BaseModel, ConfigDict, Field
 from minga.inference.access import Protection
 from minga.inference.errors import AccessError
 from minga.inference.limits import Limits
+from minga.inference.monitor.keeper import Windows
+
+
+class MonitorConfig(BaseModel):
+    """How what is served is watched."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+    enabled: bool = True
+    """Compare what models are asked and answer with what they were trained on."""
+
+    folder: str = ""
+    """Where the monitor keeps its counts, and answers to requests with an id, never rows of inputs;
+    by default `.minga/monitor` in the project. On a Ray cluster of several machines, a folder that
+    all of them share."""
+
+    window_rows: int = Field(500, ge=50)
+    """Rows of a version that are judged together."""
+
+    window_s: float = Field(3600.0, gt=0)
+    """A window with fewer rows is judged at this age, if it has `min_rows`."""
+
+    min_rows: int = Field(50, ge=20)
+    """Fewer rows than this are never judged."""
+
+    flush_s: float = Field(1.0, gt=0)
+    """How often each process hands over what it has counted; so much is lost if it is killed."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is something to do, and a place for it."""
+        return self.enabled and bool(self.folder)
+
+    @property
+    def path(self) -> Path:
+        """The folder, absolute."""
+        return Path(self.folder).absolute()
+
+    @property
+    def windows(self) -> Windows:
+        """When a window is full."""
+        return Windows(rows=self.window_rows, seconds=self.window_s, min_rows=self.min_rows)
 
 
 class ServingConfig(BaseModel):
@@ -83,6 +127,13 @@ class ServingConfig(BaseModel):
     """Let HAProxy take the requests instead of Ray Serve's Python proxy, which answers many times
     more of them. Off by default: HAProxy's statistics and metrics then listen on every interface
     without authentication, on free ports, and cannot be bound to 127.0.0.1."""
+
+    monitor: MonitorConfig = Field(default_factory=lambda: MonitorConfig.model_validate({}))
+
+    def watched_in(self, folder: Path) -> Self:
+        """Give the same configuration with this folder for the monitor."""
+        monitor = self.monitor.model_copy(update={"folder": str(folder)})
+        return self.model_copy(update={"monitor": monitor})
 
     def anchored(self, folder: Path) -> Self:
         """Give the configuration with absolute names of files, which are relative to a folder."""

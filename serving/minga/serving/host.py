@@ -33,6 +33,7 @@ from minga.serving.application import (
 )
 from minga.serving.config import ServingConfig
 from minga.serving.errors import HostError, VersionRefusedError
+from minga.serving.monitor_actor import end_actor
 
 _POLL_S: Final = 0.1
 _START_TIMEOUT_S: Final = 120
@@ -104,6 +105,7 @@ class ServeHost:
     def drain(self) -> None:
         """Finish the requests in flight and end the replicas; Ray Serve ends with its Ray."""
         serve.delete(APPLICATION)
+        end_actor()
 
     def stop(self) -> None:
         """Finish the requests in flight, then stop Ray Serve and free its port; Ray goes on.
@@ -112,6 +114,7 @@ class ServeHost:
         is shut down next, `drain` does the same in silence.
         """
         serve.shutdown()
+        end_actor()
 
     def _launch(self) -> None:
         """Bring up replicas that serve nothing yet."""
@@ -225,6 +228,7 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
             "limits": asdict(config.limits),
             "grpc": _grpc_address(config),
             "protection": asdict(config.protection),
+            "monitor": config.monitor.model_dump(),
         },
         "deployments": [
             {

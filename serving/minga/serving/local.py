@@ -13,6 +13,7 @@ from minga.inference.grpc_server import GrpcServer
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 from minga.serving.config import ServingConfig
+from minga.serving.monitoring import observing
 from minga.serving.watcher import ModelSource, Watcher
 
 if TYPE_CHECKING:
@@ -42,16 +43,18 @@ async def serve_locally(
         AccessError: it would not be protected as it has to be.
         PortInUseError: the port is taken.
         ModelError: one of the versions cannot be loaded.
+        MonitorError: the monitor's folder cannot be used.
     """
     protection = config.protection
     protection.check(config.host)
     access, tls = protection.access(), protection.tls()
     repository = ModelRepository()
     repository.apply(refs)
-    app = InferenceApp(repository, limits=config.limits, access=access)
     stop = threading.Event()
     watcher = Watcher(source, refs, repository.apply)
     async with AsyncExitStack() as stack:
+        observer = stack.enter_context(observing(config.monitor))
+        app = InferenceApp(repository, limits=config.limits, access=access, observer=observer)
         front = Server(app, host=config.host, port=config.port, tls=tls)
         http = await stack.enter_async_context(front)
         grpc_url = None

@@ -17,6 +17,7 @@ from minga.training.fairness import Fairness, measure_fairness
 from minga.training.gates import Difference, Evidence, GateReport, Trial, compare, judge
 from minga.training.models import Model, NetworkModel, exported, largest_gap
 from minga.training.profile import Profile, profile_columns
+from minga.training.reference import with_reference
 from minga.training.robustness import with_gaps, with_noise
 from minga.training.schema import Schema
 from minga.training.task import Split, Task
@@ -75,8 +76,9 @@ def assess(
         try_out: starts the runtimes that are to load the model; see `minga.cluster.trials`.
     """
     model = NetworkModel(trained, test.inputs) if isinstance(trained, nn.Module) else trained
-    onnx = exported(task, model)
-    outputs = run_onnx(onnx, test.inputs)
+    bare = exported(task, model)
+    outputs = run_onnx(bare, test.inputs)
+    onnx = with_reference(bare, task, schema=schema, profile=profile, test=test, outputs=outputs)
     few = test.inputs[:PARITY_EXAMPLES]
     breaks = champion.schema.breaks(schema) if champion else ()
     slices = {name: mask for name, mask in task.slices(test).items() if mask.any()}

@@ -1,7 +1,8 @@
 """The reference profile: the statistics of the training data that drift is measured against.
 
 Drift is the population stability index (PSI) over ten quantile bins, or over the categories of
-a categorical column. By the usual convention 0.1 is noticeable and 0.25 is a shift.
+a categorical column. By the usual convention 0.1 is noticeable and 0.25 is a shift. It is computed
+where traffic is watched too, in `minga.inference.monitor.indices`.
 """
 
 from collections.abc import Sequence
@@ -10,14 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.inference.monitor import indices
 from minga.training.document import Document
 from minga.training.schema import MAX_CATEGORIES, iterate_columns
 from minga.training.stored import chunks_of, sample_of
 
 NUM_BINS = 10
-
-SMALLEST_SHARE = 1e-4
-"""Stands for an empty bin, whose logarithm would be infinite."""
 
 
 class ColumnProfile(Document):
@@ -66,16 +65,12 @@ def stability_index(reference: ColumnProfile, values: NDArray[np.float64]) -> fl
 
 def stability_index_of(reference: ColumnProfile, counts: NDArray[np.int64]) -> float:
     """Give the PSI of counts by the bins of a profiled column; 0 if all are 0."""
-    if not counts.sum():
-        return 0.0
-    expected = np.maximum(reference.shares, SMALLEST_SHARE)
-    seen = np.maximum(counts / counts.sum(), SMALLEST_SHARE)
-    return float(np.sum((seen - expected) * np.log(seen / expected)))
+    return float(indices.stability_index(np.asarray(reference.shares), counts))
 
 
 def bin_counts(reference: ColumnProfile, values: NDArray[np.float64]) -> NDArray[np.int64]:
     """Count values, shape `(n,)`, by the bins of a profiled column, missing ones aside."""
-    return _counts(values[np.isfinite(values)], np.asarray(reference.edges))
+    return indices.bin_counts(np.asarray(reference.edges), values)
 
 
 class _Distribution:
@@ -91,7 +86,7 @@ class _Distribution:
 
     def add(self, values: NDArray[np.float64]) -> None:
         present = values[np.isfinite(values)]
-        self._counts += _counts(present, self._edges)
+        self._counts += indices.bin_counts(self._edges, present)
         self._num_values += len(values)
         self._sum += float((present - self._centre).sum())
         self._sum_of_squares += float(((present - self._centre) ** 2).sum())
@@ -116,7 +111,3 @@ def _edges(present: NDArray[np.float64]) -> NDArray[np.float64]:
     if len(distinct) <= MAX_CATEGORIES:
         return (distinct[1:] + distinct[:-1]) / 2
     return np.unique(np.quantile(present, np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
-
-
-def _counts(present: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.bincount(np.searchsorted(edges, present, side="right"), minlength=len(edges) + 1)

@@ -19,6 +19,8 @@ from minga.federation.identity import load_identity, save_identity
 from minga.federation.memory import keep_freed_memory
 from minga.inference.app import InferenceApp
 from minga.inference.grpc_server import GrpcServer
+from minga.inference.monitor.keeper import Keeper
+from minga.inference.monitor.observer import Observer
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 
@@ -26,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 ENDPOINTS_FILE = "endpoints.json"
 """Written into the device's folder: where its local server and metrics listen."""
+
+_FLUSH_S = 5.0  # a device's disk is slower than a server's, and its traffic thinner
 
 
 async def run(settings: DeviceSettings) -> None:
@@ -64,7 +68,9 @@ async def run(settings: DeviceSettings) -> None:
         compress=settings.compress,
     )
     async with AsyncExitStack() as stack:
-        app = InferenceApp(models, registry=metrics.registry, access=access)
+        keeper = stack.enter_context(Keeper(settings.folder / "monitor"))
+        observer = stack.enter_context(Observer(keeper, flush_s=_FLUSH_S))
+        app = InferenceApp(models, registry=metrics.registry, access=access, observer=observer)
         server = await stack.enter_async_context(
             Server(app, host=settings.host, port=settings.port, tls=tls)
         )

@@ -1,0 +1,271 @@
+"""Gives a model what its monitor compares traffic with; see `minga.inference.monitor.reference`.
+
+It is put into the ONNX file's metadata, so that it goes wherever the model goes and the model's
+digest vouches for it. It is made of the schema, the reference profile and what the model answered
+on the test split: quantiles, ranges, shares and rates, never a row.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from minga.inference.monitor.reference import (
+    LAYOUT,
+    MAX_COLUMNS,
+    METADATA_KEY,
+    AnswerKind,
+    Column,
+    Role,
+)
+from minga.inference.monitor.sketch import outlier_lengths, scores_of
+from minga.training.calibration import as_classes
+from minga.training.profile import ColumnProfile, Profile, profile_columns
+from minga.training.schema import Column as SchemaColumn
+from minga.training.schema import Schema
+from minga.training.task import Split, Task
+
+OUTLIER_SHARE = 0.01
+"""Share of the test split's rows that are called outliers."""
+
+NUM_SCORE_BINS = 10
+"""Bins of the score for each answer; together with the other's up to twice as many."""
+
+MIN_SCORES = 15
+"""Fewest examples that a bin of the score is cut for."""
+
+MAX_CLASSES = 100
+
+Labels = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """How answers are judged, and the columns that this takes."""
+
+    judged: dict[str, Any]
+    columns: list[dict[str, Any]]
+
+
+def with_reference(
+    model: bytes,
+    task: Task,
+    *,
+    schema: Schema,
+    profile: Profile,
+    test: Split,
+    outputs: NDArray[Any],
+) -> bytes:
+    """Put a model's reference into its file; what it computes stays the same.
+
+    Args:
+        model: the ONNX file.
+        task: says what the outputs mean.
+        schema: of the training data.
+        profile: of the training data.
+        test: nobody learned from it.
+        outputs: the model's, for the test split.
+    """
+    loaded = onnx.load_from_string(model)
+    entry = loaded.metadata_props.add()
+    entry.key = METADATA_KEY
+    given = describe(task, schema=schema, profile=profile, test=test, outputs=outputs)
+    entry.value = json.dumps(given, allow_nan=False, separators=(",", ":"))
+    return bytes(loaded.SerializeToString(deterministic=True))
+
+
+def describe(
+    task: Task, *, schema: Schema, profile: Profile, test: Split, outputs: NDArray[Any]
+) -> dict[str, Any]:
+    """Give a model's reference as plain values; the arguments are those of `with_reference`."""
+    inputs = [
+        _input(column, described, profile.num_examples)
+        for column, described in zip(profile.inputs, schema.columns, strict=True)
+    ]
+    given: dict[str, Any] = {
+        "layout": LAYOUT,
+        "num_held_out": len(test),
+        "columns": [*inputs, *_outputs(outputs)],
+    }
+    outliers = _outliers(inputs, test.inputs)
+    if outliers:
+        given["outliers"] = outliers
+    answers = _answers(task, schema, test, outputs)
+    if answers:
+        given["answers"] = answers.judged
+        given["columns"] += answers.columns
+    return given
+
+
+def _input(profile: ColumnProfile, described: SchemaColumn, num_examples: int) -> dict[str, Any]:
+    return {
+        **_column(Role.INPUT, profile.name, profile, num_examples),
+        "mean": profile.mean,
+        "deviation": profile.deviation,
+        "missing": profile.missing,
+        "low": described.low,
+        "high": described.high,
+        "categories": described.categories,
+        "names": described.names,
+    }
+
+
+def _outputs(outputs: NDArray[Any]) -> list[dict[str, Any]]:
+    profiles = profile_columns(outputs)
+    names = (
+        ["output"] if len(profiles) == 1 else [f"output {place}" for place in range(len(profiles))]
+    )
+    return [
+        _column(Role.OUTPUT, name, profile, len(outputs))
+        for name, profile in zip(names, profiles, strict=True)
+    ]
+
+
+def _column(role: Role, name: str, profile: ColumnProfile, num_examples: int) -> dict[str, Any]:
+    # A column without any value has one bin, which is as good as another.
+    shares = profile.shares if sum(profile.shares) else (1.0,)
+    return {
+        "role": role,
+        "name": name,
+        "edges": profile.edges,
+        "shares": shares,
+        "num_examples": num_examples,
+    }
+
+
+def _outliers(inputs: list[dict[str, Any]], rows: NDArray[Any]) -> dict[str, float] | None:
+    """Say how far from the middle a row is an outlier; None if there is nothing to measure by."""
+    if rows.ndim != 2 or rows.shape[1] > MAX_COLUMNS:
+        return None
+    columns = [
+        Column(
+            role=Role.INPUT,
+            name=given["name"],
+            edges=(),
+            shares=(1.0,),
+            num_examples=1,
+            mean=given["mean"],
+            deviation=given["deviation"],
+            categories=given["categories"],
+        )
+        for given in inputs
+    ]
+    lengths = outlier_lengths(columns, rows.T.astype(np.float64))
+    if not lengths.any():
+        return None
+    threshold = float(np.quantile(lengths, 1 - OUTLIER_SHARE))
+    return {"threshold": threshold, "share": float((lengths > threshold).mean())}
+
+
+def _answers(task: Task, schema: Schema, test: Split, outputs: NDArray[Any]) -> _Answers | None:
+    """Say how answers are judged; None if it is not known."""
+    targets = np.asarray(test.targets).reshape(len(test), -1)
+    table = outputs.reshape(len(outputs), -1)
+    if targets.shape[1] != 1:
+        return None
+    probabilities = task.probabilities(outputs)
+    if probabilities is None:
+        is_class = any(column.kind == "category" for column in schema.targets)
+        return None if is_class or table.shape[1] != 1 else _number(targets[:, 0], table[:, 0])
+    classes = as_classes(probabilities)
+    if table.shape[1] == 1 and classes.shape[1] == 2:
+        return _yes_no(targets[:, 0] == 1, table[:, 0].astype(np.float64), classes[:, 1])
+    if table.shape == classes.shape and np.array_equal(table.argmax(1), classes.argmax(1)):
+        return _class(targets[:, 0], table)
+    return None
+
+
+def _number(targets: NDArray[Any], outputs: NDArray[Any]) -> _Answers:
+    errors = np.abs(targets.astype(np.float64) - outputs)
+    judged = {
+        "kind": AnswerKind.NUMBER,
+        "error": float(errors.mean()),
+        "error_deviation": float(errors.std()),
+    }
+    return _Answers(judged, [])
+
+
+def _yes_no(
+    is_yes: Labels, scores: NDArray[np.float64], probabilities: NDArray[np.float64]
+) -> _Answers | None:
+    order = np.argsort(scores, kind="stable")
+    if np.any(np.diff(probabilities[order]) < -1e-6):
+        return None  # a larger output does not mean a likelier yes
+    chosen = probabilities >= 0.5
+    edges = _score_edges(scores, is_yes)
+    threshold = None
+    if chosen.any() and not chosen.all():
+        threshold = float((scores[chosen].min() + scores[~chosen].max()) / 2)
+        edges = np.union1d(edges, [threshold])
+    shares, rates = _rates(scores, is_yes, edges)
+    if threshold is None:
+        cut = 0 if chosen.all() else len(shares)
+    else:
+        cut = int(np.searchsorted(edges, threshold)) + 1
+    judged = {"kind": AnswerKind.YES_NO, "rates": rates, "cut": cut}
+    return _Answers(judged, [_score_column(edges, shares, len(scores))])
+
+
+def _class(targets: NDArray[Any], outputs: NDArray[Any]) -> _Answers:
+    scores, answers = scores_of(AnswerKind.CLASS, outputs)
+    assert answers is not None, "a class was chosen"
+    is_right = answers == targets
+    edges = _score_edges(scores, is_right)
+    shares, rates = _rates(scores, is_right, edges)
+    columns = [_score_column(edges, shares, len(scores))]
+    num_classes = outputs.shape[1]
+    if num_classes <= MAX_CLASSES:
+        counts = np.bincount(answers.astype(int), minlength=num_classes)
+        columns.append(
+            {
+                "role": Role.ANSWER,
+                "name": "class",
+                "edges": [number + 0.5 for number in range(num_classes - 1)],
+                "shares": (counts / counts.sum()).tolist(),
+                "num_examples": len(scores),
+                "categories": list(map(float, range(num_classes))),
+            }
+        )
+    return _Answers({"kind": AnswerKind.CLASS, "rates": rates}, columns)
+
+
+def _score_edges(scores: NDArray[np.float64], is_yes: Labels) -> NDArray[np.float64]:
+    """Cut where the scores of either answer have their quantiles, so that a rare one has bins."""
+    edges: list[float] = []
+    for part in (scores[is_yes], scores[~is_yes]):
+        num_bins = min(len(part) // MIN_SCORES, NUM_SCORE_BINS)
+        if num_bins > 1:
+            edges += np.quantile(part, np.linspace(0, 1, num_bins + 1)[1:-1]).tolist()
+    return np.unique(edges)
+
+
+def _rates(
+    scores: NDArray[np.float64], is_yes: Labels, edges: NDArray[np.float64]
+) -> tuple[list[float], list[float]]:
+    """Give each bin's share of the scores, and its share of yes, made to rise with the score."""
+    from sklearn.isotonic import IsotonicRegression
+
+    places = np.searchsorted(edges, scores, side="right")
+    counts = np.bincount(places, minlength=len(edges) + 1)
+    yes = np.bincount(places, weights=is_yes, minlength=len(edges) + 1)
+    filled = np.flatnonzero(counts)
+    # Pool adjacent violators (M. Ayer et al., Annals of Mathematical Statistics 1955).
+    regression = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
+    regression.fit(filled, yes[filled] / counts[filled], sample_weight=counts[filled])
+    rates = regression.predict(np.arange(len(counts)))
+    return (counts / counts.sum()).tolist(), rates.tolist()
+
+
+def _score_column(
+    edges: NDArray[np.float64], shares: list[float], num_examples: int
+) -> dict[str, Any]:
+    return {
+        "role": Role.SCORE,
+        "name": "score",
+        "edges": edges.tolist(),
+        "shares": shares,
+        "num_examples": num_examples,
+    }
