@@ -31,6 +31,7 @@ def serve(
     port: Port = None,
     grpc_port: Port = None,
     engine: Literal["ray", "local"] = "ray",
+    export: Path | None = None,
 ) -> None:
     """Serve registered models over the Open Inference Protocol v2 until Ctrl-C.
 
@@ -42,23 +43,36 @@ def serve(
 
     Example: minga serve machine-failure --port 9000 --grpc-port 9001 --engine local
 
+    Example: minga serve machine-failure/3 forecast@challenger
+
     Args:
-        models: The models to serve; by default all that have a champion.
+        models: The models to serve, as NAME, NAME@ALIAS or NAME/VERSION; by default all that have
+            a champion.
         project: The project folder. Without one here, MINGA_TRACKING_URI says which registry.
         host: The address to listen on, instead of the configured one.
         port: The port to listen on, instead of the configured one; 0 takes a free one.
         grpc_port: The port to listen on for gRPC, which is off unless it is configured or given.
         engine: `ray` serves from replicas on Ray Serve, `local` from this process alone, which
             starts in a second and needs a tenth of the memory.
+        export: Serve nothing, but write a config file with which `serve deploy` or KubeRay serves
+            the versions of today on a Ray cluster whose machines can read the models' files.
     """
     chosen = {"host": host, "port": port, "grpc_port": grpc_port}
     config, tracking_uri = _configured(project, chosen)
-    from minga.serving.registry_source import RegistrySource
+    from minga.serving.registry_source import RegistrySource, parse_pins
     from minga.serving.watcher import current_versions
 
-    source = RegistrySource(tracking_uri, alias=config.alias)
-    refs = current_versions(source, models or source.names())
-    if engine == "local":
+    pins = parse_pins(models)
+    source = RegistrySource(
+        tracking_uri,
+        alias=config.alias,
+        pins={name: pin for name, pin in pins.items() if pin is not None},
+        downloads=None if export is None else Path(f"{export}.models").absolute(),
+    )
+    refs = current_versions(source, pins or source.names())
+    if export is not None:
+        _export(export, config, refs)
+    elif engine == "local":
         from minga.serving.local import serve_locally
 
         announce = partial(_announce, refs)
@@ -81,6 +95,24 @@ def _configured(
         config, uri = loaded.serving, loaded.tracking_uri
     given = {name: value for name, value in chosen.items() if value is not None}
     return config.model_copy(update=given), uri
+
+
+def _export(file: Path, config: "ServingConfig", refs: Sequence["ModelRef"]) -> None:
+    import yaml
+
+    from minga.serving.errors import ServingError
+    from minga.serving.host import serve_config
+
+    if 0 in (config.port, config.grpc_port):
+        raise ServingError("a config file names its ports; give one that is not 0")
+    text = yaml.safe_dump(serve_config(config, refs), sort_keys=False)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ServingError(f"cannot write {file} ({error.strerror})") from error
+    for ref in refs:
+        print_line(f"model {ref} from {ref.path}")
+    print_line(f"written {file}; on a machine of the Ray cluster: serve deploy {file}")
 
 
 def _serve_on_ray(

@@ -157,7 +157,7 @@ class InferenceApp:
             )
         headers = dict(fields)
         if match.route.method == "GET":
-            return self._describe(match)
+            return await self._describe(match)
         call = _HttpCall(headers, receive, share)
         if match.route.operation is Operation.INFER:
             assert match.model is not None, "the path names it"
@@ -167,7 +167,7 @@ class InferenceApp:
             return await self.service.explain(match.model, match.version, call)
         return await self._manage(match, call)
 
-    def _describe(self, match: Match) -> _Answer:
+    async def _describe(self, match: Match) -> _Answer:
         """Answer what only reads."""
         match match.route.operation:
             case Operation.SERVER_METADATA:
@@ -189,10 +189,10 @@ class InferenceApp:
             case Operation.DESCRIPTION:
                 return _json(description())
         assert match.model is not None, "the path names it"
-        model = self.service.repository.get(match.model, match.version)
         if match.route.operation is Operation.MODEL_READY:
-            return _json({"name": model.ref.name, "ready": True})
-        return _json(self._model_metadata(model))
+            self.service.repository.find(match.model, match.version)
+            return _json({"name": match.model, "ready": True})
+        return _json(self._model_metadata(await self.service.model(match.model, match.version)))
 
     def _model_metadata(self, model: OnnxModel) -> dict[str, Any]:
         return {

@@ -100,7 +100,7 @@ class GrpcService:
     async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """Say whether a model answers; an unknown one does not, which is no error."""
         try:
-            self._model(request)
+            self._service.repository.find(request.name, request.version or None)
         except InferenceError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
@@ -113,7 +113,7 @@ class GrpcService:
 
     async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Say what a model takes and gives."""
-        model = self._model(request)
+        model = await self._service.model(request.name, request.version or None)
         return pb.ModelMetadataResponse(
             name=model.ref.name,
             versions=self._service.repository.versions(model.ref.name),
@@ -157,9 +157,6 @@ class GrpcService:
         """Let a model answer no more."""
         await self._service.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
-
-    def _model(self, request: Any) -> OnnxModel:
-        return self._service.repository.get(request.name, request.version or None)
 
 
 class _GrpcCall:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from minga.inference.repository import ModelRepository
@@ -71,11 +71,29 @@ class _ServedModels(Collector):
         self._repository = repository
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(
+        info = GaugeMetricFamily(
             "minga_inference_model_info",
             "Constant 1 for each model version being served.",
             labels=("model", "version", "sha256"),
         )
+        awake = GaugeMetricFamily(
+            "minga_inference_model_awake",
+            "1 for each model version that is in memory, 0 for one that is loaded when asked for.",
+            labels=("model", "version"),
+        )
+        in_memory = {model.ref for model in self._repository.awake()}
         for ref in self._repository.refs:
-            family.add_metric((ref.name, ref.version, ref.sha256), 1)
-        yield family
+            info.add_metric((ref.name, ref.version, ref.sha256), 1)
+            awake.add_metric((ref.name, ref.version), ref in in_memory)
+        yield info
+        yield awake
+        yield CounterMetricFamily(
+            "minga_inference_model_wakes",
+            "Model versions that were loaded because a request asked for them.",
+            value=self._repository.num_awakened,
+        )
+        yield CounterMetricFamily(
+            "minga_inference_model_evictions",
+            "Model versions that left the memory for others.",
+            value=self._repository.num_evicted,
+        )

@@ -9,11 +9,13 @@ that a thread that computes never waits for JSON.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version as installed_version
 from typing import Any, Final, Protocol, TypeVar
 
@@ -23,7 +25,13 @@ from prometheus_client import CollectorRegistry
 from minga.inference.batching import Batcher
 from minga.inference.bodies import Budget, DisconnectedError, Share
 from minga.inference.engine import OnnxModel
-from minga.inference.errors import ForbiddenError, InferenceError, ModelError, UnavailableError
+from minga.inference.errors import (
+    AsleepError,
+    ForbiddenError,
+    InferenceError,
+    ModelError,
+    UnavailableError,
+)
 from minga.inference.explaining import attributions, baseline_of, occluded, rows_of
 from minga.inference.limits import Limits
 from minga.inference.metrics import InferenceMetrics
@@ -41,6 +49,8 @@ _CALLER_LEFT: Final = 499  # nginx' number for it; nobody receives it, only the 
 # be felt by the other connections.
 _INLINE_S: Final = 0.001
 _INLINE_BYTES: Final = 64 * 1024
+
+_LOG: Final = logging.getLogger(__name__)
 
 T = TypeVar("T")
 AnswerT_co = TypeVar("AnswerT_co", covariant=True)
@@ -150,6 +160,7 @@ class InferenceService:
             self._threads, num_threads=num_threads, max_rows=self.limits.max_batch_rows
         )
         self._budget = Budget(self.limits.max_pending_bytes)
+        self._waking: dict[tuple[str, str | None], asyncio.Future[OnnxModel]] = {}
 
     def close(self) -> None:
         """Let the threads end with what they are doing."""
@@ -197,7 +208,10 @@ class InferenceService:
         times = _Times()
         status = 200
         try:
-            model = self.repository.get(name, version)
+            try:
+                model = self.repository.get(name, version)
+            except AsleepError:
+                model = await self.model(name, version)
             size = await call.receive(self.limits)
             answer = await compute(model, call, size, times)
         except InferenceError as error:
@@ -212,6 +226,30 @@ class InferenceService:
         finally:
             self._count(model, status, time.perf_counter() - start, times)
         return answer
+
+    async def model(self, name: str, version: str | None) -> OnnxModel:
+        """Give a version of a model, waking it if it sleeps; several callers wake it once.
+
+        Raises:
+            UnknownModelError: no such model or version is served.
+            UnavailableError: it cannot be served now.
+        """
+        with suppress(AsleepError):
+            return self.repository.get(name, version)
+        waking = self._waking.get((name, version))
+        if waking is None:
+            waking = asyncio.ensure_future(asyncio.to_thread(self.repository.wake, name, version))
+            self._waking[name, version] = waking
+            waking.add_done_callback(partial(self._awoken, (name, version)))
+        try:
+            return await asyncio.shield(waking)
+        except ModelError as error:
+            raise UnavailableError(str(error)) from error
+
+    def _awoken(self, which: tuple[str, str | None], waking: "asyncio.Future[OnnxModel]") -> None:
+        del self._waking[which]
+        if not waking.cancelled() and (error := waking.exception()):
+            _LOG.warning("cannot wake model %s: %s", which[0], error)
 
     def share(self) -> Share:
         """Give a request's part of the memory that requests and answers together may take.
@@ -306,7 +344,7 @@ class InferenceService:
             raise UnavailableError("no model is loaded yet; try again shortly")
 
     def statistics(self, name: str | None, version: str | None) -> list[dict[str, Any]]:
-        """Give what versions have done since they were loaded, in Triton's form.
+        """Give what versions have done since they were declared, in Triton's form.
 
         Args:
             name: of which model; None means all.
@@ -316,16 +354,14 @@ class InferenceService:
             UnknownModelError: no such model or version is served.
             UnavailableError: nothing is served yet.
         """
-        if name is None:
-            models = self.repository.served()
-        elif version is None:
-            versions = self.repository.versions(name)
-            models = tuple(self.repository.get(name, each) for each in versions)
-        else:
-            models = (self.repository.get(name, version),)
+        refs = self.repository.refs if name is None else self.repository.find(name, version)
         return [
-            {"name": model.ref.name, "version": model.ref.version, **model.statistics.snapshot()}
-            for model in models
+            {
+                "name": ref.name,
+                "version": ref.version,
+                **self.repository.statistics(ref).snapshot(),
+            }
+            for ref in refs
         ]
 
     def index(self, *, only_ready: bool) -> list[dict[str, str]]:

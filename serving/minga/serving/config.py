@@ -1,8 +1,9 @@
 """How models are served: the `[serving]` table of minga.toml."""
 
 import math
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minga.inference.limits import Limits
 
@@ -26,11 +27,34 @@ class ServingConfig(BaseModel):
     is no gRPC. Replicas on one machine share it: each connection is one replica's."""
 
     num_replicas: int = Field(1, ge=1)
-    """Processes that answer, each with all models in memory."""
+    """Processes that answer, each with all models."""
+
+    max_replicas: int | None = Field(None, ge=1)
+    """Let the number of replicas follow the load, from `num_replicas` up to this many. Requests
+    over gRPC go past Ray Serve, so they do not count."""
+
+    target_ongoing_requests: float = Field(16.0, gt=0)
+    """Requests that a replica should have in hand, on the mean: more of them start replicas, fewer
+    end some."""
+
+    upscale_delay_s: float = Field(10.0, gt=0)
+    """How long more replicas must be wanted until they are started."""
+
+    downscale_delay_s: float = Field(300.0, gt=0)
+    """How long fewer replicas must be wanted until one is ended."""
 
     cpus_per_replica: float = Field(1.0, gt=0)
     """What Ray reserves for each replica; requests slower than a millisecond compute on as many
     threads, rounded up."""
+
+    threads_per_run: int = Field(1, ge=1)
+    """Threads of onnxruntime for one run of a model. 1 gives the most answers per second where
+    requests come in parallel; more make a lone, large request faster."""
+
+    model_memory_mb: float | None = Field(None, gt=0)
+    """Memory that each replica's models may take together, counted by the sizes of their files.
+    Models beyond are loaded when a request asks for them, and the least recently used leave; by
+    default all stay."""
 
     max_ongoing_requests: int = Field(128, ge=1)
     """Requests that a replica takes at once; more wait in the proxy."""
@@ -43,8 +67,8 @@ class ServingConfig(BaseModel):
     each request compute alone."""
 
     model_control: bool = False
-    """Let callers load and unload models (`/v2/repository`), with `--engine local` only. Anyone
-    who reaches the port may then take a model away."""
+    """Let callers load and unload models (`/v2/repository`), in all replicas at once. Anyone who
+    reaches the port may then take a model away."""
 
     alias: str = Field("champion", min_length=1)
     """Which registered version is served: the one with this alias."""
@@ -59,6 +83,24 @@ class ServingConfig(BaseModel):
     """Let HAProxy take the requests instead of Ray Serve's Python proxy, which answers many times
     more of them. Off by default: HAProxy's statistics and metrics then listen on every interface
     without authentication, on free ports, and cannot be bound to 127.0.0.1."""
+
+    @model_validator(mode="after")
+    def _replicas_have_room(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas = {self.max_replicas} must not be below "
+                f"num_replicas = {self.num_replicas}"
+            )
+        return self
+
+    @property
+    def models(self) -> dict[str, int | None]:
+        """How models are kept: the arguments of `minga.inference.repository.ModelRepository`."""
+        megabytes = self.model_memory_mb
+        return {
+            "num_threads": self.threads_per_run,
+            "max_bytes": None if megabytes is None else int(megabytes * 1024 * 1024),
+        }
 
     @property
     def limits(self) -> Limits:

@@ -15,23 +15,16 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.context import _get_global_client  # no public way to deploy a schema in-process
-from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from minga.inference.client import InferenceClient
 from minga.inference.engine import ModelRef
 from minga.inference.server import listen, url_host
-from minga.serving.application import (
-    APPLICATION,
-    DEPLOYMENT,
-    IMPORT_PATH,
-    UserConfig,
-    user_config,
-)
+from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
 from minga.serving.errors import HostError, VersionRefusedError
+from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
 
 _POLL_S: Final = 0.1
 _START_TIMEOUT_S: Final = 120
@@ -137,21 +130,7 @@ class ServeHost:
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method on every replica; at least one must answer."""
-        try:
-            response = self._replicas().broadcast(method, *arguments)
-            answers = response.results(timeout_s=self._config.rollout_timeout_s)
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise HostError(f"a replica does not answer: {error}") from error
-        if not answers:
-            raise HostError("no replica is running")
-        return list(answers)
-
-    def _replicas(self) -> Any:
-        handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-        if not handle.is_initialized:
-            # The fast ingress wants its routers on a loop of their owner; this thread has none.
-            handle._init(_run_router_in_separate_loop=True)
-        return handle
+        return ask_all(method, *arguments, timeout_s=self._config.rollout_timeout_s)
 
     def _wait(self, is_done: Callable[[], bool], timeout_s: float, complaint: str) -> None:
         deadline = time.monotonic() + timeout_s
@@ -205,11 +184,15 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": {"limits": asdict(config.limits), "grpc": _grpc_address(config)},
+        "args": {
+            "limits": asdict(config.limits),
+            "models": config.models,
+            "grpc": _grpc_address(config),
+        },
         "deployments": [
             {
                 "name": DEPLOYMENT,
-                "num_replicas": config.num_replicas,
+                **_scale(config),
                 "max_ongoing_requests": config.max_ongoing_requests,
                 # A replica that is replaced at all is replaced by one that runs already.
                 "max_surge_percent": 100,
@@ -218,6 +201,37 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
                 "user_config": models,
             }
         ],
+    }
+
+
+def serve_config(config: ServingConfig, refs: Sequence[ModelRef]) -> dict[str, Any]:
+    """Write a Serve config file, by which `serve deploy` starts the same application.
+
+    Args:
+        config: how to serve.
+        refs: what to serve, at paths that every node of the cluster can read.
+    """
+    return {
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": _QUIET,
+        "applications": [application_schema(config, user_config(refs))],
+    }
+
+
+def _scale(config: ServingConfig) -> dict[str, Any]:
+    """Say how many replicas there are, or between which numbers they follow the load."""
+    if config.max_replicas is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+            # The mean over a longer time than one waits for would hide what one waits for.
+            "look_back_period_s": min(config.upscale_delay_s, config.downscale_delay_s, 30.0),
+        }
     }
 
 

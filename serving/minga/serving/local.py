@@ -41,7 +41,7 @@ async def serve_locally(
         PortInUseError: the port is taken.
         ModelError: one of the versions cannot be loaded.
     """
-    repository = ModelRepository()
+    repository = ModelRepository(**config.models)
     repository.apply(refs)
     app = InferenceApp(repository, limits=config.limits)
     stop = threading.Event()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from minga.inference.engine import ModelRef
-from minga.inference.errors import ModelError
+from minga.inference.errors import ModelError, OverloadedError
 from minga.serving.errors import NoChampionError, ServingError, VersionRefusedError
 
 _LOG: Final = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Watcher:
         except (ModelError, VersionRefusedError) as error:
             self._refused[wanted.name] = wanted
             _LOG.error("refused: %s", error)
-        except ServingError as error:  # it may work at the next look
+        except (ServingError, OverloadedError) as error:  # it may work at the next look
             _LOG.error("cannot deploy model %s: %s", wanted, error)
         else:
             self._served = served
