@@ -19,7 +19,7 @@ from minga.cli.services import log_to_stderr, run_service
 if TYPE_CHECKING:
     from minga.inference.engine import ModelRef
     from minga.serving.config import ServingConfig
-    from minga.serving.watcher import ModelSource
+    from minga.serving.registry_source import RegistrySource
 
 Port = Annotated[int | None, Parameter(validator=Number(gte=0, lte=65535))]
 
@@ -58,7 +58,8 @@ def serve(
             the versions of today on a Ray cluster whose machines can read the models' files.
     """
     chosen = {"host": host, "port": port, "grpc_port": grpc_port}
-    config, tracking_uri = _configured(project, chosen)
+    config, tracking_uri = configured(project, chosen)
+    from minga.serving.referee import Referee
     from minga.serving.registry_source import RegistrySource, parse_pins
     from minga.serving.watcher import current_versions
 
@@ -76,12 +77,16 @@ def serve(
         from minga.serving.local import serve_locally
 
         announce = partial(_announce, refs)
-        run_service(serve_locally(config, source, refs, announce, tracking_uri=tracking_uri))
+        referee = Referee(source.book(), config.comparison, source.version)
+        service = serve_locally(
+            config, source, refs, announce, tracking_uri=tracking_uri, referee=referee
+        )
+        run_service(service)
     else:
         _serve_on_ray(config, source, refs, tracking_uri)
 
 
-def _configured(
+def configured(
     project: Path | None, chosen: Mapping[str, str | int | None]
 ) -> tuple["ServingConfig", str]:
     """Give the configuration and the registry, from a project or from the environment alone."""
@@ -116,7 +121,7 @@ def _export(file: Path, config: "ServingConfig", refs: Sequence["ModelRef"]) -> 
 
 
 def _serve_on_ray(
-    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"], tracking_uri: str
+    config: "ServingConfig", source: "RegistrySource", refs: Sequence["ModelRef"], tracking_uri: str
 ) -> None:
     import tempfile
     import threading
@@ -125,6 +130,7 @@ def _serve_on_ray(
     from minga.cluster.stack import local_ray
     from minga.inference.server import listen
     from minga.serving.ingress import fast_ingress, plain_ingress
+    from minga.serving.referee import Referee
 
     listen(config.host, config.port).close()  # before Ray takes its seconds to start
     log_to_stderr()
@@ -134,7 +140,10 @@ def _serve_on_ray(
         with local_ray(num_cpus=cpus):
             # Ray's own handler would leave without stopping what it serves.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            with following(config, source, refs, tracking_uri=tracking_uri) as serving:
+            referee = Referee(source.book(), config.comparison, source.version)
+            with following(
+                config, source, refs, tracking_uri=tracking_uri, referee=referee
+            ) as serving:
                 _announce(refs, serving.url, serving.grpc_url)
                 with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
                     threading.Event().wait()

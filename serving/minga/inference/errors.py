@@ -101,6 +101,7 @@ class UnavailableError(InferenceError):
     """The server runs but cannot answer now, as when it has no model yet."""
 
     status = 503
+    retry_after_s = 1.0
 
 
 class AsleepError(UnavailableError):
@@ -108,7 +109,16 @@ class AsleepError(UnavailableError):
 
 
 class OverloadedError(UnavailableError):
-    """More is asked than can be answered: in the memory, or in the time that is granted."""
+    """More is asked than can be answered: in the memory, or in the time that is granted.
+
+    Args:
+        message: what there is too much of.
+        retry_after_s: after how long it should be less.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelError(InferenceError):

@@ -173,6 +173,15 @@ class _GrpcCall:
         """Read the tensors."""
         return read_request(self._message)
 
+    def header(self, name: str) -> str | None:
+        """Give a parameter of the request, which is where gRPC has them."""
+        parameters = self._message.parameters
+        if name not in parameters:
+            return None
+        parameter = parameters[name]
+        kind = parameter.WhichOneof("parameter_choice")
+        return None if kind is None else str(getattr(parameter, kind))
+
     def encode(self, response: InferResponse, _request: InferRequest) -> pb.ModelInferResponse:
         """Write the tensors."""
         return write_response(response)

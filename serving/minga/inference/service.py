@@ -11,7 +11,7 @@ that a thread that computes never waits for JSON.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from minga.inference.batching import Batcher
+from minga.inference.batching import Batcher, Computed
 from minga.inference.bodies import Budget, DisconnectedError, Share
+from minga.inference.comparing import Mode
 from minga.inference.engine import OnnxModel
 from minga.inference.errors import (
     AsleepError,
@@ -37,6 +38,7 @@ from minga.inference.limits import Limits
 from minga.inference.metrics import InferenceMetrics
 from minga.inference.protocol import BINARY_EXTENSION, InferRequest, InferResponse
 from minga.inference.repository import ModelRepository
+from minga.inference.side_by_side import SideBySide
 from minga.inference.statistics import Execution
 from minga.inference.tensors import Array
 
@@ -84,6 +86,10 @@ class Call(Protocol[AnswerT_co]):
         """
         ...
 
+    def header(self, name: str) -> str | None:
+        """Give what the caller said of the request under this name; None if nothing."""
+        ...
+
 
 class ModelControl(Protocol):
     """Loads and unloads models for all processes that serve them."""
@@ -123,11 +129,12 @@ class LocalControl:
 
 @dataclass(slots=True)
 class _Times:
-    """Where a request's time goes, in seconds."""
+    """Where a request's time goes, in seconds, and who answered if not the model's default."""
 
     queue_s: float = 0.0
     input_s: float = 0.0
     output_s: float = 0.0
+    model: OnnxModel | None = None
 
 
 class InferenceService:
@@ -151,13 +158,21 @@ class InferenceService:
     ) -> None:
         self.repository = repository
         self.limits = limits or Limits()
-        self.metrics = InferenceMetrics(repository, registry or CollectorRegistry())
+        self.side_by_side = SideBySide(
+            compute=self._compute, find=self.model, run=self._run, beside=self.beside
+        )
+        self.metrics = InferenceMetrics(
+            repository, registry or CollectorRegistry(), self.side_by_side
+        )
         self._control = control or LocalControl(repository)
         num_threads = self.limits.num_threads
         self._threads = ThreadPoolExecutor(num_threads, "minga-inference")
         self._readers = ThreadPoolExecutor(num_threads, "minga-bodies")
         self._batcher = Batcher(
-            self._threads, num_threads=num_threads, max_rows=self.limits.max_batch_rows
+            self._threads,
+            num_threads=num_threads,
+            max_rows=self.limits.max_batch_rows,
+            objective_s=self.limits.objective_s,
         )
         self._budget = Budget(self.limits.max_pending_bytes)
         self._waking: dict[tuple[str, str | None], asyncio.Future[OnnxModel]] = {}
@@ -179,6 +194,8 @@ class InferenceService:
             InferenceError: it cannot be answered, as the error says.
             DisconnectedError: its caller went away.
         """
+        if (arms := self.side_by_side.arms.get(name)) and version is None:
+            return await self._answer(name, None, call, partial(self.side_by_side.answer, arms))
         return await self._answer(name, version, call, self._compute)
 
     async def explain(self, name: str, version: str | None, call: Call[T]) -> T:
@@ -224,7 +241,7 @@ class InferenceService:
             status = 500
             raise
         finally:
-            self._count(model, status, time.perf_counter() - start, times)
+            self._count(times.model or model, status, time.perf_counter() - start, times)
         return answer
 
     async def model(self, name: str, version: str | None) -> OnnxModel:
@@ -287,6 +304,11 @@ class InferenceService:
         times.input_s = decoded - start
         times.output_s = time.perf_counter() - computed
         return answer
+
+    async def _run(
+        self, model: OnnxModel, inputs: Mapping[str, Array], outputs: tuple[str, ...]
+    ) -> Computed:
+        return await self._batcher.run(model, inputs, outputs)
 
     async def _explain(self, model: OnnxModel, call: Call[T], size: int, times: _Times) -> T:
         """Compute piece by piece, so that other requests have their turns in between."""
@@ -376,6 +398,31 @@ class InferenceService:
             for entry in self.repository.index()
             if entry.is_loaded or not only_ready
         ]
+
+    def report_outcomes(self, name: str, outcomes: Iterable[tuple[str, float]]) -> int:
+        """Count what became of answers for the versions that gave them, while a split runs.
+
+        Args:
+            name: the model.
+            outcomes: the key that a caller sent with its requests, and how good the answers were
+                for it: one number per key.
+
+        Returns:
+            How many were counted: none where no split runs.
+
+        Raises:
+            UnknownModelError: no such model is served.
+            UnavailableError: nothing is served yet.
+        """
+        self.repository.find(name)
+        arms = self.side_by_side.arms.get(name)
+        if arms is None or arms.comparison.mode is not Mode.SPLIT:
+            return 0
+        counted = 0
+        for key, value in outcomes:
+            arms.report_outcome(key, value)
+            counted += 1
+        return counted
 
     async def load(self, name: str) -> None:
         """Load a declared model.

@@ -61,6 +61,11 @@ class Execution:
     infer_s: float
     output_s: float = 0.0
 
+    @property
+    def total_s(self) -> float:
+        """The time of all of it."""
+        return self.input_s + self.infer_s + self.output_s
+
 
 class Statistics:
     """What one version has done."""

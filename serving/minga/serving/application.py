@@ -12,19 +12,23 @@ swaps what is loaded already. A replica that starts later, or again, loads what 
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Final, TypedDict
+from uuid import uuid4
 
 from ray import serve
 from ray.serve import Application
 
 from minga.inference.app import InferenceApp
+from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
 from minga.inference.errors import InferenceError, ModelError, UnavailableError, UnknownModelError
 from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
+from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError
 from minga.serving.replicas import DEPLOYMENT, ask_all
 
@@ -38,11 +42,15 @@ class UserConfig(TypedDict):
     """What Ray Serve hands to `reconfigure`: plain values, as a Serve config file holds them."""
 
     models: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
 
 
-def user_config(refs: Sequence[ModelRef]) -> UserConfig:
+def user_config(refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()) -> UserConfig:
     """Write versions as a user config; of a model's versions the first is its default."""
-    return {"models": [asdict(ref) | {"baseline": list(ref.baseline)} for ref in refs]}
+    return {
+        "models": [asdict(ref) | {"baseline": list(ref.baseline)} for ref in refs],
+        "comparisons": [asdict(each) | {"mode": each.mode.value} for each in comparisons],
+    }
 
 
 class GrpcAddress(TypedDict):
@@ -99,6 +107,7 @@ class InferenceReplica:
         models: Mapping[str, Any] | None = None,
         grpc: GrpcAddress | None = None,
     ) -> None:
+        self._id = uuid4().hex
         self._repository = ModelRepository(**models or {})
         control = ReplicasControl(self._repository)
         self._app = InferenceApp(self._repository, limits=limits, control=control)
@@ -138,8 +147,13 @@ class InferenceReplica:
         with it the versions that are good. A new replica does, so that it is not used.
         """
         is_new = not self._repository.is_ready
+        side_by_side = self._app.service.side_by_side
+        comparisons = [Comparison(**each) for each in config["comparisons"]]
+        # One that ends does so before its challenger goes; one that begins, after it came.
+        side_by_side.declare([each for each in side_by_side.declared if each in comparisons])
         try:
             await asyncio.to_thread(self._repository.apply, _refs(config))
+            side_by_side.declare(comparisons)
         except InferenceError:
             if not self._repository.is_ready:
                 raise
@@ -162,7 +176,12 @@ class InferenceReplica:
 
     async def served(self) -> UserConfig:
         """Tell which versions answer requests now."""
-        return user_config(self._repository.declared)
+        return user_config(self._repository.declared, self._app.service.side_by_side.declared)
+
+    async def counts(self) -> ReplicaCounts:
+        """Tell what was counted of the comparisons."""
+        counts = deepcopy(self._app.service.side_by_side.counts())  # sent on another thread
+        return ReplicaCounts(replica=self._id, counts=counts)
 
 
 def build(options: dict[str, Any]) -> Application:

@@ -1,11 +1,59 @@
 """How models are served: the `[serving]` table of minga.toml."""
 
 import math
-from typing import Self
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minga.inference.limits import Limits
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ComparisonConfig(BaseModel):
+    """How two versions of a model are compared on its traffic: `minga traffic`."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+    new_champions: bool = False
+    """Let a new champion take over by the shares below, and only if it does no worse than the one
+    before; by default it takes over at once."""
+
+    shares: tuple[Share, ...] = Field((0.05, 0.25, 0.5), min_length=1, strict=False)
+    """A canary's shares of the requests, one stage after the other; after the last it has all."""
+
+    min_requests: int = Field(200, ge=25)
+    """Requests that each version must have had until a stage of a canary ends well."""
+
+    hold_s: float = Field(60.0, ge=0)
+    """How long a stage of a canary takes at least."""
+
+    patience_s: float = Field(3600.0, gt=0)
+    """How long a canary that seems worse, but may be so by chance, is given to show the
+    contrary."""
+
+    max_error_gap: float = Field(0.01, ge=0, le=1)
+    """By how much more of its requests a canary may fail than the version before."""
+
+    max_latency_ratio: float = Field(1.5, ge=1)
+    """How much slower a canary's 95th percentile may be; 2 ms more are always allowed."""
+
+    max_drift: float = Field(0.2, gt=0)
+    """How far a canary's predictions may lie from those of the version before: the population
+    stability index, of which 0.2 is usually called a shift."""
+
+    alpha: float = Field(0.01, gt=0, lt=1)
+    """The chance of finding a difference between versions that are equal: in all looks at one
+    stage of a canary together, and in the one look at a split's outcomes."""
+
+    min_outcomes: int = Field(200, ge=30)
+    """Outcomes that each version of a split must have until it is said which is better."""
+
+    key: str = Field("x-minga-key", pattern="^[a-z0-9-]+$")
+    """The header, or parameter of a request, in which callers say who they are to versions that
+    share the traffic: the same key always gets the same version."""
 
 
 class ServingConfig(BaseModel):
@@ -66,6 +114,16 @@ class ServingConfig(BaseModel):
     """Rows of requests that wait at the same time are computed together, up to this many; 1 lets
     each request compute alone."""
 
+    objective_ms: float | None = Field(None, gt=0)
+    """How long a request may take in a replica. Batches are kept small enough for it, and requests
+    that would take longer are refused at once (503 with Retry-After), so that under overload as
+    many as can be are still answered in time. Requests faster than a millisecond do not queue in
+    the replica, and are not refused."""
+
+    max_queued_requests: int | None = Field(None, ge=0)
+    """Requests that may wait in the proxy until a replica takes them; more are refused (503). By
+    default `max_ongoing_requests` where there is an objective, else any number."""
+
     model_control: bool = False
     """Let callers load and unload models (`/v2/repository`), in all replicas at once. Anyone who
     reaches the port may then take a model away."""
@@ -78,6 +136,9 @@ class ServingConfig(BaseModel):
 
     rollout_timeout_s: float = Field(60.0, gt=0)
     """How long a new version may take to load on every replica."""
+
+    comparison: ComparisonConfig = Field(default_factory=lambda: _NO_COMPARISON)
+    """How two versions of a model are compared on its traffic."""
 
     fast_ingress: bool = False
     """Let HAProxy take the requests instead of Ray Serve's Python proxy, which answers many times
@@ -109,5 +170,9 @@ class ServingConfig(BaseModel):
             max_body_bytes=int(self.max_body_mb * 1024 * 1024),
             num_threads=math.ceil(self.cpus_per_replica),
             max_batch_rows=self.max_batch_rows,
+            objective_s=None if self.objective_ms is None else self.objective_ms / 1000,
             model_control=self.model_control,
         )
+
+
+_NO_COMPARISON: Final = ComparisonConfig.model_validate({})

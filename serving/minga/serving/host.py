@@ -19,10 +19,12 @@ from ray.serve.context import _get_global_client  # no public way to deploy a sc
 from ray.serve.schema import ServeDeploySchema
 
 from minga.inference.client import InferenceClient
+from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
 from minga.inference.server import listen, url_host
 from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
+from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError, VersionRefusedError
 from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
 
@@ -56,19 +58,20 @@ class ServeHost:
             return None
         return f"grpc://{url_host(self._config.host)}:{self._config.grpc_port}"
 
-    def deploy(self, refs: Sequence[ModelRef]) -> None:
+    def deploy(self, refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()) -> None:
         """Serve exactly these versions on every replica, without failing a request.
 
         Returns when every replica answers with them.
 
         Args:
             refs: the versions; of several of one model the first is its default.
+            comparisons: which of them share their model's traffic.
 
         Raises:
             VersionRefusedError: a replica cannot load one; nothing has changed.
             HostError: the replicas do not get there in `rollout_timeout_s`.
         """
-        wanted = user_config(refs)
+        wanted = user_config(refs, comparisons)
         with self._deploying:
             refusals = [reason for reason in self._ask_all("prepare", wanted) if reason]
             if refusals:
@@ -79,6 +82,14 @@ class ServeHost:
                 self._config.rollout_timeout_s,
                 "the new versions do not reach every replica",
             )
+
+    def counts(self) -> list[ReplicaCounts]:
+        """Give what each replica has counted of the comparisons.
+
+        Raises:
+            HostError: no replica is running, or one does not answer.
+        """
+        return self._ask_all("counts")
 
     def wait_ready(self, timeout_s: float = 30) -> None:
         """Wait until a request through the front door is answered by a model.
@@ -194,6 +205,7 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
                 "name": DEPLOYMENT,
                 **_scale(config),
                 "max_ongoing_requests": config.max_ongoing_requests,
+                "max_queued_requests": _max_queued(config),
                 # A replica that is replaced at all is replaced by one that runs already.
                 "max_surge_percent": 100,
                 "ray_actor_options": {"num_cpus": config.cpus_per_replica},
@@ -216,6 +228,12 @@ def serve_config(config: ServingConfig, refs: Sequence[ModelRef]) -> dict[str, A
         "logging_config": _QUIET,
         "applications": [application_schema(config, user_config(refs))],
     }
+
+
+def _max_queued(config: ServingConfig) -> int:
+    if config.max_queued_requests is not None:
+        return config.max_queued_requests
+    return -1 if config.objective_ms is None else config.max_ongoing_requests
 
 
 def _scale(config: ServingConfig) -> dict[str, Any]:

@@ -24,16 +24,23 @@ import mlflow.artifacts
 import orjson
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_DOES_NOT_EXIST,
+    ErrorCode,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from minga.inference.engine import ModelRef
+from minga.serving.book import RegistryBook
 from minga.serving.errors import NoChampionError, RegistryUnreachableError, ServingError
 
 _MODEL_FILE: Final = "model.onnx"
 _PROFILE_FILE: Final = "profile.json"
 _DIGEST_TAG: Final = "minga.onnx_sha256"
+_BLESSED_TAG: Final = "minga.blessed"
 _MISSING: Final = ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)
+_INVALID: Final = ErrorCode.Name(INVALID_PARAMETER_VALUE)
 
 
 class RegistrySource:
@@ -97,14 +104,53 @@ class RegistrySource:
         """
         pin = self._pins.get(name, f"@{self._alias}")
         try:
-            version = pin
+            return self.version(name, pin)
+        except NoChampionError:
             if pin.startswith("@"):
-                version = self._client.get_registered_model(name).aliases.get(pin[1:])
-            return None if version is None else self._version(name, version)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            if getattr(error, "error_code", None) == _MISSING:
                 return None
+            raise
+
+    def version(self, name: str, which: str) -> ModelRef:
+        """Give a version by its number, or by "@" and an alias.
+
+        Raises:
+            NoChampionError: there is none.
+            RegistryUnreachableError: the registry does not answer.
+            ServingError: the version has no ONNX model that could be checked.
+        """
+        try:
+            version: str | None = which
+            if which.startswith("@"):
+                version = self._client.get_registered_model(name).aliases.get(which[1:])
+            if version is not None:
+                return self._version(name, version)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            # MLflow says that a version which is no number is an invalid parameter.
+            if getattr(error, "error_code", None) not in (_MISSING, _INVALID):
+                raise self._unreachable(error) from error
+        raise NoChampionError(
+            f"model '{name}' has no version {which}; see what there is with: minga model list"
+        )
+
+    def is_blessed(self, ref: ModelRef) -> bool:
+        """Tell whether a version passed its gates.
+
+        Raises:
+            RegistryUnreachableError: the registry does not answer.
+        """
+        try:
+            tags = self._client.get_model_version(ref.name, ref.version).tags
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise self._unreachable(error) from error
+        return bool(tags.get(_BLESSED_TAG) == "true")
+
+    def book(self) -> RegistryBook:
+        """Give the book of the traffic's plans and stories in this registry."""
+        return RegistryBook(
+            self._client,
+            unreachable=self._unreachable,
+            errors=(MlflowException, SQLAlchemyError, OSError),
+        )
 
     def _version(self, name: str, version: str) -> ModelRef:
         if (name, version) not in self._refs:
