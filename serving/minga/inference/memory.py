@@ -4,9 +4,20 @@ A version that left the set of models still takes its memory until the last requ
 it has ended. So what is counted is the lives of objects, not the set.
 """
 
+import ctypes
 import gc
 import threading
 import weakref
+from contextlib import suppress
+from typing import Final
+
+_USUAL_S: Final = 0.2  # longer than most requests take
+
+
+def trim() -> None:
+    """Give the system back what was freed; else glibc keeps what loading took for a moment."""
+    with suppress(OSError, AttributeError):  # no glibc, no trimming
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Memory:
@@ -44,8 +55,9 @@ class Memory:
 
     def wait_for_room(self, num_bytes: int, timeout_s: float) -> bool:
         """Wait until a model of this size fits; False if it does not in time."""
-        if self.has_room(num_bytes):
-            return True
+        with self._freed:
+            if self._freed.wait_for(lambda: self.has_room(num_bytes), min(_USUAL_S, timeout_s)):
+                return True
         gc.collect()  # a failed request's traceback may hold its model in a cycle
         with self._freed:
             return self._freed.wait_for(lambda: self.has_room(num_bytes), timeout_s)

@@ -29,7 +29,7 @@ from minga.inference.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from minga.inference.memory import Memory
+from minga.inference.memory import Memory, trim
 from minga.inference.statistics import Statistics
 
 _ROOM_S: Final = 10.0
@@ -288,6 +288,7 @@ class ModelRepository:
         model.statistics = self._statistics.setdefault(ref, model.statistics)
         model.statistics.wake()
         self._memory.charge(model, num_bytes)
+        trim()
         return model
 
     def _put_one_to_sleep(self) -> bool:

@@ -78,6 +78,7 @@ class SideBySide:
 
     Attributes:
         arms: the comparison of each model of which versions are compared.
+        shadows: the requests that are computed in the shadow now.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class SideBySide:
         self._run = run
         self._beside = beside
         self.arms: dict[str, Arms] = {}
-        self._shadows: set[asyncio.Task[None]] = set()
+        self.shadows: set[asyncio.Task[None]] = set()
 
     def declare(self, comparisons: Iterable[Comparison]) -> None:
         """Compare exactly these; one that goes on keeps its counts."""
@@ -165,13 +166,13 @@ class SideBySide:
         return answer
 
     def _shadow(self, arms: Arms, call: Decoded[Any]) -> None:
-        if len(self._shadows) >= _MAX_SHADOWS:
+        if len(self.shadows) >= _MAX_SHADOWS:
             return
         task = asyncio.get_running_loop().create_task(
             self._repeat(arms, call.request, dict(call.outputs))
         )
-        self._shadows.add(task)
-        task.add_done_callback(self._shadows.discard)
+        self.shadows.add(task)
+        task.add_done_callback(self.shadows.discard)
 
     async def _repeat(
         self, arms: Arms, request: InferRequest, outputs: Mapping[str, Array]

@@ -143,7 +143,7 @@ def prediction_of(output: Array | None) -> float | None:
     """
     if output is None or output.size == 0:
         return None
-    row = output[0].ravel() if output.ndim else output.ravel()
+    row = output[:1].ravel() if output.ndim else output.ravel()
     if row.size == 0:
         return None
     if row.dtype == object:

@@ -1,7 +1,7 @@
 """How models are served: the `[serving]` table of minga.toml."""
 
 import math
-from typing import Annotated, Final, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -137,7 +137,9 @@ class ServingConfig(BaseModel):
     rollout_timeout_s: float = Field(60.0, gt=0)
     """How long a new version may take to load on every replica."""
 
-    comparison: ComparisonConfig = Field(default_factory=lambda: _NO_COMPARISON)
+    comparison: ComparisonConfig = Field(
+        default_factory=lambda: ComparisonConfig.model_validate({})
+    )
     """How two versions of a model are compared on its traffic."""
 
     fast_ingress: bool = False
@@ -155,7 +157,7 @@ class ServingConfig(BaseModel):
         return self
 
     @property
-    def models(self) -> dict[str, int | None]:
+    def models(self) -> dict[str, Any]:
         """How models are kept: the arguments of `minga.inference.repository.ModelRepository`."""
         megabytes = self.model_memory_mb
         return {
@@ -173,6 +175,3 @@ class ServingConfig(BaseModel):
             objective_s=None if self.objective_ms is None else self.objective_ms / 1000,
             model_control=self.model_control,
         )
-
-
-_NO_COMPARISON: Final = ComparisonConfig.model_validate({})

@@ -61,6 +61,7 @@ class _Page:
     story: Story | None = None
     judge: CanaryJudge | None = None
     began_s: float = 0.0
+    is_kept: bool = False  # in the book, as it is or as it was
     is_written: bool = True
     written_s: float = 0.0
 
@@ -99,7 +100,7 @@ class Referee:
             ServingError: the book is away.
         """
         plan, story = self._book.read(champion.name)
-        self._pages[champion.name] = _Page(plan=plan, story=story)
+        self._pages[champion.name] = _Page(plan=plan, story=story, is_kept=story is not None)
         version = self._default(champion, plan, story)
         is_newer = (
             story is not None and story.is_new_champion and (story.challenger != champion.version)
@@ -156,11 +157,11 @@ class Referee:
             plan, story = self._book.read(model)
         except ServingError:
             return  # what was known last holds
-        if story is None and page.story is not None and page.is_written and page.written_s:
-            page.story = None  # an operator wants it forgotten
+        if story is None and page.is_kept:
+            page.story, page.is_kept, page.is_written = None, False, True  # it is to be forgotten
         page.plan = plan
         if page.story is None:
-            page.story = story
+            page.story, page.is_kept = story, story is not None
 
     def _stop_if_over(self, champion: ModelRef, page: _Page) -> None:
         story = page.story
@@ -192,6 +193,7 @@ class Referee:
                 id=f"champion {champion.version} after {served.version}",
                 mode=Mode.CANARY,
                 version=champion.version,
+                share=1.0,
             )
         return None
 
@@ -332,7 +334,7 @@ class Referee:
                 _LOG.warning("the story of '%s' is written later: %s", model, error)
             page.is_written = False
         else:
-            page.is_written, page.written_s = True, self._clock()
+            page.is_kept, page.is_written, page.written_s = True, True, self._clock()
 
     def _stamp(self) -> str:
         return self._now().isoformat(timespec="seconds")
