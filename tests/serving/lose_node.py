@@ -11,6 +11,7 @@ import threading
 import time
 
 import numpy as np
+import ray
 from ray.cluster_utils import Cluster
 
 from minga.inference.client import InferenceClient
@@ -61,27 +62,34 @@ def wait_until(is_done, what: str) -> None:
 def main(path: str, sha256: str) -> None:
     """Serve from two machines, lose one, and go on."""
     cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0})
+    try:
+        callers = lose_one(cluster, ModelRef(name="scaling", version="1", path=path, sha256=sha256))
+        sys.stdout.write(json.dumps({"answered": callers.answered, "failures": callers.failures}))
+        sys.stdout.write("\n")
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def lose_one(cluster: Cluster, ref: ModelRef) -> Callers:
+    """Give what callers counted from before the loss until the lost replica is back."""
     machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    ref = ModelRef(name="scaling", version="1", path=path, sha256=sha256)
-    host = start(ServingConfig(port=0, num_replicas=2, cpus_per_replica=1.0), [ref])
+    config = ServingConfig(port=0, num_replicas=2, cpus_per_replica=1.0)
+    host = start(config, [ref])
     host.wait_ready()
     callers = Callers(host.url, 4)
     try:
         wait_until(lambda: callers.answered > 100, "nothing is answered")
+        before = replica_pids()
         cluster.remove_node(machines[0], allow_graceful=False)
-        wait_until(lambda: len(replica_pids()) == 1, "the machine is not missed")
-        answered = callers.answered
-        wait_until(lambda: callers.answered > answered + 200, "nothing is answered any more")
         cluster.add_node(num_cpus=1)
+        wait_until(lambda: len(replica_pids() & before) == 1, "the machine is not missed")
         wait_until(lambda: len(replica_pids()) == 2, "the replica does not come back")
         answered = callers.answered
-        wait_until(lambda: callers.answered > answered + 100, "nothing is answered in the end")
+        wait_until(lambda: callers.answered > answered + 300, "nothing is answered in the end")
     finally:
         callers.stop()
-    sys.stdout.write(json.dumps({"answered": callers.answered, "failures": callers.failures}))
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    cluster.shutdown()
+    return callers
 
 
 if __name__ == "__main__":

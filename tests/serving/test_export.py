@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from minga.inference.client import InferenceClient
+from minga.inference.client import InferenceClient, ready
 from minga.inference.server import listen
 from tests.serving.test_commands import exit_code, run
 from tests.serving.test_host import replica_pids
@@ -44,12 +44,17 @@ def exported(project, register, models, tmp_path):
     return file, port
 
 
+def wait_until(is_done, complaint: str) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.1)
+
+
 def wait_for(count: int) -> None:
     """Wait until so many replicas are alive."""
-    deadline = time.monotonic() + 60
-    while len(replica_pids()) != count:
-        assert time.monotonic() < deadline, f"{len(replica_pids())} replicas, not {count}"
-        time.sleep(0.1)
+    wait_until(lambda: len(replica_pids()) == count, f"there are not {count} replicas")
 
 
 @pytest.fixture
@@ -68,8 +73,12 @@ def deployed(ray_cluster, exported):
         capture_output=True,
         env=os.environ,
     )
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: ready(url), f"nothing answers at {url}")
+        yield url
+    finally:
+        serve.shutdown()
 
 
 def test_the_file_deploys_and_follows_the_load(deployed):
@@ -86,7 +95,7 @@ def test_the_file_deploys_and_follows_the_load(deployed):
                 except Exception as error:  # noqa: BLE001 - counted, whatever it is
                     failures.append(error)
 
-    with InferenceClient(deployed, retries=5) as client:
+    with InferenceClient(deployed) as client:
         output = client.infer("exported", {"input": rows["input"][:1]})["output"]
         assert output.tolist() == [[2, 2, 2]]
     wait_for(1)
@@ -111,7 +120,7 @@ def test_the_file_names_versions_and_their_digests(exported):
     (deployment,) = application["deployments"]
     (model,) = deployment["user_config"]["models"]
     assert config["http_options"] == {"host": "127.0.0.1", "port": port}
-    assert (model["name"], model["version"], len(model["sha256"])) == ("exported", "1", 64)
+    assert (model["name"], len(model["sha256"])) == ("exported", 64)
     assert deployment["autoscaling_config"]["max_replicas"] == 2
 
 
