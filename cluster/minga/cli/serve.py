@@ -30,6 +30,10 @@ def serve(
     host: str | None = None,
     port: Port = None,
     grpc_port: Port = None,
+    keys: Path | None = None,
+    tls_certificate: Path | None = None,
+    tls_key: Path | None = None,
+    allow_anonymous: Annotated[bool, Parameter(negative=())] = False,
     engine: Literal["ray", "local"] = "ray",
     export: Path | None = None,
 ) -> None:
@@ -40,6 +44,9 @@ def serve(
     one before goes on answering. Settings are the [serving] table of minga.toml.
 
     Example: minga serve
+
+    Beyond 127.0.0.1 callers must be known: `minga key create` makes keys, and a project that has
+    some wants one with each request, except for the server's health.
 
     Example: minga serve machine-failure --port 9000 --grpc-port 9001 --engine local
 
@@ -52,12 +59,23 @@ def serve(
         host: The address to listen on, instead of the configured one.
         port: The port to listen on, instead of the configured one; 0 takes a free one.
         grpc_port: The port to listen on for gRPC, which is off unless it is configured or given.
+        keys: The file of API keys; by default the project's, if it has one.
+        tls_certificate: The server's certificate chain, PEM; both wires then speak TLS.
+        tls_key: Its private key, PEM.
+        allow_anonymous: Answer everyone, also beyond this machine.
         engine: `ray` serves from replicas on Ray Serve, `local` from this process alone, which
             starts in a second and needs a tenth of the memory.
         export: Serve nothing, but write a config file with which `serve deploy` or KubeRay serves
             the versions of today on a Ray cluster whose machines can read the models' files.
     """
-    chosen = {"host": host, "port": port, "grpc_port": grpc_port}
+    files = {"keys": keys, "tls_certificate": tls_certificate, "tls_key": tls_key}
+    chosen = {
+        "host": host,
+        "port": port,
+        "grpc_port": grpc_port,
+        "allow_anonymous": allow_anonymous or None,
+        **{name: str(file.absolute()) for name, file in files.items() if file is not None},
+    }
     config, tracking_uri = configured(project, chosen)
     from minga.serving.referee import Referee
     from minga.serving.registry_source import RegistrySource, parse_pins
@@ -81,7 +99,7 @@ def serve(
         service = serve_locally(
             config, source, refs, announce, tracking_uri=tracking_uri, referee=referee
         )
-        run_service(service)
+        run_service(service, fast=True)
     else:
         _serve_on_ray(config, source, refs, tracking_uri)
 
@@ -97,7 +115,7 @@ def configured(
     config, uri = ServingConfig.model_validate({}), Settings().tracking_uri
     if project is not None or not uri or Path(FILE).is_file():
         loaded = load(project or Path())
-        config, uri = loaded.serving, loaded.tracking_uri
+        config, uri = loaded.protected_serving, loaded.tracking_uri
     given = {name: value for name, value in chosen.items() if value is not None}
     return config.model_copy(update=given), uri
 
@@ -132,6 +150,7 @@ def _serve_on_ray(
     from minga.serving.ingress import fast_ingress, plain_ingress
     from minga.serving.referee import Referee
 
+    config.require_protected_on_ray()
     listen(config.host, config.port).close()  # before Ray takes its seconds to start
     log_to_stderr()
     cpus = max(os.cpu_count() or 1, math.ceil(config.num_replicas * config.cpus_per_replica))

@@ -24,6 +24,7 @@ Everything here happens on the event loop, except `_compute`, which runs on a th
 """
 
 import asyncio
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping
@@ -149,7 +150,7 @@ class Batcher:
             raise OverloadedError(
                 f"what waits already takes about {ahead_s:.2g} s, and a request may take "
                 f"{objective_s:g} s here; try again later",
-                retry_after_s=ahead_s,
+                retry_after_s=max(1, math.ceil(ahead_s)),
             )
 
     def _start_idle(self) -> None:
@@ -194,9 +195,18 @@ class Batcher:
             request.result.set_exception(error)
 
     def _finish(self, batch: _Batch, done: asyncio.Future["_Outcome"]) -> None:
-        """Hand out what a thread has computed, and give the thread its next batch."""
-        self._num_idle += 1
+        """Hand out what a thread has computed, and give the thread its next batch.
+
+        That is made after those who get their answers now have had their turn: who asks again at
+        once then joins it, instead of waiting for it to end.
+        """
         del self._ends[id(batch)]
+        try:
+            self._hand_out(batch, done)
+        finally:
+            asyncio.get_running_loop().call_soon(self._take_back)
+
+    def _hand_out(self, batch: _Batch, done: asyncio.Future["_Outcome"]) -> None:
         error = done.exception()
         if error is None:
             outcome = done.result()
@@ -209,6 +219,9 @@ class Batcher:
         else:
             for request in batch.requests:
                 _settle(request, error, queue_s=0)
+
+    def _take_back(self) -> None:
+        self._num_idle += 1
         self._start_idle()
 
 

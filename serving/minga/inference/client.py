@@ -14,6 +14,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 
+from minga.inference.credentials import Credentials, is_loopback
 from minga.inference.errors import (
     ClientError,
     RejectedError,
@@ -33,7 +34,6 @@ from minga.inference.tensors import Array
 _TIMEOUT_S: Final = 30.0
 _PAUSES_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 _RETRIES: Final = 3  # as many pauses: a third of a second in all
-_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 
 
 class InferenceClient:
@@ -46,9 +46,10 @@ class InferenceClient:
             broke, or a proxy says that what is behind it is gone. Inference changes nothing, so
             that is always safe; what a server refuses is never sent again.
         transport: what carries the requests, by default the network.
+        credentials: what the server wants to see, and whose servers are trusted.
 
     Raises:
-        ClientError: `url` is no URL.
+        ClientError: `url` is no URL, or the credentials are unusable or unsafe with it.
     """
 
     def __init__(
@@ -58,12 +59,20 @@ class InferenceClient:
         timeout_s: float = _TIMEOUT_S,
         retries: int = _RETRIES,
         transport: httpx.BaseTransport | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self._url = url.rstrip("/")
         self._retries = retries
-        # A proxy from the environment knows nothing of this machine's loopback.
-        is_local = _host_of(self._url) in _LOOPBACK
-        self._http = httpx.Client(timeout=timeout_s, transport=transport, trust_env=not is_local)
+        shown = credentials or Credentials()
+        host, is_secure = _host_of(self._url), self._url.startswith("https:")
+        self._http = httpx.Client(
+            timeout=timeout_s,
+            transport=transport,
+            verify=shown.context() if is_secure else True,
+            headers=shown.headers(host=host, is_secure=is_secure),
+            # A proxy from the environment knows nothing of this machine's loopback.
+            trust_env=not is_loopback(host),
+        )
 
     def infer(
         self,

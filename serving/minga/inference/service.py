@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from minga.inference.access import Access
 from minga.inference.batching import Batcher, Computed
 from minga.inference.bodies import Budget, DisconnectedError, Share
 from minga.inference.comparing import Mode
@@ -146,6 +147,7 @@ class InferenceService:
         registry: where the Prometheus series live.
         control: what loads and unloads models where `limits.model_control` lets callers; by
             default in `repository` alone.
+        access: who is let in; what brings requests here asks it. By default everyone is.
     """
 
     def __init__(
@@ -155,8 +157,10 @@ class InferenceService:
         limits: Limits | None = None,
         registry: CollectorRegistry | None = None,
         control: ModelControl | None = None,
+        access: Access | None = None,
     ) -> None:
         self.repository = repository
+        self.access = access or Access()
         self.limits = limits or Limits()
         self.side_by_side = SideBySide(
             compute=self._compute, find=self.model, run=self._run, beside=self.beside

@@ -21,6 +21,7 @@ from uuid import uuid4
 from ray import serve
 from ray.serve import Application
 
+from minga.inference.access import Protection
 from minga.inference.app import InferenceApp
 from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
@@ -99,6 +100,7 @@ class InferenceReplica:
         limits: what callers are granted.
         models: the arguments of `ModelRepository`.
         grpc: where to listen for gRPC; None means nowhere.
+        protection: who is let in, and gRPC's TLS; that of HTTP is Ray Serve's proxy's.
     """
 
     def __init__(
@@ -106,12 +108,22 @@ class InferenceReplica:
         limits: Limits,
         models: Mapping[str, Any] | None = None,
         grpc: GrpcAddress | None = None,
+        protection: Protection | None = None,
     ) -> None:
+        protection = protection or Protection()
         self._id = uuid4().hex
         self._repository = ModelRepository(**models or {})
-        control = ReplicasControl(self._repository)
-        self._app = InferenceApp(self._repository, limits=limits, control=control)
-        self._grpc = GrpcServer(self._app.service, **grpc, shared=True) if grpc else None
+        self._app = InferenceApp(
+            self._repository,
+            limits=limits,
+            control=ReplicasControl(self._repository),
+            access=protection.access(),
+        )
+        self._grpc = (
+            GrpcServer(self._app.service, **grpc, shared=True, tls=protection.tls())
+            if grpc
+            else None
+        )
 
     def __serve_build_asgi_app__(self) -> InferenceApp:
         """Give the application that takes this replica's requests."""
@@ -189,11 +201,14 @@ def build(options: dict[str, Any]) -> Application:
 
     Args:
         options: `limits`, the fields of `minga.inference.limits.Limits`; `models`, the arguments
-            of `ModelRepository`; and `grpc`, the fields of `GrpcAddress`, or None.
+            of `ModelRepository`; `grpc`, the fields of `GrpcAddress`, or None; and `protection`,
+            those of `minga.inference.access.Protection`.
     """
     ingress = serve.ingress()(InferenceReplica)
     replica = serve.deployment(name=DEPLOYMENT)(ingress)
-    return replica.bind(Limits(**options["limits"]), options["models"], options["grpc"])
+    protection = Protection(**options.get("protection", {}))
+    limits = Limits(**options["limits"])
+    return replica.bind(limits, options["models"], options["grpc"], protection)
 
 
 def _refs(config: UserConfig) -> list[ModelRef]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+import httpx
 from ray import serve
 from ray.serve.context import _get_global_client  # no public way to deploy a schema in-process
 from ray.serve.schema import ServeDeploySchema
@@ -49,14 +50,16 @@ class ServeHost:
     @property
     def url(self) -> str:
         """Where clients on this machine reach the models."""
-        return f"http://{url_host(self._config.host)}:{self._config.port}"
+        scheme = "https" if self._config.tls_certificate else "http"
+        return f"{scheme}://{url_host(self._config.host)}:{self._config.port}"
 
     @property
     def grpc_url(self) -> str | None:
         """Where clients on this machine reach the models over gRPC."""
         if self._config.grpc_port is None:
             return None
-        return f"grpc://{url_host(self._config.host)}:{self._config.grpc_port}"
+        scheme = "grpcs" if self._config.tls_certificate else "grpc"
+        return f"{scheme}://{url_host(self._config.host)}:{self._config.grpc_port}"
 
     def deploy(self, refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()) -> None:
         """Serve exactly these versions on every replica, without failing a request.
@@ -97,7 +100,9 @@ class ServeHost:
         Raises:
             HostError: it is not within the time.
         """
-        with InferenceClient(self.url, timeout_s=timeout_s) as client:
+        # Nothing is sent that is secret, and the certificate need not name this machine.
+        transport = httpx.HTTPTransport(verify=False)
+        with InferenceClient(self.url, timeout_s=timeout_s, transport=transport) as client:
             self._wait(client.ready, timeout_s, f"no model answers at {self.url}")
 
     def drain(self) -> None:
@@ -115,10 +120,7 @@ class ServeHost:
     def _launch(self) -> None:
         """Bring up replicas that serve nothing yet."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(
-            http_options={"host": self._config.host, "port": self._config.port},
-            logging_config=_QUIET,
-        )
+        serve.start(http_options=_http_options(self._config), logging_config=_QUIET)
         self._declare(user_config([]))
         self._wait(self._is_running, _START_TIMEOUT_S, "the replicas do not start")
 
@@ -160,10 +162,12 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
             `ServeHost.deploy` follow.
 
     Raises:
+        AccessError: it would not be protected as it has to be, or as Ray Serve can.
         PortInUseError: the port is taken.
         VersionRefusedError: one of the versions cannot be loaded.
         HostError: the replicas do not start.
     """
+    config.require_protected_on_ray()
     grpc_port = config.grpc_port
     if grpc_port is not None:
         grpc_port = claim_port(config.host, grpc_port)
@@ -199,6 +203,7 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
             "limits": asdict(config.limits),
             "models": config.models,
             "grpc": _grpc_address(config),
+            "protection": asdict(config.protection),
         },
         "deployments": [
             {
@@ -222,12 +227,21 @@ def serve_config(config: ServingConfig, refs: Sequence[ModelRef]) -> dict[str, A
     Args:
         config: how to serve.
         refs: what to serve, at paths that every node of the cluster can read.
+
+    Raises:
+        AccessError: it would not be protected as it has to be, or as Ray Serve can.
     """
+    config.require_protected_on_ray()
     return {
-        "http_options": {"host": config.host, "port": config.port},
+        "http_options": _http_options(config),
         "logging_config": _QUIET,
         "applications": [application_schema(config, user_config(refs))],
     }
+
+
+def _http_options(config: ServingConfig) -> dict[str, Any]:
+    tls = {"ssl_certfile": config.tls_certificate, "ssl_keyfile": config.tls_key}
+    return {"host": config.host, "port": config.port} | (tls if config.tls_certificate else {})
 
 
 def _max_queued(config: ServingConfig) -> int:
