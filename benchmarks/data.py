@@ -28,8 +28,10 @@ from harness import (
     conclude,
     conditions,
     ending_cleanly,
+    forget_peak,
     print_conditions,
     print_table,
+    resident_peak,
 )
 
 GB: Final = 10**9
@@ -66,11 +68,14 @@ def work(source: Path, folder: Path, cap_gb: float) -> dict[str, Any]:
     from minga.training.network import build_network
 
     seconds: dict[str, float] = {}
+    peaks_gb = {"import": resident_peak() / GB}
 
     def timed(step: str, do: Callable[[], Any]) -> Any:
         start = time.perf_counter()
+        forget_peak()
         done = do()
         seconds[step] = round(time.perf_counter() - start, 2)
+        peaks_gb[step] = round(resident_peak() / GB, 3)
         return done
 
     task = Readings()
@@ -91,7 +96,8 @@ def work(source: Path, folder: Path, cap_gb: float) -> dict[str, Any]:
     )
     return {
         "seconds": seconds,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
+        "peaks_gb": peaks_gb,
+        "peak_gb": max(peaks_gb.values()),
         "violations": [str(item) for item in found],
         "num_examples": len(splits.train) + len(splits.validation) + len(splits.test),
         "accuracy": history[-1]["accuracy"],
@@ -126,14 +132,19 @@ def measure(gigabytes: float, cap_gb: float, folder: Path) -> dict[str, Any]:
 def show(figures: Mapping[str, Any]) -> None:
     """Print seconds by step."""
     rows = [
-        (step, f"{spent:.1f}", f"{figures['source_gb'] / spent:.2f}" if spent else "-")
+        (
+            step,
+            f"{spent:.1f}",
+            f"{figures['source_gb'] / spent:.2f}" if spent else "-",
+            f"{figures['peaks_gb'][step]:.2f}",
+        )
         for step, spent in figures["seconds"].items()
     ]
     print_table(
         f"{figures['source_gb']:.1f} GB of Parquet, {figures['num_examples']:,} rows, under "
         f"{figures['cap_gb']} GB; peak {figures['peak_gb']:.2f} GB, "
         f"accuracy {figures['accuracy']:.3f}",
-        ("step", "s", "GB/s of the set"),
+        ("step", "s", "GB/s of the set", "peak GB"),
         rows,
     )
 

@@ -83,13 +83,23 @@ class PeakMemory:
         """Give freed memory back to the kernel, and count from here."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        # "5" resets the peak: proc_pid_clear_refs(5).
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        forget_peak()
         self._base_bytes = _status_bytes("VmRSS")
 
     def stop(self) -> int:
         """Give the growth in bytes, at its highest."""
-        return max(0, _status_bytes("VmHWM") - self._base_bytes)
+        return max(0, resident_peak() - self._base_bytes)
+
+
+def forget_peak() -> None:
+    """Count the peak of this process's resident pages from here on."""
+    # "5" resets it: proc_pid_clear_refs(5).
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident_peak() -> int:
+    """Give the most bytes of pages that were resident at a time, libraries included."""
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(name: str) -> int:

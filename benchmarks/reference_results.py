@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from digits import WRITERS_TEST, Writers
 from harness import (
     ROOT,
     arguments,
@@ -28,16 +29,13 @@ from harness import (
     print_conditions,
     print_table,
 )
-from torch import nn
 
 from minga.federation.config import FederationConfig
-from minga.training import Maximize, Split, Splits, Task
+from minga.training import Splits
 from minga.training.simulation.config import ColumnTable, SimulationConfig
 from minga.training.simulation.simulate import Simulation, simulate
 
 DATA: Final = ROOT.parent / "shared" / "data"
-TRAIN: Final = tuple(f"mnist_train_{part}.npz" for part in range(3))
-TEST: Final = "mnist_test.npz"
 SEEDS: Final = (1, 2, 3)
 CHOOSING_SEED: Final = 100
 NUM_ROUNDS: Final = 60
@@ -71,49 +69,6 @@ METHODS: Final = (
         ),
     ),
 )
-
-
-class Writers(Task):
-    """Tell handwritten digits apart; the source is a folder."""
-
-    name = "writers"
-    defaults = {"lr": 0.1, "batch_size": 20}  # noqa: RUF012
-    objective = Maximize("accuracy")
-
-    def data(self, source: str) -> Splits:
-        """Read the digits and who wrote them."""
-        folder = Path(source)
-        parts = [np.load(folder / name) for name in TRAIN]
-        train, test = _split(parts), _split([np.load(folder / TEST)])
-        return Splits(train=train, validation=test, test=test)
-
-    def model(self, params: Any) -> nn.Module:  # noqa: ARG002
-        """Make the network."""
-        return nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
-
-    def preparation(self, train: Split) -> nn.Module:  # noqa: ARG002
-        """Take pixels as they are, 0 to 1."""
-        return nn.Identity()
-
-    def optimiser(self, model: nn.Module, params: Any) -> torch.optim.Optimizer:
-        """Descend along the gradient."""
-        return torch.optim.SGD(model.parameters(), lr=params["lr"])
-
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Give the mean cross entropy."""
-        return nn.functional.cross_entropy(outputs, targets)
-
-    def metrics(self, outputs: Any, targets: Any) -> dict[str, float]:
-        """Give the share of digits that are told right."""
-        return {"accuracy": float(np.mean(outputs.argmax(axis=1) == targets))}
-
-
-def _split(parts: list[Any]) -> Split:
-    images, labels, writers = (
-        np.concatenate([part[name] for part in parts]) for name in ("images", "labels", "writer")
-    )
-    inputs = images.reshape(len(images), -1).astype(np.float32) / 255
-    return Split(inputs=inputs, targets=labels.astype(np.int64), owners=writers)
 
 
 def play(splits: Splits, table: dict[str, Any], seed: int, num_rounds: int) -> list[float]:
@@ -201,8 +156,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder with MNIST's writers")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write table and picture")
     options = parser.parse_args()
-    if not (options.data / TEST).exists():
-        parser.error(f"{options.data} has no {TEST}; name its folder with --data")
+    if not (options.data / WRITERS_TEST).exists():
+        parser.error(f"{options.data} has no {WRITERS_TEST}; name its folder with --data")
     num_rounds, seeds = (10, SEEDS[:2]) if options.quick else (NUM_ROUNDS, SEEDS)
     torch.set_num_threads(1)
     under = conditions(["minga", "torch", "numpy"])

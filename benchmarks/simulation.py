@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from digits import Digits
 from harness import (
     Rival,
     Target,
@@ -39,12 +40,10 @@ from harness import (
     print_table,
     rival_python,
 )
-from rivals.simulation_work import BATCH_SIZE, LEARNING_RATE, NUM_HIDDEN, Work, pace
-from sklearn.datasets import load_digits
-from torch import nn
+from rivals.simulation_work import BATCH_SIZE, Work, pace
 
 from minga.federation.config import FederationConfig
-from minga.training import Maximize, Split, Splits, Task, TaskReference
+from minga.training import TaskReference
 from minga.training.loop import batch_places, epoch_seed
 from minga.training.network import build_network
 from minga.training.simulation.config import DirichletTable, SimulationConfig
@@ -52,7 +51,7 @@ from minga.training.simulation.partition import populate
 from minga.training.simulation.simulate import Simulated, Simulation, simulate
 
 SEED: Final = 0
-NUM_TRAIN: Final = 1437
+TWO_WORKERS: Final = "ours, 2 workers"
 PFL: Final = "pfl==0.6.0"
 CASES: Final = {
     "drawn": DirichletTable(devices=1000, alpha=0.3, examples=32),
@@ -67,47 +66,12 @@ class Scale:
     cases: tuple[str, ...]
     repeats: int
     num_rounds: int
+    on_ray: bool = True
+    """Whether two workers on Ray are a side as well; they take seconds to start."""
 
 
 FULL: Final = Scale(cases=("drawn", "unequal"), repeats=5, num_rounds=20)
 QUICK: Final = Scale(cases=("drawn",), repeats=1, num_rounds=10)
-
-
-class Digits(Task):
-    """Tell handwritten digits apart."""
-
-    name = "digits"
-    defaults = {"lr": LEARNING_RATE, "batch_size": BATCH_SIZE}  # noqa: RUF012
-    objective = Maximize("accuracy")
-
-    def data(self, source: str) -> Splits:  # noqa: ARG002
-        """Read scikit-learn's own digits; the last fifth tests."""
-        digits = load_digits()
-        order = np.random.default_rng(SEED).permutation(len(digits.target))
-        inputs, targets = (digits.data[order] / 16).astype(np.float32), digits.target[order]
-        rest = Split(inputs=inputs[NUM_TRAIN:], targets=targets[NUM_TRAIN:])
-        train = Split(inputs=inputs[:NUM_TRAIN], targets=targets[:NUM_TRAIN])
-        return Splits(train=train, validation=rest, test=rest)
-
-    def preparation(self, train: Split) -> nn.Module:  # noqa: ARG002
-        """Take the digits as they are, as the others do."""
-        return nn.Identity()
-
-    def model(self, params: Any) -> nn.Module:  # noqa: ARG002
-        """Make the network."""
-        return nn.Sequential(nn.Linear(64, NUM_HIDDEN), nn.ReLU(), nn.Linear(NUM_HIDDEN, 10))
-
-    def optimiser(self, model: nn.Module, params: Any) -> torch.optim.Optimizer:
-        """Descend along the gradient."""
-        return torch.optim.SGD(model.parameters(), lr=params["lr"])
-
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Give the mean cross entropy."""
-        return nn.functional.cross_entropy(outputs, targets)
-
-    def metrics(self, outputs: Any, targets: Any) -> dict[str, float]:
-        """Give the share of digits that are told right."""
-        return {"accuracy": float(np.mean(outputs.argmax(axis=1) == targets))}
 
 
 def simulation_of(case: str, num_rounds: int) -> Simulation:
@@ -165,18 +129,17 @@ def run_case(case: str, scale: Scale, rivals: dict[str, Rival], file: Path) -> d
     """Run all sides in turn, so that what else the machine does meets all of them."""
     simulation = simulation_of(case, scale.num_rounds)
     work_of(simulation, simulate(simulation)).save(file)
-    two = replace(simulation, config=simulation.config.model_copy(update={"workers": 2}))
-    reference = TaskReference(root=Path(__file__).parent, name="simulation.py:Digits")
-    sides: dict[str, Callable[[], dict[str, Any]]] = {
-        "ours": lambda: run_ours(simulation),
-        "ours, 2 workers": lambda: run_ours(two, reference),
-    }
+    sides: dict[str, Callable[[], dict[str, Any]]] = {"ours": lambda: run_ours(simulation)}
+    if scale.on_ray:
+        two = replace(simulation, config=simulation.config.model_copy(update={"workers": 2}))
+        reference = TaskReference(root=Path(__file__).parent, name="digits.py:Digits")
+        sides[TWO_WORKERS] = lambda: run_ours(two, reference)
     for name, rival in rivals.items():
         sides[name] = lambda rival=rival: rival.ask({"work": str(file)})
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for repeat in range(scale.repeats):
         for name, run in sides.items():
-            if repeat and name == "ours, 2 workers":  # to start them takes longer than all rounds
+            if repeat and name == TWO_WORKERS:  # to start them takes longer than all rounds
                 continue
             print(f"{case}, run {repeat + 1} of {scale.repeats}: {name}", file=sys.stderr)
             runs[name].append(run())
@@ -229,9 +192,10 @@ def main() -> None:
     print_conditions(under)
     with ExitStack() as stack:
         stack.enter_context(ending_cleanly())
-        from minga.cluster.stack import local_ray
+        if scale.on_ray:
+            from minga.cluster.stack import local_ray
 
-        stack.enter_context(local_ray())
+            stack.enter_context(local_ray())
         modules = {"loop": (Path(sys.executable), "rivals.bare_simulation")}
         if not options.ours_only:
             flower = pinned("flwr").replace("flwr", "flwr[simulation]")

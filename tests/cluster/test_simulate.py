@@ -3,14 +3,18 @@
 import contextlib
 import io
 import json
+import re
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from minga.cli.app import main
+from minga.cluster.learning import finished_search, search
 from minga.cluster.project import load
+from minga.training.simulation.simulate import Simulation, simulate
 from minga.training.tracking import connect
 
 TASK = Path(__file__).parents[1] / "training" / "tasks" / "virtual.py"
@@ -31,6 +35,24 @@ workers = 1
 [simulation.partition]
 name = "dirichlet"
 devices = 12
+"""
+
+
+SEARCH = """
+[search]
+over = "simulation"
+num_trials = 4
+max_epochs = 4
+"""
+
+
+PRIVATE = """
+[federation.privacy]
+name = "central"
+epsilon = 0.01
+delta = 1e-5
+noise_multiplier = 0.5
+max_norm = 1.0
 """
 
 
@@ -128,3 +150,71 @@ def test_mistakes_are_said(plant, table, code, message):
         (plant / "minga.toml").write_text(TABLES)
     assert said.code == code, said.err
     assert message in said.out + said.err
+
+
+@pytest.fixture
+def searching(plant):
+    """The project with a search over simulations; gives a function that writes its settings."""
+
+    def write(more=""):
+        tables = TABLES.replace("virtual.py:Dense", "virtual.py:Searched") + SEARCH + more
+        (plant / "minga.toml").write_text(tables)
+        return plant
+
+    yield write
+    (plant / "minga.toml").write_text(TABLES)
+
+
+@pytest.mark.slow
+def test_search_over_simulations(searching, ray_cluster):
+    """Each trial is the campaign that `simulate` plays with its parameters, until it is cut.
+
+    Interrupted, the search goes on.
+    """
+    folder = searching()
+
+    def interrupt(progress):
+        if progress.done == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"[12] of 4 trials are kept in"):
+        search(load(folder), interrupt)
+    said = minga("tune", "--project", str(folder), "--json")
+    assert said.code == 0, said.err
+    assert re.search(r"trial \d: round \d, accuracy", said.err)
+    project = load(folder)
+    found = finished_search(project)
+    assert found.resumed
+    assert found.trials[0].epochs == 4
+    assert {trial.status for trial in found.trials} == {"finished", "cut"}
+    for trial in found.trials:
+        done = simulate(
+            Simulation(
+                task=project.loaded_task,
+                splits=project.splits,
+                federation=project.federation,
+                config=project.simulation,
+                params=trial.params,
+                seed=project.seed,
+            )
+        )
+        names = ("epoch", "accuracy", "loss", "devices")
+        expected = [tuple(record[name] for name in names) for record in done.history]
+        got = [tuple(record[name] for name in names) for record in trial.history]
+        assert got == expected[: trial.epochs]
+    assert json.loads(said.out)["params"] == found.params
+
+
+@pytest.mark.parametrize(
+    ("table", "code", "message"),
+    [
+        ('scheduler = "population"', 10, "hands weights from trial to trial"),
+        ("[federation.training]\nlr = 1.0", 11, "lr: searched, and set in [federation.training]"),
+        (PRIVATE, 34, "privacy counts updates of whole rounds"),
+    ],
+)
+def test_searches_that_cannot_be_are_refused(searching, table, code, message):
+    """What no trial could do is said before anything begins."""
+    said = minga("tune", "--project", str(searching(table)))
+    assert said.code == code, said.err
+    assert message in said.err

@@ -99,7 +99,7 @@ def write_bundle(tmp_path_factory, keyring):
     )
 
     @cache
-    def write(*, blessed=True, champion=None, by=keyring):
+    def write(*, blessed=True, champion=None, by=keyring, authors=frozenset()):
         folder = tmp_path_factory.mktemp("bundle") / "bundle"
         gates = candidate.report.model_copy(update={"blessed": blessed, "champion": champion})
         Bundle(
@@ -109,6 +109,7 @@ def write_bundle(tmp_path_factory, keyring):
             profile=candidate.profile,
             gates=gates,
             lineage=lineage,
+            authors=authors,
         ).write(folder, by)
         return folder
 

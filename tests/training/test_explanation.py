@@ -10,7 +10,7 @@ import pytest
 from fairlearn.metrics import demographic_parity_difference, equalized_odds_difference
 
 from minga.inference.errors import BadRequestError
-from minga.inference.occlusion import occlude
+from minga.inference.explaining import occlude
 from minga.training.config import GateConfig
 from minga.training.explanation import explain_by_gradients, explain_by_occlusion
 from minga.training.fairness import measure_fairness

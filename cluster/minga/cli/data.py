@@ -11,6 +11,7 @@ from minga.cli.output import print_json, print_line, print_table
 if TYPE_CHECKING:
     from minga.training.data import DataReport, Violation
     from minga.training.data.measures import Measures
+    from minga.training.selection.features import FeatureReport
 
 app = App(name="data", help="Describe data, check it against its schema, report on it.")
 
@@ -111,6 +112,7 @@ def report(
     project: Path = Path(),
     out: Path = Path("data-report.html"),
     noise: bool = True,
+    features: bool = False,
     json: bool = False,
 ) -> None:
     """Write a page about the data: what is wrong, what its columns tell, labels that look wrong.
@@ -124,6 +126,7 @@ def report(
         project: The project folder.
         out: The file to write.
         noise: Look for labels that are suspect; --no-noise leaves it out.
+        features: Propose columns too, as `minga data features` does.
         json: Print the measures as JSON too.
     """
     from minga.cluster.project import load
@@ -140,12 +143,71 @@ def report(
     parts = {name: sample_of_split(loaded.splits[name]) for name in SPLIT_NAMES}
     splits = Splits(**parts)
     measures = measure_split(splits.train, names, seed=loaded.seed, look_for_noise=noise)
-    out.write_text(render(found, measures, splits), encoding="utf-8")
+    proposal = None
+    if features:
+        from minga.training.selection.features import propose_features
+
+        proposal = propose_features(loaded.loaded_task, loaded.splits.train, seed=loaded.seed)
+    out.write_text(render(found, measures, splits, proposal), encoding="utf-8")
     if json:
-        print_json({"check": found, "measures": measures})
+        print_json({"check": found, "measures": measures, "features": proposal})
         return
     _show_measures(measures)
     print_line(f"written to {out}")
+
+
+@app.command
+def features(*, project: Path = Path(), json: bool = False) -> None:
+    """Propose the columns that models should go by, for [data] features of minga.toml.
+
+    A column is useful if held-out examples miss it more than they miss columns of noise, in most
+    folds of a cross-validation over the training split. That the proposed columns are as good as
+    all is checked. Models still take whole rows; what is not chosen is put out of their sight.
+
+    Example: minga data features --project plant
+
+    Args:
+        project: The project folder.
+        json: Print JSON.
+    """
+    from minga.cluster.project import load
+
+    loaded = load(project)
+    from minga.cli.output import show_progress
+    from minga.cluster.checking import require_valid_data
+    from minga.training.selection.features import propose_features
+
+    require_valid_data(loaded)
+    with show_progress() as show:
+        found = propose_features(
+            loaded.loaded_task, loaded.splits.train, seed=loaded.seed, on_progress=show
+        )
+    if json:
+        print_json(found.model_dump() | {"proposed": found.proposed})
+        return
+    _show_features(found)
+
+
+def _show_features(found: "FeatureReport") -> None:
+    print_table(
+        ("column", "worth", "useful", "tells of the target", "proposed"),
+        [
+            (
+                one.name,
+                f"{one.worth:+.4f}",
+                f"{one.num_useful} of {found.num_folds} folds",
+                f"{one.information_bits:.3f} bits",
+                ("yes" if one.proposed else "no") + (f", {one.note}" if one.note else ""),
+            )
+            for one in found.features
+        ],
+    )
+    print_line(
+        f"{found.metric} with all columns {found.with_all:.4f}, with the proposed "
+        f"{len(found.proposed)} {found.with_proposed:.4f} (standard error {found.error:.4f})"
+    )
+    names = ", ".join(f'"{name}"' for name in found.proposed)
+    print_line(f"[data]\nfeatures = [{names}]")
 
 
 def _show_measures(measures: "Measures") -> None:

@@ -57,6 +57,7 @@ def explain(
         as_json: Print JSON.
     """
     from minga.cluster.project import load
+    from minga.training.bundle import has_weights
     from minga.training.explanation import (
         can_use_gradients,
         explain_by_gradients,
@@ -72,7 +73,10 @@ def explain(
         _refuse_gradients(method)
         found = explain_by_occlusion(folder, inputs)
     elif method == "gradients" or (
-        method == "auto" and can_use_gradients() and inputs.dtype.kind == "f"
+        method == "auto"
+        and can_use_gradients()
+        and has_weights(folder)
+        and inputs.dtype.kind == "f"
     ):
         found = explain_by_gradients(loaded.loaded_task, loaded.splits.train, folder, inputs)
     else:

@@ -23,6 +23,7 @@ EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
     "minga.cluster.errors.ProjectError": 10,
     "minga.cluster.errors.BusyError": 42,
+    "minga.cluster.errors.SubmissionError": 54,
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
     "minga.cluster.errors.ReproductionError": 48,
@@ -38,6 +39,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.training.errors.TamperedError": 45,
     "minga.training.errors.ConflictError": 46,
     "minga.training.errors.VerdictError": 47,
+    "minga.training.errors.ApprovalError": 53,
     # minga.inference.errors and minga.serving.errors
     "minga.inference.errors.InferenceError": 20,
     "minga.serving.errors.ServingError": 21,
@@ -46,6 +48,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.inference.errors.RejectedError": 24,
     "minga.inference.errors.BadRequestError": 25,
     "minga.inference.errors.ModelError": 26,
+    "minga.inference.errors.AccessError": 50,
     "minga.serving.errors.VersionRefusedError": 26,
     "minga.inference.errors.MonitorError": 51,
     "minga.serving.errors.NoChampionError": 27,

@@ -78,5 +78,11 @@ def federate(
         )
     if result.campaign.plan.HasField("privacy"):
         print_line(f"privacy: {privacy_note(described['privacy'])}")
-    verdict = "promoted to champion" if result.promoted else "refused by its gates"
-    print_line(f"{result.registered.name} version {result.registered.version}: {verdict}")
+    registered = result.registered
+    refused = "passed its gates" if registered.report.blessed else "refused by its gates"
+    verdict = "promoted to champion" if result.promoted else refused
+    print_line(f"{registered.name} version {registered.version}: {verdict}")
+    if registered.report.blessed and not result.promoted:
+        from minga.cli.project import waiting_note
+
+        print_note(waiting_note(registered.version))

@@ -9,6 +9,7 @@ from cyclopts import App
 from minga.cli.output import print_gates, print_json, print_line, print_note, print_table
 
 if TYPE_CHECKING:
+    from minga.cluster.project import Project
     from minga.training.registry import Registry, Version
 
 app = App(name="model", help="List, show, promote registered model versions.")
@@ -71,14 +72,18 @@ def show(
     from minga.training.gates import GateReport
     from minga.training.lineage import Lineage
 
-    registry = _registry(project)
+    loaded, registry = _opened(project)
     version = registry.get(_name(registry, name), which)
     folder = registry.fetch(version.name, version.version)
+    needed = loaded.gates.approvals
+    people = registry.approvals(version.name, version.version).people if needed else ()
     if json:
         report, lineage = GateReport.read(folder / GATES), Lineage.read(folder / LINEAGE)
         details = {"path": folder, **report.model_dump(), "lineage": lineage}
-        print_json(_row(version) | details)
+        print_json(_row(version) | details | {"approved_by": people, "approvals_needed": needed})
         return
+    if needed:
+        print_line(f"{len(people)} of {needed} approvals: {', '.join(people) or 'nobody yet'}")
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
     print_line(f"{version.name} version {version.version}{aliases}, files in {folder}\n")
     print_line((folder / CARD).read_text(encoding="utf-8").rstrip())
@@ -96,16 +101,55 @@ def promote(which: str, *, project: Path = Path(), name: str = "", override: str
 
     Example: minga model promote 3 --override "ticket 1207: the slice has eleven examples"
 
+    With [gates] approvals it needs the approval of other people as well: `minga model approve`.
+
     Args:
         which: A version's number or alias.
         project: The project folder.
         name: The model, if the registry has several.
-        override: Promote it nevertheless, for this reason; the reason, who gave it and when are
-            kept in the signed ledger that `minga model history` shows.
+        override: Promote it although gates or comparison speak against it, for this reason; the
+            reason, who gave it and when are kept in the signed ledger that `minga model history`
+            shows. It stands for no approval.
     """
     registry = _registry(project)
     version = registry.promote(_name(registry, name), which, override=override)
     print_line(f"{version.name} version {version.version} is champion")
+
+
+@app.command
+def approve(
+    which: str,
+    *,
+    project: Path = Path(),
+    name: str = "",
+    comment: str = "",
+    json: bool = False,
+) -> None:
+    """Approve a version that somebody else registered, with this machine's key.
+
+    With [gates] approvals = 2 in minga.toml a version is promoted only when two people other than
+    those who registered and judged it have approved it. Each approves with a key of their own:
+    MINGA_SIGNING_KEY names its file. What is signed is this version's files and no others.
+
+    Example: minga model approve 3 --comment "read the card, asked the plant"
+
+    Args:
+        which: A version's number or alias.
+        project: The project folder.
+        name: The model, if the registry has several.
+        comment: Is kept with the approval.
+        json: Print JSON.
+    """
+    loaded, registry = _opened(project)
+    model = _name(registry, name)
+    found = registry.approve(model, which, comment=comment)
+    needed = loaded.gates.approvals
+    if json:
+        print_json({"approved_by": found.people, "refused": found.refused, "needed": needed})
+        return
+    version = registry.get(model, which).version
+    print_line(f"{model} version {version} is approved by {', '.join(found.people)}")
+    print_note(f"{len(found.counted)} approvals, {needed} needed: minga model promote {version}")
 
 
 @app.command
@@ -158,7 +202,7 @@ def history(*, project: Path = Path(), name: str = "", json: bool = False) -> No
         print_json([decision.model_dump() for decision in found])
         return
     print_table(
-        ("at", "version", "was", "champion before", "by", "reason"),
+        ("at", "version", "was", "champion before", "by", "approved by", "reason"),
         [
             (
                 one.at,
@@ -166,6 +210,7 @@ def history(*, project: Path = Path(), name: str = "", json: bool = False) -> No
                 one.kind,
                 str(one.champion_before or "-"),
                 one.by,
+                ", ".join(one.approved_by) or "-",
                 one.reason or "-",
             )
             for one in found
@@ -299,13 +344,17 @@ def publish(
 
 
 def _registry(project: Path) -> "Registry":
+    return _opened(project)[1]
+
+
+def _opened(project: Path) -> "tuple[Project, Registry]":
     from minga.cluster.project import load
     from minga.training.errors import RegistryError
 
     loaded = load(project)
     if not loaded.has_registry:
         raise RegistryError("no model is registered yet; make one with: minga run")
-    return loaded.registry()
+    return loaded, loaded.registry()
 
 
 def _name(registry: "Registry", name: str) -> str:

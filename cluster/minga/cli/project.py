@@ -15,6 +15,7 @@ from minga.cli.output import (
 if TYPE_CHECKING:
     from minga.cluster.pipeline import Registered
     from minga.cluster.project import Project
+    from minga.training.selection.comparison import Selection
     from minga.training.space import Params
     from minga.training.trials import SearchResult
 
@@ -34,17 +35,24 @@ def init(directory: Path, *, sites: int = 0) -> None:
     print_line(f"{len(files)} files written to {directory}; next: cd {directory} && minga run")
 
 
-def run(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> None:
+def run(
+    *, project: Path = Path(), auto: bool = False, fresh: bool = False, json: bool = False
+) -> None:
     """Check data, search, train, judge, register; promote to champion if all gates pass.
 
     Ctrl-C stops cleanly; the same command goes on from there. A finished search is kept, and used
-    again as long as code, data and settings stay as they are.
+    again as long as code, data and settings stay as they are; so is a finished comparison.
 
     Example: minga run --project plant
 
+    Example: minga run --auto
+
     Args:
         project: The project folder.
-        fresh: Search anew even if a search is kept.
+        auto: Compare kinds of models first, by cross-validation: the Task's own, a linear one, a
+            plain network, boosted trees, and what else the Task names. The simplest that is as
+            good as the best is trained. How is said by [selection] of minga.toml.
+        fresh: Search and compare anew even if a result is kept.
         json: Print JSON.
     """
     loaded = _load(project)
@@ -52,20 +60,26 @@ def run(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> N
     from minga.training.errors import GateError
 
     with show_progress() as show:
-        report = run_pipeline(loaded, show, fresh_search=fresh)
+        report = run_pipeline(loaded, show, fresh_search=fresh, auto=auto)
     if json:
         data = report.data.model_dump(include={"source", "digest", "num_examples", "violations"})
         print_json(
             _registered(report.registered)
-            | {"promoted": report.promoted, "params": report.search.params, "data": data}
+            | {"promoted": report.promoted, "params": report.trained.params, "data": data}
+            | {"selection": report.selection}
             | {"trials": _trials(report.search), "seconds": dict(report.seconds)}
         )
     else:
+        if report.selection is not None:
+            _show_selection(report.selection)
         print_gates(report.registered.report)
-        _show_registered(report.registered, "champion" if report.promoted else "candidate")
+        standing = "challenger" if report.registered.report.blessed else "candidate"
+        _show_registered(report.registered, "champion" if report.promoted else standing)
+        if standing == "challenger" and not report.promoted:
+            print_note(waiting_note(report.registered.version))
         if report.promoted:
             print_note("next: minga serve, then minga predict; or minga model show champion")
-    if not report.promoted:
+    if not report.registered.report.blessed:
         raise GateError(_refusal(report.registered))
 
 
@@ -102,7 +116,7 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
             )
             for trial in found.trials
         ],
-        empty="the Task has no search_space; its defaults are used",
+        empty="there is nothing to search; the Task's defaults are used",
     )
     print_line(f"best: {_words(found.params)}")
     if found.trials:
@@ -123,19 +137,13 @@ def train(*, project: Path = Path(), params: Path | None = None, json: bool = Fa
         json: Print JSON.
     """
     loaded = _load(project)
-    from minga.cluster.pipeline import register_candidate, train_model
+    from minga.cluster.pipeline import register_trained
+    from minga.cluster.pipeline import train as train_once
 
     chosen, origin = choose_params(loaded, params)
     print_note(f"parameters from {origin}: {_words(chosen)}")
     with show_progress() as show:
-        trained = train_model(loaded, chosen, show)
-        registered = register_candidate(
-            loaded,
-            parameters=trained.parameters,
-            params=trained.params,
-            run_id=trained.run_id,
-            on_progress=show,
-        )
+        registered = register_trained(loaded, train_once(loaded, chosen, show), show)
     if json:
         print_json(_registered(registered) | {"params": dict(chosen)})
         return
@@ -199,6 +207,45 @@ def _trials(found: "SearchResult") -> list[dict[str, Any]]:
 def _show_registered(registered: "Registered", standing: str) -> None:
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in registered.metrics.items())
     print_line(f"{registered.name} version {registered.version} is {standing}: {metrics}")
+
+
+def _show_selection(selection: "Selection") -> None:
+    share = f"{selection.confidence:.0%}"
+    print_table(
+        ("model", selection.metric, share, "behind best", share, "p", "size", "fit", "federates"),
+        [
+            (
+                one.name + (" *" if one.name == selection.chosen else ""),
+                f"{one.mean:.4f}",
+                f"{one.low:.4f} .. {one.high:.4f}",
+                "-" if one.name == selection.best else f"{one.behind:.4f}",
+                "-"
+                if one.name == selection.best
+                else f"{one.behind_low:.4f} .. {one.behind_high:.4f}",
+                "-" if one.name == selection.best else f"{one.p_value:.3f}",
+                f"{one.size_bytes / 1e3:.0f} kB",
+                f"{one.seconds:.1f} s",
+                "yes" if one.can_federate else "no",
+            )
+            for one in selection.standings
+        ],
+    )
+    for failure in selection.failures:
+        print_note(f"{failure.name} does not count: {failure.reason}")
+    print_line(f"chosen: {selection.chosen}; {selection.why}")
+    if not selection.of(selection.chosen).can_federate:
+        print_note(
+            f"{selection.chosen} is no network: it is served and sent to devices, but no fleet can "
+            "train it further"
+        )
+
+
+def waiting_note(version: int) -> str:
+    """Say what a version that passed its gates waits for."""
+    return (
+        f"it waits for the approval of others: minga model approve {version}, then "
+        f"minga model promote {version}"
+    )
 
 
 def _refusal(registered: "Registered") -> str:

@@ -2,6 +2,7 @@
 
     ProjectError (ValueError)    minga.toml, its folder, or what is asked of them cannot be used
     BusyError                    another process works in the project
+    SubmissionError              a Ray cluster does not answer, or does not take or run a job
     StackError                   a process of the local stack does not start, or ended
     DemoError                    a step of the demo did not give what it must
     ReproductionError            a run cannot be trained again, or gave other weights
@@ -18,6 +19,10 @@ class ProjectError(ValueError):
 
 class BusyError(Exception):
     """Another process searches or trains in the project."""
+
+
+class SubmissionError(Exception):
+    """A Ray cluster does not answer, or does not take or run a job."""
 
 
 class StackError(Exception):

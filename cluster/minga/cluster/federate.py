@@ -78,11 +78,10 @@ def federate(
 
     campaign, model = asyncio.run(rounds())
     registered = take_in(project, campaign, model, on_progress)
-    if not registered.report.blessed:
+    if not pipeline.promote_if_allowed(project, registered):
         return Federated(
             campaign=campaign, registered=registered, promoted=False, num_devices_told=0
         )
-    pipeline.promote(project, registered.version)
     num_told = publish(project, state, registered.version)
     return Federated(
         campaign=campaign, registered=registered, promoted=True, num_devices_told=num_told
@@ -110,10 +109,13 @@ def take_in(
     if found is not None:
         return found
     parent = registry.get(name, campaign.plan.parent_version)
+    params = params_of(registry, parent)
     return pipeline.register_candidate(
         project,
-        parameters={**personal_of(registry, parent, campaign), **model},
-        params=params_of(registry, parent),
+        parameters=pipeline.finish(
+            project, {**personal_of(registry, parent, campaign), **model}, params
+        ),
+        params=params,
         parent_version=parent.version,
         campaign=_campaign(campaign),
         on_progress=on_progress,

@@ -6,7 +6,8 @@ interrupted it does not matter: Ctrl-C, a crash, a power cut; the same call goes
 
 import hashlib
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -17,15 +18,36 @@ from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
 from minga.training.data import digest_of
+from minga.training.evaluate import measure
 from minga.training.probe import probe
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.search.picture import search_page
-from minga.training.space import Params
+from minga.training.space import Params, is_network
 from minga.training.trials import SearchResult
 
 if TYPE_CHECKING:
+    from minga.training.models import Model
+    from minga.training.search.campaigns import Federation
     from minga.training.tracking import Tracker
     from minga.training.train import Trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A model that is no network.
+
+    Attributes:
+        model: what answers and exports.
+        params: what it is named by.
+        metrics: on the validation split.
+        run_id: of the MLflow run that recorded it.
+    """
+
+    model: "Model"
+    params: Params
+    metrics: Mapping[str, float]
+    run_id: str
+
 
 PAGE = "search.html"
 """The picture of a search, among the files of its run."""
@@ -34,9 +56,10 @@ PAGE = "search.html"
 def search(
     project: Project, on_progress: OnProgress = silent, *, fresh: bool = False
 ) -> SearchResult:
-    """Search the Task's hyper-parameters.
+    """Search the Task's hyper-parameters, over trainings or over simulated federations.
 
-    A finished search is kept; the same code, data and settings give it again without a trial.
+    A finished search is kept; the same code, data and settings give it again without a trial. Only
+    networks are searched: a Task whose defaults name another kind of model keeps these.
 
     Args:
         project: the project.
@@ -46,9 +69,13 @@ def search(
     Raises:
         SchemaError: the data breaks its schema; nothing was started.
         ShapeError: one training step does not work; nothing was started.
+        DataError, CampaignError, PrivacyError: there is no campaign to play.
         TrainingError: every trial failed.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
+    if not is_network(project.loaded_task.defaults):
+        defaults = dict(project.loaded_task.defaults)
+        return SearchResult(params=defaults, metrics={}, trials=(), resumed=False)
     if not fresh and (kept := finished_search(project)) is not None:
         total = len(kept.trials)
         note = "kept from an earlier search of the same code, data and settings"
@@ -56,6 +83,7 @@ def search(
         return kept
     require_valid_data(project)
     probe(project.loaded_task, project.loaded_task.defaults, project.splits)
+    federation = _federation(project)
     folder = _search_folder(project)
     if fresh:
         _discard(folder)
@@ -67,14 +95,41 @@ def search(
         tracker.run("search", tags=tags, kept=folder.with_suffix(".run")) as run_id,
         local_ray(),
     ):
-        found = _search(project, tracker, run_id, folder, on_progress)
+        found = _search(
+            project, tracker, run_id, folder, federation=federation, on_progress=on_progress
+        )
     found.write(_search_file(project))
     _discard(folder)
     return found
 
 
+def _federation(project: Project) -> "Federation | None":
+    """Give what trials are played on, if they are; refuse what none of them could do."""
+    if project.search.over != "simulation":
+        return None
+    from minga.training.search.campaigns import Federation, require_searchable  # noqa: PLC0415
+
+    federation = Federation(
+        config=project.federation, devices=project.simulation, root=project.directory
+    )
+    require_searchable(
+        federation,
+        project.loaded_task,
+        project.splits,
+        num_rounds=project.search.max_epochs,
+        seed=project.seed,
+    )
+    return federation
+
+
 def _search(
-    project: Project, tracker: "Tracker", run_id: str, folder: Path, on_progress: OnProgress
+    project: Project,
+    tracker: "Tracker",
+    run_id: str,
+    folder: Path,
+    *,
+    federation: "Federation | None",
+    on_progress: OnProgress,
 ) -> SearchResult:
     """Search, with a nested run for each trial."""
     # Ray reads its settings when it is imported, so not before it is started.
@@ -94,6 +149,7 @@ def _search(
             config=config,
             seed=project.seed,
             folder=folder,
+            federation=federation,
             points=points,
             on_progress=on_progress,
             on_epoch=runs.note,
@@ -165,13 +221,48 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
     return replace(trained, run_id=run_id)
 
 
+def fit_contender(project: Project, params: Params, on_progress: OnProgress = silent) -> Fitted:
+    """Fit what is no network, in this process; see `minga.training.selection`.
+
+    Args:
+        project: the project.
+        params: name it by `architecture`.
+        on_progress: hears when it is done.
+
+    Raises:
+        SchemaError: the data breaks its schema; nothing was started.
+        TaskError: there is no such contender, or it cannot serve the Task.
+    """
+    from minga.training.selection.contenders import contender_of  # noqa: PLC0415 - loads torch
+
+    require_valid_data(project)
+    task, splits = project.loaded_task, project.splits
+    contender = contender_of(task, params, project.training)
+    on_progress(Progress(step="train", done=0, total=1, note=contender.name))
+    tracker = project.tracker(on_progress)
+    tags = {"minga.step": "train", **data_tags(project)}
+    with occupied(project), tracker.run("train", tags=tags) as run_id:
+        tracker.log(run_id, params={**params, "seed": project.seed})
+        tracker.log_settings(run_id, project.model_dump(mode="json"))
+        model = contender.fit(splits.train, splits.validation, seed=project.seed)
+        outputs = model.predict(splits.validation.inputs)
+        metrics = measure(task, outputs, splits.validation.targets)
+        tracker.log(run_id, metrics=metrics)
+    told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    on_progress(Progress(step="train", done=1, total=1, note=f"{contender.name}: {told}"))
+    return Fitted(model=model, params=dict(params), metrics=metrics, run_id=run_id)
+
+
 def _training_folder(project: Project, params: Params) -> Path:
     work = fingerprint(project, (project.training, dict(params)))
     return project.ray_storage / f"train-{work}"
 
 
 def _search_folder(project: Project) -> Path:
-    return project.ray_storage / f"search-{fingerprint(project, project.search)}"
+    settings: tuple[object, ...] = (project.search,)
+    if project.search.over == "simulation":
+        settings += (project.federation, project.simulation)
+    return project.ray_storage / f"search-{fingerprint(project, settings)}"
 
 
 def _search_file(project: Project) -> Path:
@@ -180,7 +271,8 @@ def _search_file(project: Project) -> Path:
 
 def fingerprint(project: Project, settings: object) -> str:
     """Name work by all that decides its result: code beside the Task, data, seed and settings."""
-    digest = hashlib.sha256(f"{metadata.version('minga')} {project.seed} {settings}".encode())
+    facts = (metadata.version("minga"), project.seed, settings, project.data.features)
+    digest = hashlib.sha256(" ".join(map(str, facts)).encode())
     for file in sorted(project.reference.file.parent.glob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
     digest.update(digest_of(project.splits).encode())

@@ -1,6 +1,6 @@
 """The central path, step by step, for a project.
 
-    check_data -> search -> train_model -> register_candidate -> promote
+    check_data -> search -> (select_model ->) train -> register -> promote
 
 `run` takes all of them. Each step leaves its record in MLflow and can be called alone; what a step
 needs from an earlier one is an argument. An interrupted search or training goes on when the same
@@ -14,33 +14,55 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from minga.cluster.checking import find_champion, require_valid_data
-from minga.cluster.learning import fingerprint, finished_search, search, train_model
+from minga.cluster.learning import (
+    Fitted,
+    fingerprint,
+    finished_search,
+    fit_contender,
+    search,
+    train_model,
+)
 from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.runtimes import runtimes_for
+from minga.cluster.selecting import select_model
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
-from minga.training.bundle import GATES, LINEAGE, MODEL, SCHEMA, Bundle, read_parameters
+from minga.training.bundle import (
+    GATES,
+    LINEAGE,
+    MODEL,
+    SCHEMA,
+    Bundle,
+    has_weights,
+    read_authors,
+    read_parameters,
+)
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
+from minga.training.errors import ApprovalError
 from minga.training.evaluate import evaluate as evaluate_network
 from minga.training.gates import GateReport
 from minga.training.history import Record
 from minga.training.lineage import Campaign, Lineage, trace
-from minga.training.network import build_network, load_parameters
+from minga.training.models import ExportedModel, Model
+from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.probe import probe
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.registry import CHALLENGER, Version
 from minga.training.schema import Schema
-from minga.training.space import Params
+from minga.training.space import Params, is_network
 from minga.training.task import SplitName
 from minga.training.trials import SearchResult
 
 if TYPE_CHECKING:
+    from minga.training.selection.comparison import Selection
     from minga.training.train import Trained
 
 __all__ = [
@@ -52,8 +74,11 @@ __all__ = [
     "finished_search",
     "promote",
     "register_candidate",
+    "register_trained",
     "run",
     "search",
+    "select_model",
+    "train",
     "train_model",
 ]
 
@@ -77,11 +102,17 @@ class Registered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """What the whole path came to; `seconds` is by step."""
+    """What the whole path came to.
+
+    Attributes:
+        selection: None if no kinds of models were compared.
+        seconds: by step.
+    """
 
     data: DataReport
     search: SearchResult
-    trained: "Trained"
+    selection: "Selection | None"
+    trained: "Trained | Fitted"
     registered: Registered
     promoted: bool
     seconds: Mapping[str, float]
@@ -99,9 +130,19 @@ class _Clock:
 
 
 def run(
-    project: Project, on_progress: OnProgress = silent, *, fresh_search: bool = False
+    project: Project,
+    on_progress: OnProgress = silent,
+    *,
+    fresh_search: bool = False,
+    auto: bool = False,
 ) -> RunReport:
     """Check data, search, train, judge, register, and promote if all gates passed.
+
+    Args:
+        project: the project.
+        on_progress: hears of each part.
+        fresh_search: search and compare anew, even if a result is kept.
+        auto: compare kinds of models after the search, and train the one that is chosen.
 
     Raises:
         SchemaError: the data breaks its schema.
@@ -117,49 +158,75 @@ def run(
     with occupied(project), local_ray():
         with clock.step("search"):
             found = search(project, on_progress, fresh=fresh_search)
+        params: Params = found.params
+        selection = None
+        if auto:
+            with clock.step("compare"):
+                selection, params = select_model(project, params, on_progress, fresh=fresh_search)
         with clock.step("train"):
-            trained = train_model(project, found.params, on_progress)
+            trained = train(project, params, on_progress)
     with clock.step("gate and register"):
-        registered = register_candidate(
-            project,
-            parameters=trained.parameters,
-            params=trained.params,
-            run_id=trained.run_id,
-            on_progress=on_progress,
-        )
-    if registered.report.blessed:
-        promote(project, registered.version)
+        registered = register_trained(project, trained, on_progress)
+    promoted = promote_if_allowed(project, registered)
     return RunReport(
         data=report,
         search=found,
+        selection=selection,
         trained=trained,
         registered=registered,
-        promoted=registered.report.blessed,
+        promoted=promoted,
         seconds=clock.seconds,
+    )
+
+
+def train(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained | Fitted":
+    """Train what hyper-parameters stand for: a network, or another contender.
+
+    Raises:
+        Exception: as `train_model` and `fit_contender` do.
+    """
+    make = train_model if is_network(params) else fit_contender
+    return make(project, params, on_progress)
+
+
+def register_trained(
+    project: Project, trained: "Trained | Fitted", on_progress: OnProgress = silent
+) -> Registered:
+    """Judge and register what `train` gave; see `register_candidate`."""
+    if isinstance(trained, Fitted):
+        made: dict[str, Any] = {"model": trained.model}
+    else:
+        made = {"parameters": trained.parameters}
+    return register_candidate(
+        project, **made, params=trained.params, run_id=trained.run_id, on_progress=on_progress
     )
 
 
 def register_candidate(
     project: Project,
     *,
-    parameters: Parameters,
     params: Params,
+    parameters: Parameters | None = None,
+    model: Model | None = None,
     run_id: str = "",
     parent_version: int | None = None,
     campaign: Campaign | None = None,
+    authors: frozenset[str] = frozenset(),
     on_progress: OnProgress = silent,
 ) -> Registered:
-    """Export parameters, judge them on the test split, and register them with the verdict.
+    """Export a model, judge it on the test split, and register it with the verdict.
 
     A blessed version becomes the challenger; `promote` makes it the champion.
 
     Args:
         project: whose Task, test split and gates count.
+        params: the hyper-parameters that the network is built with, or that name the model.
         parameters: of the complete network, from central training or from a campaign.
-        params: the hyper-parameters that the network is built with.
+        model: in place of parameters, what is no network.
         run_id: of the run that trained it; without one a run is made.
         parent_version: the version whose parameters it started from.
         campaign: what it is the product of, if it was federated.
+        authors: public keys of those who made or judged the same model before.
         on_progress: hears of each part.
 
     Raises:
@@ -167,8 +234,10 @@ def register_candidate(
         TaskError: the network does not export to ONNX.
     """
     on_progress(Progress(step="gate", done=0, total=1, note="export, compare, measure"))
-    candidate, schema = _assess(project, parameters, params)
     splits = project.splits
+    candidate, schema = _assess(
+        project, _network(project, parameters, params) if parameters is not None else model
+    )
     lineage = trace(
         project.loaded_task,
         project.reference,
@@ -189,11 +258,23 @@ def register_candidate(
         gates=candidate.report,
         lineage=lineage,
         description=inspect.getdoc(project.loaded_task) or "",
+        authors=authors,
     )
     registered = _store(project, bundle, run_id or _open_run(project, lineage, on_progress))
     verdict = "all gates passed" if registered.report.blessed else "refused"
     on_progress(Progress(step="gate", done=1, total=1, note=verdict))
     return registered
+
+
+def finish(project: Project, parameters: Parameters, params: Params) -> Parameters:
+    """Let the Task set what it chooses on validation examples, after training elsewhere.
+
+    Raises:
+        ShapeError: the parameters are not of the network that `params` describe.
+    """
+    network = _network(project, parameters, params)
+    project.loaded_task.finish(network, project.splits.validation)
+    return parameters_of(network)
 
 
 def find_registered(project: Project, *, run_id: str = "", campaign: str = "") -> Registered | None:
@@ -229,14 +310,35 @@ def judge_anew(project: Project, which: int | str, on_progress: OnProgress = sil
     version = registry.get(project.loaded_task.name, which)
     folder = registry.fetch(version.name, version.version)
     lineage = Lineage.read(folder / LINEAGE)
+    is_network_still = has_weights(folder)
     return register_candidate(
         project,
-        parameters=read_parameters(folder),
+        parameters=read_parameters(folder) if is_network_still else None,
+        model=None if is_network_still else ExportedModel((folder / MODEL).read_bytes()),
         params=lineage.params,
         parent_version=version.version,
         campaign=lineage.campaign,
+        authors=read_authors(folder, project.keyring),
         on_progress=on_progress,
     )
+
+
+def promote_if_allowed(project: Project, registered: Registered) -> bool:
+    """Promote a version that was just registered, unless its gates refused it or others must agree.
+
+    Returns:
+        whether it is champion now.
+
+    Raises:
+        Exception: as `promote` does, beside `ApprovalError`.
+    """
+    if not registered.report.blessed:
+        return False
+    try:
+        promote(project, registered.version)
+    except ApprovalError:
+        return False  # it stays the challenger
+    return True
 
 
 def promote(project: Project, version: int | str, *, override: str = "") -> Version:
@@ -244,6 +346,7 @@ def promote(project: Project, version: int | str, *, override: str = "") -> Vers
 
     Raises:
         GateError: its gates refused it, and `override` gives no reason to do it nevertheless.
+        ApprovalError: too few others approved it.
         ConflictError: somebody else promoted another version in the meantime.
         RegistryError: there is no such version, or its files are not what was registered.
     """
@@ -258,21 +361,25 @@ def evaluate(
     Raises:
         ShapeError: the parameters are not of the network that `params` describe.
     """
-    network = build_network(project.loaded_task, params, project.splits.train, seed=project.seed)
-    load_parameters(network, parameters)
+    network = _network(project, parameters, params)
     return evaluate_network(project.loaded_task, network, project.splits[split])
 
 
-def _assess(project: Project, parameters: Parameters, params: Params) -> tuple[Candidate, Schema]:
-    """Build the network, export it, and judge it against the champion."""
-    task, splits = project.loaded_task, project.splits
-    network = build_network(task, params, splits.train, seed=project.seed)
+def _network(project: Project, parameters: Parameters, params: Params) -> nn.Module:
+    network = build_network(project.loaded_task, params, project.splits.train, seed=project.seed)
     load_parameters(network, parameters)
+    return network
+
+
+def _assess(project: Project, trained: nn.Module | Model | None) -> tuple[Candidate, Schema]:
+    """Export a model, and judge it against the champion."""
+    assert trained is not None, "there are parameters of a network, or another model"
+    task, splits = project.loaded_task, project.splits
     schema = task.schema(splits.train)
     champion = find_champion(project)
     candidate = assess(
         task,
-        network,
+        trained,
         splits.test,
         schema=schema,
         profile=data.profile_of(task, splits.train),

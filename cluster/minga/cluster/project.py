@@ -17,12 +17,20 @@ from minga.cluster.response.config import RespondConfig
 from minga.cluster.settings import Settings
 from minga.federation.config import FederationConfig
 from minga.serving.config import ServingConfig
-from minga.training.config import DataConfig, GateConfig, SearchConfig, TrainConfig
+from minga.training.approvals import Policy
+from minga.training.config import (
+    DataConfig,
+    GateConfig,
+    SearchConfig,
+    SelectionConfig,
+    TrainConfig,
+)
 from minga.training.data import read_splits
 from minga.training.data.versions import DataVersion, require_version, versions_of
 from minga.training.progress import OnProgress, silent
 from minga.training.signing import Keyring
 from minga.training.simulation.config import SimulationConfig
+from minga.training.space import FEATURES
 from minga.training.task import Splits, Task, TaskReference
 
 if TYPE_CHECKING:
@@ -51,6 +59,7 @@ class Project(BaseModel):
     """Decides everything that is drawn: search, first weights, order of examples, resampling."""
     data: DataConfig
     search: SearchConfig = SearchConfig()
+    selection: SelectionConfig = SelectionConfig()
     training: TrainConfig = TrainConfig()
     gates: GateConfig = GateConfig()
     serving: ServingConfig = Field(default_factory=lambda: ServingConfig.model_validate({}))
@@ -88,8 +97,14 @@ class Project(BaseModel):
 
     @cached_property
     def loaded_task(self) -> Task:
-        """The Task; see `minga.training.task.load_task` for the errors."""
-        return self.reference.load()
+        """The Task, with `[data] features` among its defaults.
+
+        See `minga.training.task.load_task` for the errors.
+        """
+        task = self.reference.load()
+        if not self.data.features:
+            return task
+        return task.with_defaults({FEATURES: ",".join(self.data.features)})
 
     @cached_property
     def splits(self) -> Splits:
@@ -108,6 +123,21 @@ class Project(BaseModel):
     def schema_file(self) -> Path:
         """Where the project keeps its schema, if it does: `minga data schema` writes it."""
         return self._directory / SCHEMA_FILE
+
+    @property
+    def keys_file(self) -> Path:
+        """Where the API keys of what the project serves are, if there are any."""
+        if self.serving.keys:
+            return self._directory / self.serving.keys
+        return self.work_folder / "keys.json"
+
+    @property
+    def protected_serving(self) -> ServingConfig:
+        """How the project's models are served, with absolute names of files."""
+        config = self.serving.anchored(self._directory)
+        if not config.keys and self.keys_file.exists():
+            return config.model_copy(update={"keys": str(self.keys_file.resolve())})
+        return config
 
     @property
     def tracking_uri(self) -> str:
@@ -129,13 +159,22 @@ class Project(BaseModel):
         """Open the model registry; the database is made the first time."""
         from minga.training.registry import Registry  # noqa: PLC0415 - loads MLflow
 
-        return Registry(self.tracking_uri, on_progress, keyring=lambda: self.keyring)
+        return Registry(
+            self.tracking_uri,
+            on_progress,
+            keyring=lambda: self.keyring,
+            approvals=Policy(needed=self.gates.approvals, approvers=self.gates.approvers),
+        )
 
     @cached_property
     def keyring(self) -> Keyring:
         """The key that signs this machine's verdicts, made the first time, and the trusted ones."""
-        file = Path(Settings().signing_key or self.work_folder / "signing.pem")
-        return Keyring.open(file, self.gates.trusted_keys)
+        return Keyring.open(self.signing_key_file, self.gates.trusted_keys)
+
+    @property
+    def signing_key_file(self) -> Path:
+        """Where this machine's key is: MINGA_SIGNING_KEY, or a file in the project."""
+        return Path(Settings().signing_key or self.work_folder / "signing.pem")
 
     def tracker(self, on_progress: OnProgress = silent) -> "Tracker":
         """Open the record of runs, in the experiment named after the Task."""

@@ -2,7 +2,8 @@
 
 The code version is checked out beside the project; configuration, seed and hyper-parameters are the
 recorded ones, and the data must have the recorded digest. A fresh process trains, so nothing of
-today's code is in it, and the weights are compared bit by bit. Where they differ, the first thing
+today's code is in it, and the weights are compared bit by bit; of what is no network, the exported
+model. Where they differ, the first thing
 that differs is named: in what went in, then epoch by epoch in what happened, then tensor by tensor
 in what came out.
 """
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from minga.cluster.errors import ReproductionError
 from minga.cluster.project import Project
 from minga.cluster.retraining import Job, Result
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
-from minga.training.bundle import ENVIRONMENT, LINEAGE, WEIGHTS, read_parameters
+from minga.training.bundle import ENVIRONMENT, LINEAGE, MODEL, WEIGHTS, has_weights
 from minga.training.document import Document
 from minga.training.errors import DataError
 from minga.training.history import Record
@@ -59,7 +60,7 @@ class Reproduction(Document):
     is_equal: bool
     """Whether the weights are the same, bit by bit."""
     recorded_sha256: str
-    """Of the recorded weights."""
+    """Of the recorded weights, or of the model that has none."""
     now_sha256: str
     metrics: dict[str, tuple[float, float]]
     """Test metric -> what was recorded, and what the new weights reach."""
@@ -110,8 +111,8 @@ def reproduce(project: Project, version: Version, on_progress: OnProgress = sile
             reproduces=version.run_id,
         )
         again = _train(project, job, on_progress)
-    before = read_parameters(folder)
-    is_equal = _sha256(before) == _sha256(again.parameters)
+    before = _Made.read(folder)
+    is_equal = before.sha256 == again.made.sha256
     names = recorded.metrics.keys() & again.result.metrics.keys()
     return Reproduction(
         model=version.name,
@@ -119,15 +120,13 @@ def reproduce(project: Project, version: Version, on_progress: OnProgress = sile
         run_id=version.run_id,
         new_run_id=again.result.run_id,
         is_equal=is_equal,
-        recorded_sha256=_sha256(before),
-        now_sha256=_sha256(again.parameters),
+        recorded_sha256=before.sha256,
+        now_sha256=again.made.sha256,
         metrics={n: (recorded.metrics[n], again.result.metrics[n]) for n in sorted(names)},
         conditions=conditions,
         first_difference=None
         if is_equal
-        else first_difference(
-            recorded.history, again.result.history, before=before, after=again.parameters
-        ),
+        else _difference(recorded.history, again.result.history, before, again.made),
     )
 
 
@@ -165,9 +164,33 @@ def first_difference(
 
 
 @dataclass(frozen=True, slots=True)
+class _Made:
+    """What training came to: a network's parameters, or the digest of another exported model."""
+
+    parameters: Parameters | None
+    sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        if not has_weights(folder):
+            return cls(None, hashlib.sha256((folder / MODEL).read_bytes()).hexdigest())
+        parameters = from_bytes((folder / WEIGHTS).read_bytes())
+        ordered = to_bytes(dict(sorted(parameters.items())))
+        return cls(parameters, hashlib.sha256(ordered).hexdigest())
+
+
+def _difference(
+    recorded: Sequence[Record], now: Sequence[Record], before: _Made, after: _Made
+) -> Difference:
+    if before.parameters is None or after.parameters is None:
+        return Difference(what="exported model", recorded=before.sha256, now=after.sha256)
+    return first_difference(recorded, now, before=before.parameters, after=after.parameters)
+
+
+@dataclass(frozen=True, slots=True)
 class _Again:
     result: Result
-    parameters: Parameters
+    made: _Made
 
 
 def require_training(version: Version, lineage: Lineage, tags: Mapping[str, str]) -> None:
@@ -228,9 +251,7 @@ def _train(project: Project, job: Job, on_progress: OnProgress) -> _Again:
             _tell(line, on_progress)
         if child.wait() != 0:
             raise _failure(folder, log.name)
-        return _Again(
-            Result.read(folder / "result.json"), from_bytes((folder / WEIGHTS).read_bytes())
-        )
+        return _Again(Result.read(folder / "result.json"), _Made.read(folder))
 
 
 def _end(child: subprocess.Popen[str]) -> None:
@@ -287,7 +308,3 @@ def _packages_differ(lock: str) -> Iterator[Difference]:
 def _versions(lock: str) -> dict[str, str]:
     pairs = (line.partition("==") for line in lock.splitlines() if line)
     return {name: version for name, _, version in pairs}
-
-
-def _sha256(parameters: Parameters) -> str:
-    return hashlib.sha256(to_bytes(dict(sorted(parameters.items())))).hexdigest()

@@ -1,7 +1,7 @@
 """A training that repeats another, in a process of its own: `python -m minga.cluster.retraining`.
 
-Its folder holds `job.json`; it leaves `result.json` and the weights there, or `error.json`. Each
-line that it writes to stdout is one step of progress.
+Its folder holds `job.json`; it leaves `result.json` and the weights there (of what is no network,
+the exported model), or `error.json`. Each line that it writes to stdout is one step of progress.
 """
 
 import json
@@ -20,6 +20,7 @@ from minga.training.progress import Progress
 from minga.training.space import Param
 
 WEIGHTS = "weights.safetensors"
+MODEL = "model.onnx"
 
 
 class Job(Document):
@@ -53,18 +54,26 @@ def retrain(job: Job, folder: Path) -> None:
         TrainingError: training failed.
     """
     from minga.cluster import pipeline  # noqa: PLC0415 - after the settings are known to be sound
+    from minga.cluster.learning import Fitted  # noqa: PLC0415
+    from minga.training.evaluate import measure_with_loss  # noqa: PLC0415
+    from minga.training.models import exported  # noqa: PLC0415
 
     project = restore(job.settings, Path(job.root), source=job.source)
     _require_data(project, job)
-    trained = pipeline.train_model(project, job.params, _tell)
+    trained = pipeline.train(project, job.params, _tell)
     tags = {"mlflow.runName": "reproduce", "minga.reproduces": job.reproduces}
     project.tracker().log(trained.run_id, tags=tags)
-    (folder / WEIGHTS).write_bytes(to_bytes(trained.parameters))
-    result = Result(
-        run_id=trained.run_id,
-        history=trained.history,
-        metrics=pipeline.evaluate(project, trained.parameters, trained.params),
-    )
+    history: tuple[Record, ...] = ()
+    if isinstance(trained, Fitted):
+        (folder / MODEL).write_bytes(exported(project.loaded_task, trained.model))
+        test = project.splits.test
+        outputs = trained.model.predict(test.inputs)
+        metrics = measure_with_loss(project.loaded_task, outputs, test)
+    else:
+        (folder / WEIGHTS).write_bytes(to_bytes(trained.parameters))
+        history = trained.history
+        metrics = pipeline.evaluate(project, trained.parameters, trained.params)
+    result = Result(run_id=trained.run_id, history=history, metrics=metrics)
     result.write(folder / "result.json")
 
 

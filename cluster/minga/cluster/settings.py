@@ -23,6 +23,10 @@ class Settings(BaseSettings):
     ray_address: str = ""
     """The Ray cluster that searches and trains, such as `auto` on one of its machines; by default a
     Ray of this machine alone, for as long as the command lasts."""
+
     signing_key: str = ""
     """File of the private key that signs verdicts and promotions; by default
     `.minga/signing.pem`, made the first time."""
+
+    ray_dashboard: str = "http://127.0.0.1:8265"
+    """The dashboard of the Ray cluster that `minga submit` sends jobs to."""

@@ -4,7 +4,8 @@
 InferenceError
 ├── RequestError                the caller must change the request
 │   ├── BadRequestError         400  malformed, or does not fit the model (also a ValueError)
-│   ├── ForbiddenError          403  this server does not grant it to anyone
+│   ├── UnauthenticatedError    401  no key that counts
+│   ├── ForbiddenError          403  this server does not grant it to anyone, or not to this key
 │   ├── UnknownModelError       404  no such model or version
 │   ├── UnknownPathError        404  no such path
 │   ├── MethodNotAllowedError   405  the path knows other methods
@@ -13,10 +14,13 @@ InferenceError
 │   ├── UnsupportedCodingError  415  a content coding other than gzip and deflate
 │   └── HeadersTooLargeError    431  the headers are over the limit
 ├── UnavailableError            503  the same request may succeed later: nothing is loaded yet
-│   └── OverloadedError         503  or too many bytes of requests are in memory
+│   ├── AsleepError             503  or the model has to be loaded first
+│   ├── OverloadedError         503  or there is more to do than can be done in time
+│   └── RateLimitedError        429  or the key has made its requests for now
 ├── ModelError                  a model cannot be loaded or fails its self-test
 ├── MonitorError                what the monitor remembers cannot be used
 ├── PortInUseError              the server's port is taken
+├── AccessError                 the server would not be protected, or its keys or TLS are unusable
 └── ClientError                 what the client of a server meets
     ├── ServerUnreachableError  nobody answers at the URL
     └── RejectedError           the server answered with an error, whose status it keeps
@@ -40,8 +44,14 @@ class BadRequestError(RequestError, ValueError):
     """A request that is malformed or does not fit the model."""
 
 
+class UnauthenticatedError(RequestError):
+    """A request without an API key that counts, to a server that wants one."""
+
+    status = 401
+
+
 class ForbiddenError(RequestError):
-    """Something that this server was not told to let its callers do."""
+    """Something that this server was not told to let its callers, or this key, do."""
 
     status = 403
 
@@ -101,10 +111,39 @@ class UnavailableError(InferenceError):
     """The server runs but cannot answer now, as when it has no model yet."""
 
     status = 503
+    retry_after_s = 1
+
+
+class AsleepError(UnavailableError):
+    """A model that answers, and is not in memory at the moment."""
 
 
 class OverloadedError(UnavailableError):
-    """The requests that are being answered take all the memory that they may."""
+    """More is asked than can be answered: in the memory, or in the time that is granted.
+
+    Args:
+        message: what there is too much of.
+        retry_after_s: after how many seconds it should be less.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitedError(UnavailableError):
+    """A key has made the requests that it may make for now.
+
+    Args:
+        message: which limit that is.
+        retry_after_s: when the next request will be let in.
+    """
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelError(InferenceError):
@@ -117,6 +156,10 @@ class MonitorError(InferenceError):
 
 class PortInUseError(InferenceError):
     """The address that the server was told to listen on is taken."""
+
+
+class AccessError(InferenceError):
+    """A server that would not be protected as it has to be, or whose keys or TLS are unusable."""
 
 
 class ClientError(InferenceError):

@@ -7,10 +7,12 @@ IEEE TKDE 2008). It needs nothing of the model but answers, is exact for what it
 not share an interaction of features out: attributions need not add up to the output.
 
 It costs one more row per feature. The baseline is the mean of the training data, where the
-model's source knows it, or what the request says.
+model's source knows it, or what the request says. Servers attribute every output (`occluded`,
+`attributions`); `occlude` does the rest for whoever holds a model: `minga explain`, a device.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from reprlib import repr as excerpt  # a caller must not choose a message's length
 from typing import Any, Final
 
@@ -19,6 +21,17 @@ import numpy as np
 from minga.inference.engine import OnnxModel
 from minga.inference.errors import BadRequestError
 from minga.inference.tensors import Array
+
+Predict = Callable[[Array], Array]
+"""From inputs of shape `(n, ...)` to outputs of shape `(n,)` or `(n, k)`."""
+
+Region = tuple[slice, ...]
+"""A part of a row that is taken away as one."""
+
+PATCHES: Final = 8
+"""Rows with more than one axis lose so many patches along each of the last two, one by one."""
+
+BATCH_ROWS: Final = 4096
 
 MAX_ROWS: Final = 16_384
 """How many rows a model may compute for one explanation."""
@@ -78,31 +91,89 @@ def rows_of(model: OnnxModel, inputs: Mapping[str, Array]) -> Array:
     return rows
 
 
-def occluded(rows: Array, baseline: Array, *, max_rows: int) -> Iterator[Array]:
-    """Give the rows as they are and then with each feature at its baseline, in pieces.
+def occlude(predict: Predict, rows: Array, baseline: Array) -> Array:
+    """Attribute each row's own answer to its values: what a caller without a server does.
 
     Args:
-        rows: `(n, features)`.
-        baseline: `(features,)`.
-        max_rows: the most rows of a piece.
+        predict: the model.
+        rows: `(n, ...)`; more axes than one are taken away in patches of the last two.
+        baseline: what stands for absence; of one row's shape, or a single number.
+
+    Returns:
+        What each value adds, of the shape of `rows`. Where a model gives several outputs, the
+        answer is each row's largest. All values of a patch have what the patch adds.
+
+    Raises:
+        BadRequestError: the outputs are no numbers of shape `(n,)` or `(n, k)`.
     """
-    variants = np.repeat(rows[None], rows.shape[1] + 1, axis=0)
-    for feature, value in enumerate(baseline):
-        variants[feature + 1, :, feature] = value
-    flat = variants.reshape(-1, rows.shape[1])
+    base = np.broadcast_to(np.asarray(baseline, rows.dtype), rows.shape[1:])
+    regions = regions_of(rows.shape[1:])
+    shares = np.zeros(rows.shape, np.float64)
+    step = max(BATCH_ROWS // (len(regions) + 1), 1)
+    for start in range(0, len(rows), step):
+        chunk, share = rows[start : start + step], shares[start : start + step]
+        pieces = occluded(chunk, base, max_rows=BATCH_ROWS, regions=regions)
+        outputs = np.concatenate([_table(predict(piece), len(piece)) for piece in pieces])
+        picked, answer = np.arange(len(chunk)), outputs[: len(chunk)].argmax(axis=1)
+        added = attributions(outputs, num_rows=len(chunk))[picked, :, answer]
+        for place, region in enumerate(regions):
+            part = share[slice(None), *region]
+            part[...] = added[:, place].reshape(-1, *[1] * (part.ndim - 1))
+    return shares
+
+
+def regions_of(shape: tuple[int, ...]) -> Sequence[Region]:
+    """Give the parts of a row that are taken away together: each column, or each patch."""
+    if len(shape) <= 1:
+        return [(slice(index, index + 1),) for index in range(shape[0])] if shape else [()]
+    *front, height, width = shape
+    tops, lefts = (np.linspace(0, n, min(PATCHES, n) + 1).astype(int) for n in (height, width))
+    whole = (slice(None),) * len(front)
+    return [
+        (*whole, slice(top, bottom), slice(left, right))
+        for top, bottom in pairwise(tops)
+        for left, right in pairwise(lefts)
+    ]
+
+
+def occluded(
+    rows: Array, baseline: Array, *, max_rows: int, regions: Sequence[Region] = ()
+) -> Iterator[Array]:
+    """Give the rows as they are and then with each region at its baseline, in pieces.
+
+    Args:
+        rows: `(n, ...)`.
+        baseline: of one row's shape.
+        max_rows: the most rows of a piece.
+        regions: of a row; each of its columns if none is given.
+    """
+    regions = regions or regions_of(rows.shape[1:])
+    variants = np.repeat(rows[None], len(regions) + 1, axis=0)
+    for place, region in enumerate(regions, start=1):
+        variants[place][slice(None), *region] = baseline[region]
+    flat = variants.reshape(-1, *rows.shape[1:])
     for start in range(0, len(flat), max_rows):
         yield flat[start : start + max_rows]
 
 
 def attributions(outputs: Array, *, num_rows: int) -> Array:
-    """Give what each feature adds to an output.
+    """Give what each region adds to an output.
 
     Args:
-        outputs: of what `occluded` gave, joined: `((features + 1) * n, ...)`.
+        outputs: of what `occluded` gave, joined: `((regions + 1) * n, ...)`.
         num_rows: n.
 
     Returns:
-        `(n, features, ...)`, FP64.
+        `(n, regions, ...)`, FP64.
     """
     variants = outputs.astype(np.float64).reshape(-1, num_rows, *outputs.shape[1:])
     return np.ascontiguousarray(np.moveaxis(variants[0] - variants[1:], 0, 1))
+
+
+def _table(outputs: Array, num_rows: int) -> Array:
+    if outputs.dtype.kind not in "fiub" or outputs.ndim not in (1, 2) or len(outputs) != num_rows:
+        raise BadRequestError(
+            f"outputs of {outputs.dtype} and shape {outputs.shape} cannot be explained; "
+            "the model must give one number, or one for each class, for each row"
+        )
+    return outputs.reshape(num_rows, -1).astype(np.float64)

@@ -11,8 +11,9 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 
+from minga.inference.access import Access
 from minga.inference.engine import PLATFORM, OnnxModel
-from minga.inference.errors import BadRequestError, InferenceError
+from minga.inference.errors import BadRequestError, InferenceError, UnavailableError
 from minga.inference.grpc_wire import (
     SERVICE,
     STATUS_KEY,
@@ -21,6 +22,7 @@ from minga.inference.grpc_wire import (
     write_response,
     write_statistics,
 )
+from minga.inference.keys import Permission
 from minga.inference.limits import Limits
 from minga.inference.protocol import InferRequest, InferResponse
 from minga.inference.service import EXTENSIONS, SERVER_NAME, InferenceService, server_version
@@ -28,6 +30,15 @@ from minga.inference.tensors import TensorSpec
 from minga.inference.v2 import open_inference_pb2 as pb
 
 _LOG: Final = logging.getLogger(__name__)
+
+# What is not here needs leave to ask.
+_PERMISSIONS: Final[dict[str, Permission | None]] = {
+    "ServerLive": None,
+    "ServerReady": None,
+    "ModelStatistics": Permission.WATCH,
+    "RepositoryModelLoad": Permission.MANAGE,
+    "RepositoryModelUnload": Permission.MANAGE,
+}
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -77,8 +88,7 @@ class GrpcService:
                 response: bytes = (await method(message)).SerializeToString()
                 share.take(len(response))
             except InferenceError as error:
-                trailers = ((STATUS_KEY, str(error.status)),)
-                await context.abort(status_of(error), str(error), trailers)
+                await _refuse(context, error)
             except Exception as error:
                 if isinstance(error, grpc.aio.AbortError):
                     raise
@@ -100,7 +110,7 @@ class GrpcService:
     async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """Say whether a model answers; an unknown one does not, which is no error."""
         try:
-            self._model(request)
+            self._service.repository.find(request.name, request.version or None)
         except InferenceError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
@@ -113,7 +123,7 @@ class GrpcService:
 
     async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Say what a model takes and gives."""
-        model = self._model(request)
+        model = await self._service.model(request.name, request.version or None)
         return pb.ModelMetadataResponse(
             name=model.ref.name,
             versions=self._service.repository.versions(model.ref.name),
@@ -158,9 +168,6 @@ class GrpcService:
         await self._service.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _model(self, request: Any) -> OnnxModel:
-        return self._service.repository.get(request.name, request.version or None)
-
 
 class _GrpcCall:
     """An inference request over gRPC, a `service.Call`."""
@@ -175,6 +182,15 @@ class _GrpcCall:
     def decode(self, _model: OnnxModel) -> InferRequest:
         """Read the tensors."""
         return read_request(self._message)
+
+    def header(self, name: str) -> str | None:
+        """Give a parameter of the request, which is where gRPC has them."""
+        parameters = self._message.parameters
+        if name not in parameters:
+            return None
+        parameter = parameters[name]
+        kind = parameter.WhichOneof("parameter_choice")
+        return None if kind is None else str(getattr(parameter, kind))
 
     def encode(self, response: InferResponse, _request: InferRequest) -> pb.ModelInferResponse:
         """Write the tensors."""
@@ -192,3 +208,46 @@ def _spec(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
     return pb.ModelMetadataResponse.TensorMetadata(
         name=spec.name, datatype=spec.datatype, shape=spec.shape
     )
+
+
+async def _refuse(context: Any, error: InferenceError) -> None:
+    trailers = [(STATUS_KEY, str(error.status))]
+    if isinstance(error, UnavailableError):
+        trailers.append(("retry-after", str(error.retry_after_s)))
+    await context.abort(status_of(error), str(error), tuple(trailers))
+
+
+class Doorkeeper(grpc.aio.ServerInterceptor):
+    """Refuses calls before their messages are received, so that strangers cannot fill the memory.
+
+    Args:
+        access: who is let in.
+        certified: whether every connection has shown a certificate that was verified.
+    """
+
+    def __init__(self, access: Access, *, certified: bool) -> None:
+        self._access = access
+        self._certified = certified
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Let a call through, or give what refuses it."""
+        method = handler_call_details.method.rpartition("/")[2]
+        permission = _PERMISSIONS.get(method, Permission.ASK)
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        try:
+            if permission is not None:
+                self._access.admit(
+                    permission, metadata.get("authorization"), certified=self._certified
+                )
+        except InferenceError as error:
+            return _refusal(error)
+        return await continuation(handler_call_details)
+
+
+def _refusal(error: InferenceError) -> Any:
+    """Make a method that refuses; one that takes a stream need not receive any of it."""
+
+    async def refuse(_: Any, context: Any) -> None:
+        await _refuse(context, error)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -5,6 +5,7 @@ import pytest
 
 from minga.federation.parameters import Layout
 from minga.training.network import build_network, parameters_of
+from minga.training.simulation import outer
 from minga.training.simulation.config import DirichletTable
 from minga.training.simulation.crew import Worker
 from minga.training.simulation.device import OneByOne
@@ -81,6 +82,14 @@ def test_together_is_as_one_by_one(name, config):
     """Whatever network, optimiser and pull: every device's update is the same up to rounding."""
     bench = Bench(name)
     assert_same(*bench.both(bench.lesson(config)))
+
+
+@pytest.mark.parametrize("max_share", [0.0, 100.0])
+def test_missing_values_are_the_mean_with_and_without_weights(monkeypatch, max_share):
+    """Plain descent gives the same whether devices' weights are built or only their changes."""
+    monkeypatch.setattr(outer, "MAX_SHARE", max_share)
+    bench = Bench("Gaps")
+    assert_same(*bench.both(bench.lesson({"epochs": 2, "max_grad_norm": 0.5})))
 
 
 @pytest.mark.parametrize("name", ["Dense", "Convolution"])

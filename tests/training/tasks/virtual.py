@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minga.training import Maximize, Split, Splits, Task
+from minga.training import Maximize, Split, Splits, Task, loguniform
 
 
 def classes(num_rows, seed):
@@ -47,6 +47,21 @@ class Dense(Task):
 
     def metrics(self, outputs, targets):
         return {"accuracy": float(np.mean(outputs.argmax(axis=1) == targets))}
+
+
+class Searched(Dense):
+    """Searches the rate at which devices learn."""
+
+    search_space = {"lr": loguniform(0.001, 1.0)}
+
+
+class Gaps(Dense):
+    """Misses some of its values."""
+
+    def data(self, source):
+        splits = super().data(source)
+        splits.train.inputs[::7, 2] = np.nan
+        return splits
 
 
 class Sites(Dense):

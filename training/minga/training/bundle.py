@@ -1,7 +1,7 @@
 """The folder that a registered version carries.
 
 model.onnx            preparation and model; `input` -> `output`
-weights.safetensors   the network's parameters; reading them runs no code
+weights.safetensors   the network's parameters; reading them runs no code; absent if it is none
 schema.json           what valid data looks like
 profile.json          the reference profile: inputs, targets, outputs
 gates.json            the verdict, whatever it was
@@ -26,7 +26,8 @@ from minga.training.lineage import Lineage, installed_packages
 from minga.training.profile import Profile
 from minga.training.schema import Schema
 from minga.training.signing import Keyring
-from minga.training.verdict import check_verdict, sign_verdict
+from minga.training.space import architecture_of, is_network
+from minga.training.verdict import authors_of, check_verdict, sign_verdict
 
 MODEL = "model.onnx"
 WEIGHTS = "weights.safetensors"
@@ -51,7 +52,7 @@ JUDGED_FILES = (
     SCHEMA,
     WEIGHTS,
 )
-"""What the signed verdict covers."""
+"""What the signed verdict covers. A model that is no network has no weights of its own."""
 
 OWN_FILES = (*JUDGED_FILES, VERDICT)
 
@@ -61,20 +62,24 @@ class Bundle:
     """All that a version carries, in memory."""
 
     onnx: bytes
-    parameters: Parameters
+    parameters: Parameters | None
+    """None of a model that is no network."""
     schema: Schema
     profile: Profile
     gates: GateReport
     lineage: Lineage
     description: str = ""
     """What the model is for, in the Task's words."""
+    authors: frozenset[str] = frozenset()
+    """Public keys of those who made or judged the same model before."""
 
     def write(self, folder: Path, keyring: Keyring) -> None:
         """Write the folder, which must not exist, and vouch for it with the keyring's own key."""
         from minga.training.tracking import save_mlflow_model
 
         save_mlflow_model(self.onnx, folder)
-        (folder / WEIGHTS).write_bytes(to_bytes(self.parameters))
+        if self.parameters is not None:
+            (folder / WEIGHTS).write_bytes(to_bytes(self.parameters))
         self.schema.write(folder / SCHEMA)
         self.profile.write(folder / PROFILE)
         self.gates.write(folder / GATES)
@@ -89,20 +94,27 @@ class Bundle:
         )
         card.write(folder / CARD_JSON)
         (folder / CARD).write_text(card.markdown(), encoding="utf-8")
-        verdict = sign_verdict(keyring, self.lineage.task, folder, JUDGED_FILES, self.gates)
+        verdict = sign_verdict(
+            keyring,
+            self.lineage.task,
+            folder,
+            present(folder, JUDGED_FILES),
+            self.gates,
+            authors=self.authors,
+        )
         (folder / VERDICT).write_text(verdict + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digests:
-    """SHA-256 of a bundle's parts and of the whole, in hexadecimal."""
+    """SHA-256 of a bundle's parts and of the whole, in hexadecimal; `weights` may be empty."""
 
     onnx: str
     weights: str
     bundle: str
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
+    def of(cls, folder: Path, *, needs_weights: bool = False) -> Self:
         """Digest a bundle's folder.
 
         The whole covers the files that Minga reads. MLflow's own are left out: loading a model
@@ -111,16 +123,15 @@ class Digests:
         Raises:
             RegistryError: one of the files is missing.
         """
-        missing = [name for name in OWN_FILES if not (folder / name).is_file()]
+        names = OWN_FILES if needs_weights else present(folder, OWN_FILES)
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise RegistryError(f"{folder} is no whole bundle: it lacks {', '.join(missing)}")
-        parts = {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in OWN_FILES
-        }
+        parts = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
         lines = "\n".join(f"{digest}  {name}" for name, digest in parts.items())
         return cls(
             onnx=parts[MODEL],
-            weights=parts[WEIGHTS],
+            weights=parts.get(WEIGHTS, ""),
             bundle=hashlib.sha256(lines.encode()).hexdigest(),
         )
 
@@ -134,16 +145,50 @@ def read_verdict(folder: Path, model: str, keyring: Keyring) -> GateReport:
     """
     report = GateReport.read(folder / GATES)
     envelope = (folder / VERDICT).read_bytes()
-    check_verdict(keyring, model, folder, JUDGED_FILES, report=report, envelope=envelope)
+    files = present(folder, JUDGED_FILES)
+    check_verdict(keyring, model, folder, files, report=report, envelope=envelope)
     return report
+
+
+def read_authors(folder: Path, keyring: Keyring) -> frozenset[str]:
+    """Give the public keys of those who made or judged a bundle's model.
+
+    Raises:
+        VerdictError: no trusted key signed its verdict.
+    """
+    return authors_of(keyring, (folder / VERDICT).read_bytes())
+
+
+def present(folder: Path, files: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave weights out of a list of files if the bundle has none.
+
+    Nobody gains by removing or adding them: the verdict and the registered digest are over the
+    files that were there.
+    """
+    has = has_weights(folder)
+    return tuple(name for name in files if name != WEIGHTS or has)
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a bundle's model is a network."""
+    return (folder / WEIGHTS).is_file()
 
 
 def read_parameters(folder: Path) -> Parameters:
     """Read a bundle's parameters.
 
     Raises:
-        RegistryError: the file is missing or broken.
+        RegistryError: the model is no network and has none, or the file is broken.
     """
+    if not has_weights(folder) and (folder / LINEAGE).is_file():
+        params = Lineage.read(folder / LINEAGE).params
+        if not is_network(params):
+            raise RegistryError(
+                f"the version is no network but {architecture_of(params)!r}: it has no weights, so "
+                "it cannot be federated, trained further or simulated; for that, register a "
+                'network: minga run, or minga run --auto with [selection] contenders = ["own", '
+                '"linear", "mlp"]'
+            )
     try:
         return from_bytes((folder / WEIGHTS).read_bytes())
     except (OSError, PeerError) as error:

@@ -1,4 +1,4 @@
-"""From a trained network to a candidate: export it, measure it, judge it."""
+"""From a trained model to a candidate: export it, measure it, judge it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +11,11 @@ from torch import nn
 
 from minga.training.calibration import Calibration, calibrate
 from minga.training.config import GateConfig
-from minga.training.evaluate import evaluate, measure
-from minga.training.export import INPUT, OUTPUT, as_served, parity_error, run_onnx, session, to_onnx
+from minga.training.evaluate import measure, measure_with_loss
+from minga.training.export import INPUT, OUTPUT, as_served, run_onnx, session
 from minga.training.fairness import Fairness, measure_fairness
 from minga.training.gates import Difference, Evidence, GateReport, Trial, compare, judge
+from minga.training.models import Model, NetworkModel, exported, largest_gap
 from minga.training.profile import Profile, profile_columns
 from minga.training.reference import with_reference
 from minga.training.robustness import with_gaps, with_noise
@@ -27,7 +28,8 @@ LATENCY_CALLS = 300
 WARM_UP_CALLS = 30
 
 TryOut = Callable[[bytes, NDArray[Any], NDArray[Any]], tuple[Trial, ...]]
-"""From an ONNX model, inputs and the outputs that it must give, to what the runtimes made of it."""
+"""From an ONNX model, inputs as clients send them and the outputs that it must give for them, to
+what the runtimes made of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Champion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """An exported network and the verdict on it."""
+    """An exported model and the verdict on it."""
 
     onnx: bytes
     profile: Profile
@@ -50,7 +52,7 @@ class Candidate:
 
 def assess(
     task: Task,
-    network: nn.Module,
+    trained: nn.Module | Model,
     test: Split,
     *,
     schema: Schema,
@@ -60,11 +62,11 @@ def assess(
     seed: int,
     try_out: TryOut | None = None,
 ) -> Candidate:
-    """Export a network and judge it on the test split.
+    """Export a model and judge it on the test split.
 
     Args:
         task: says what is measured.
-        network: trained.
+        trained: a network, or any other model.
         test: nobody learned from it.
         schema: of the candidate's training data.
         profile: of the candidate's training data; the outputs' profile is added to it.
@@ -73,13 +75,14 @@ def assess(
         seed: of the bootstrap and of the disturbances.
         try_out: starts the runtimes that are to load the model; see `minga.cluster.trials`.
     """
-    bare = to_onnx(network, test.inputs)
+    model = NetworkModel(trained, test.inputs) if isinstance(trained, nn.Module) else trained
+    bare = exported(task, model)
     outputs = run_onnx(bare, test.inputs)
     onnx = with_reference(bare, task, schema=schema, profile=profile, test=test, outputs=outputs)
     few = test.inputs[:PARITY_EXAMPLES]
     breaks = champion.schema.breaks(schema) if champion else ()
     slices = {name: mask for name, mask in task.slices(test).items() if mask.any()}
-    metrics = evaluate(task, network, test)
+    metrics = measure_with_loss(task, model.predict(test.inputs), test)
     evidence = Evidence(
         metrics=metrics,
         slices={
@@ -93,7 +96,7 @@ def assess(
         },
         calibration=_calibration(task, outputs, test),
         fairness=_fairness(task, outputs, test, config),
-        parity_error=parity_error(network, outputs[: len(few)], few),
+        parity_error=largest_gap(model, outputs[: len(few)], few),
         latency_ms=latency_ms(onnx, test.inputs),
         size_bytes=len(onnx),
         champion=champion.version if champion else None,
@@ -101,7 +104,9 @@ def assess(
         if champion and not breaks
         else None,
         schema_breaks=breaks,
-        trials=try_out(onnx, test.inputs[:TRIAL_EXAMPLES], outputs[:TRIAL_EXAMPLES])
+        trials=try_out(
+            onnx, as_served(session(onnx), test.inputs[:TRIAL_EXAMPLES]), outputs[:TRIAL_EXAMPLES]
+        )
         if try_out
         else (),
     )

@@ -13,6 +13,7 @@ from minga.training.gates import Gate, GateReport
 from minga.training.lineage import Lineage
 from minga.training.profile import Profile
 from minga.training.schema import Schema
+from minga.training.space import architecture_of, is_network
 
 
 class Card(Document):
@@ -84,7 +85,14 @@ class Card(Document):
 
     def _limits(self) -> str:
         found = self.gates.calibration
-        lines = [f"- Refused by: {gate.name}: {gate.seen}" for gate in self.gates.refused]
+        kind = architecture_of(self.lineage.params)
+        lines = []
+        if not is_network(self.lineage.params):
+            lines.append(
+                f"- The model is no network but {kind!r}: it has no weights to federate or to "
+                "train further."
+            )
+        lines += [f"- Refused by: {gate.name}: {gate.seen}" for gate in self.gates.refused]
         lines += [
             f"- With {gate.name}: {gate.seen}"
             for gate in self.gates.gates

@@ -8,6 +8,7 @@ from minga.training.uris import redacted
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+ColumnName = Annotated[str, Field(pattern=r"^[^,]+$")]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -36,6 +37,11 @@ class DataConfig(Table):
     """Largest population stability index of a column against the reference profile."""
     min_volume: Share = 0.5
     """Smallest number of training examples, as a share of the reference's."""
+    features: tuple[Annotated[str, Field(pattern=r"^[^,]+$")], ...] = Field(
+        default=(), strict=False
+    )
+    """The columns that models may go by; empty: all. Rows keep all their columns. `minga data
+    features` proposes some."""
     strict: bool = False
     """Whether what is only a warning stops a run too."""
 
@@ -48,6 +54,10 @@ class DataConfig(Table):
 class SearchConfig(Table):
     """How hyper-parameters are searched."""
 
+    over: Literal["training", "simulation"] = "training"
+    """What a trial is. training: the Task is trained on the training split. simulation: the
+    campaign of `[federation]` is played on the virtual devices of `[simulation]`; what is said of
+    epochs here then holds for its rounds."""
     searcher: Literal["random", "grid", "tpe"] = "random"
     """What is tried: random points, all points of a grid, or what Optuna's TPE makes of the trials
     so far (Bergstra et al. 2011)."""
@@ -65,7 +75,8 @@ class SearchConfig(Table):
     warm_start: Annotated[int, Field(ge=0)] = 0
     """So many of the best points of earlier searches of this Task are tried after the defaults."""
     max_epochs: Count = 8
-    """Epochs of a trial that is never cut."""
+    """Epochs of a trial that is never cut; with `over = "simulation"` its rounds, in the place of
+    `[federation] num_rounds`."""
     max_concurrent: Count = 2
     """Trials that run at a time; each takes one CPU."""
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
@@ -78,6 +89,15 @@ class SearchConfig(Table):
     """Values of each range in a grid; of a choice it has all."""
     perturbation_epochs: Count = 2
     """Epochs of a generation of population based training."""
+
+    @model_validator(mode="after")
+    def _campaigns_keep_their_own_weights(self) -> Self:
+        if self.over == "simulation" and self.scheduler == "population":
+            raise ValueError(
+                'scheduler = "population" hands weights from trial to trial, which a campaign '
+                'cannot take over; with over = "simulation" take "halving" or "none"'
+            )
+        return self
 
 
 class TrainConfig(Table):
@@ -100,7 +120,7 @@ class TrainConfig(Table):
     """mixed: GPUs compute in bfloat16, or float16 where they lack that; weights stay float32, and
     CPUs compute in float32 all the same."""
     keep_checkpoints: Count = 2
-    """So many of the best epochs' checkpoints are kept while training lasts, beside the last."""
+    """So many of the best checkpoints are kept while training lasts, beside the last."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced before training gives up. A lost machine may count twice:
     for its workers, and for the try to replace them."""
@@ -112,6 +132,23 @@ class TrainConfig(Table):
                 f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}"
             )
         return self
+
+
+class SelectionConfig(Table):
+    """How `minga run --auto` compares kinds of models."""
+
+    contenders: tuple[str, ...] = Field(default=(), strict=False)
+    """Those that compete, such as `linear`, `mlp`, `boosting`, `own`; empty: all that there are."""
+    folds: Annotated[int, Field(ge=3)] = 5
+    """Of cross-validation, over the training and the validation split; how examples are divided
+    is said by the Task's `folds`."""
+    repeats: Count = 1
+    """How often examples are divided anew into folds, for a finer comparison; what is sorted by
+    time is divided once."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Of the intervals."""
+    max_concurrent: Count = 2
+    """Fits that run at a time; each takes one CPU."""
 
 
 class GateConfig(Table):
@@ -158,3 +195,8 @@ class GateConfig(Table):
     trusted_keys: tuple[str, ...] = Field(default=(), strict=False)
     """Public keys of colleagues and machines whose verdicts are believed beside this project's
     own; each is what their `minga model key` prints."""
+    approvals: Annotated[int, Field(ge=0)] = 0
+    """So many other people than those who registered and judged a version have to approve it before
+    it is promoted, with `minga model approve`."""
+    approvers: tuple[str, ...] = Field(default=(), strict=False)
+    """Public keys of the people whose approval counts, one for each; empty: all trusted keys."""

@@ -8,6 +8,7 @@
     │   ├── SchemaError          it broke the schema that it is checked against
     │   └── TamperedError        it is not what its version says
     ├── GateError                a version that failed its gates was to be promoted
+    │   └── ApprovalError        it lacks the approval of other people
     ├── ConflictError            somebody else promoted another version in the meantime
     └── RegistryError            a version is missing, or its files are not what was registered
         └── VerdictError         nobody who is trusted vouches for a version as it is
@@ -46,6 +47,10 @@ class TamperedError(DataError):
 
 class GateError(TrainingError):
     """A version that its gates refused was to be promoted."""
+
+
+class ApprovalError(GateError):
+    """A version lacks the approval of people other than those who made and judged it."""
 
 
 class RegistryError(TrainingError):

@@ -40,13 +40,22 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def evaluate(task: Task, network: nn.Module, split: Split) -> dict[str, float]:
-    """Give the Task's metrics and its mean `loss` on a split.
+    """Give the Task's metrics and its mean `loss` of a network on a split.
 
     Raises:
         ShapeError: the Task's loss or metrics fail on the network's outputs.
         TaskError: the objective's metric is missing.
     """
-    outputs = predict(network, split.inputs)
+    return measure_with_loss(task, predict(network, split.inputs), split)
+
+
+def measure_with_loss(task: Task, outputs: NDArray[Any], split: Split) -> dict[str, float]:
+    """Give the Task's metrics and its mean `loss` of raw outputs on a split.
+
+    Raises:
+        ShapeError: the Task's loss or metrics fail on these shapes.
+        TaskError: the objective's metric is missing.
+    """
     metrics = measure(task, outputs, split.targets)
     try:
         with torch.inference_mode(), one_thread():

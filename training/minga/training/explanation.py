@@ -2,7 +2,7 @@
 
 Two methods. *Gradients*: integrated gradients (Sundararajan et al., ICML 2017) by captum, over the
 network with its preparation; the shares of a row add up to its answer's distance from the
-baseline's. *Occlusion*: `minga.inference.occlusion`, over the ONNX model alone, where torch or
+baseline's. *Occlusion*: `minga.inference.explaining`, over the ONNX model alone, where torch or
 captum is absent. The baseline of both is the mean of the training data, from the reference profile.
 """
 
@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.inference.engine import ModelRef, OnnxModel
-from minga.inference.occlusion import occlude
+from minga.inference.explaining import occlude
 from minga.training.bundle import LINEAGE, MODEL, PROFILE, SCHEMA, Digests, read_parameters
 from minga.training.document import Document
 from minga.training.errors import TaskError
 from minga.training.lineage import Lineage
 from minga.training.profile import Profile
+from minga.training.robustness import usual
 from minga.training.schema import Schema
 from minga.training.task import Split, Task
+from minga.training.texts import numbers_of, texts_of
 
 Method = Literal["gradients", "occlusion"]
 
@@ -62,9 +64,13 @@ def explain_by_occlusion(bundle: Path, inputs: NDArray[Any]) -> Explanation:
     Raises:
         BadRequestError: the rows do not fit the model.
     """
-    model = open_model(bundle)
+    model, texts = open_model(bundle), _texts(bundle)
     name, output = model.inputs[0].name, model.outputs[0].name
-    shares = occlude(lambda rows: model.run({name: rows})[output], inputs, _baseline(bundle))
+
+    def predict(rows: NDArray[Any]) -> NDArray[Any]:
+        return model.run({name: texts_of(rows, texts) if texts else rows})[output]
+
+    shares = occlude(predict, _numbers(inputs, texts), _baseline(bundle))
     return _explanation("occlusion", bundle, shares, None)
 
 
@@ -87,6 +93,7 @@ def explain_by_gradients(
 
     from minga.training.network import build_network, load_parameters, one_thread
 
+    inputs = _numbers(inputs, _texts(bundle))
     if inputs.dtype.kind != "f":
         raise TaskError(
             f"inputs of {inputs.dtype} have no gradient; explain them with --method occlusion"
@@ -123,10 +130,37 @@ def open_model(bundle: Path) -> OnnxModel:
     )
 
 
+def _texts(bundle: Path) -> dict[int, tuple[str, ...]]:
+    """Give the places of columns that hold text -> the texts that their numbers stand for."""
+    columns = Schema.read(bundle / SCHEMA).columns
+    return {place: column.names for place, column in enumerate(columns) if column.names}
+
+
+def _numbers(inputs: NDArray[Any], texts: dict[int, tuple[str, ...]]) -> NDArray[Any]:
+    """Give rows as numbers, if they are texts as clients send them.
+
+    Raises:
+        TaskError: a cell of a column of numbers is none.
+    """
+    if inputs.dtype.kind not in "OSU":
+        return inputs
+    try:
+        return numbers_of(inputs, texts)
+    except ValueError as error:
+        raise TaskError(f"a cell of a column of numbers is none: {error}") from error
+
+
 def _baseline(bundle: Path) -> NDArray[np.float64]:
-    """Give the mean of the training data: of each column, or one number for what is no table."""
-    means = [column.mean for column in Profile.read(bundle / PROFILE).inputs]
-    return np.asarray(means if len(Schema.read(bundle / SCHEMA).input_shape) == 1 else means[0])
+    """Give the mean of the training data: of each column, or one number for what is no table.
+
+    Between texts there is no mean: of a column that holds them it is the most frequent one.
+    """
+    schema, profile = Schema.read(bundle / SCHEMA), Profile.read(bundle / PROFILE)
+    means = [
+        usual(column.categories, seen.shares, seen.mean) if column.names else seen.mean
+        for column, seen in zip(schema.columns, profile.inputs, strict=True)
+    ]
+    return np.asarray(means if len(schema.input_shape) == 1 else means[0])
 
 
 def _explanation(

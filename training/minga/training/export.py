@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minga.training.errors import TaskError
-from minga.training.evaluate import predict
-from minga.training.preparation import PrepareTable
+from minga.training.preparation import table_of
 from minga.training.texts import read_texts, texts_of, with_texts
 
 INPUT = "input"
@@ -53,10 +52,10 @@ def to_onnx(network: nn.Module, example: NDArray[Any]) -> bytes:
     finally:
         network.train(was_training)
     model = program.model_proto
-    _strip(model)
-    preparation = getattr(network, "preparation", None)
-    if isinstance(preparation, PrepareTable) and preparation.texts:
-        with_texts(model, preparation.texts, len(preparation.columns))
+    strip(model)
+    table = table_of(network)
+    if table is not None and table.texts:
+        with_texts(model, table.texts, len(table.columns))
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -84,12 +83,6 @@ def as_served(opened: onnxruntime.InferenceSession, inputs: NDArray[Any]) -> NDA
     return inputs if texts is None else texts_of(inputs, texts)
 
 
-def parity_error(network: nn.Module, onnx_outputs: NDArray[Any], inputs: NDArray[Any]) -> float:
-    """Give the largest difference between the network's outputs and the ONNX model's."""
-    expected = predict(network, inputs)
-    return float(np.max(np.abs(expected - onnx_outputs), initial=0.0))
-
-
 def _export(network: nn.Module, inputs: torch.Tensor) -> Any:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -106,7 +99,7 @@ def _export(network: nn.Module, inputs: torch.Tensor) -> Any:
         )
 
 
-def _strip(message: Message) -> None:
+def strip(message: Message) -> None:
     """Drop stack traces and class paths, which differ between machines and tell on them."""
     for name in ("metadata_props", "doc_string"):
         if name in message.DESCRIPTOR.fields_by_name:
@@ -114,4 +107,4 @@ def _strip(message: Message) -> None:
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in (value,) if isinstance(value, Message) else value:
-                _strip(part)
+                strip(part)

@@ -185,11 +185,12 @@ def _train_epoch(
     max_norm = float(learner.params.get("max_grad_norm", MAX_GRAD_NORM))
     num_pieces = int(learner.params.get("accumulate", 1))
     parameters = list(learner.network.parameters())
+    device = device_of(learner.network)
     learner.network.train()
     losses: list[Tensor] = []
     for batch in batches:
         learner.optimiser.zero_grad()
-        losses.append(_add_gradient(learner, batch, num_pieces))
+        losses.append(_add_gradient(learner, batch, num_pieces, device))
         learner.scaler.unscale_(learner.optimiser)
         if on_gradient is not None:
             on_gradient()
@@ -207,25 +208,31 @@ def _train_epoch(
     return float(mean)
 
 
-def _add_gradient(learner: Learner, batch: Batch, num_pieces: int) -> Tensor:
+def _add_gradient(learner: Learner, batch: Batch, num_pieces: int, device: torch.device) -> Tensor:
     """Add a batch's gradient to the network's, piece by piece, and give the batch's mean loss.
 
     Workers talk to each other only with the last piece.
     """
-    device = device_of(learner.network)
     pieces = _pieces(batch, num_pieces)
-    total: Tensor | None = None
+    losses: list[Tensor] = []
     for number, piece in enumerate(pieces, start=1):
-        on_device = piece.each(lambda part: part.to(device))
         with _quiet(learner.network, number < len(pieces)):
-            with torch.autocast(device.type, learner.half, enabled=learner.half is not None):
-                loss = learner.task.step(learner.network, on_device)
+            loss = _loss(learner, piece, device)
             if len(pieces) > 1:
                 loss = loss * (len(piece.inputs) / len(batch.inputs))
             learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    return total
+        losses.append(loss.detach())
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _loss(learner: Learner, piece: Batch, device: torch.device) -> Tensor:
+    """Give the loss of some examples; what is no different on the CPU takes no time there."""
+    if device.type != "cpu":
+        piece = piece.each(lambda part: part.to(device))
+    if learner.half is None:
+        return learner.task.step(learner.network, piece)
+    with torch.autocast(device.type, learner.half):
+        return learner.task.step(learner.network, piece)
 
 
 def _pieces(batch: Batch, num_pieces: int) -> list[Batch]:

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from minga.federation.parameters import Parameters
+from minga.training.architectures import plain_model
 from minga.training.errors import ShapeError, TaskError
-from minga.training.space import Params
+from minga.training.preparation import OnlyColumns
+from minga.training.space import NETWORKS, OWN, Params, architecture_of, features_of
 from minga.training.stored import StoredRows
 from minga.training.task import Batch, Split, Task
 
@@ -38,13 +40,41 @@ def one_thread() -> Iterator[None]:
 def build_network(task: Task, params: Params, train: Split, *, seed: int) -> nn.Sequential:
     """Make an untrained network; the seed decides its first weights.
 
+    Its model is the Task's own, unless the hyper-parameter `architecture` names a plain one.
+
     Raises:
-        TaskError: `model` or `preparation` fails or gives no module.
+        TaskError: `model` or `preparation` fails or gives no module, or the architecture is none
+            of a network.
     """
     torch.manual_seed(seed)
-    preparation = _made(task, "preparation", lambda: task.preparation(train))
+    architecture = architecture_of(params)
+    if architecture not in NETWORKS:
+        raise TaskError(
+            f"architecture {architecture!r} is no network, so it has no weights to federate, to "
+            f"train further or to follow gradients through; networks are {', '.join(NETWORKS)}"
+        )
+    preparation = build_preparation(task, params, train)
     model = _made(task, "model", lambda: task.model(params))
+    if architecture != OWN:
+        model = plain_model(
+            architecture, preparation=preparation, own=model, example=train.inputs[:1]
+        )
     return nn.Sequential(OrderedDict(preparation=preparation, model=model))
+
+
+def build_preparation(task: Task, params: Params, train: Split) -> nn.Module:
+    """Make the network's first part: what a model may go by, prepared.
+
+    Raises:
+        TaskError: the Task's `preparation` fails or gives no module, or the hyper-parameter
+            `features` names what is no column.
+    """
+    preparation = _made(task, "preparation", lambda: task.preparation(train))
+    features = features_of(params)
+    if not features:
+        return preparation
+    chosen = OnlyColumns.fitted(train, task.columns, features)
+    return nn.Sequential(OrderedDict(chosen=chosen, table=preparation))
 
 
 def _made(task: Task, part: str, make: Callable[[], object]) -> nn.Module:

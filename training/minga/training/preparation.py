@@ -16,8 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minga.training.errors import TaskError
-from minga.training.schema import category_values, prepared_width
-from minga.training.stored import chunks_of
+from minga.training.schema import (
+    category_values,
+    infer_schema,
+    prepared_width,
+    text_categories,
+)
+from minga.training.stored import chunks_of, sample_of
 from minga.training.task import Split
 
 Categories = Mapping[str, Sequence[str | float]]
@@ -76,11 +81,7 @@ class PrepareTable(Standardize):
     ) -> None:
         super().__init__(mean, scale)
         self.columns = tuple(columns)
-        self.texts = {
-            columns.index(name): tuple(map(str, values))
-            for name, values in categories.items()
-            if any(isinstance(value, str) for value in values)
-        }
+        self.texts = text_categories(columns, categories)
         self._places = [columns.index(name) for name in columns if name in categories]
         self.register_buffer("_numbers", _places_of_numbers(columns, categories), persistent=False)
         for place in self._places:
@@ -95,6 +96,64 @@ class PrepareTable(Standardize):
             column = input[:, place : place + 1]
             parts.append((column == self.get_buffer(f"_values_{place}")).to(input.dtype))
         return torch.cat(parts, dim=1)
+
+
+class OnlyColumns(nn.Module):
+    """Puts one ordinary value in place of each column that a model may not go by.
+
+    Rows stay as wide as they are, so whatever comes behind, and whoever sends rows, needs no
+    change. The value is a buffer, and travels with the weights.
+
+    Attributes:
+        ordinary: shape `(columns,)`: a number's mean, a category's most frequent value.
+    """
+
+    ordinary: Tensor
+
+    def __init__(self, ordinary: NDArray[Any], places: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("ordinary", torch.tensor(ordinary, dtype=torch.float32))
+        kept = torch.zeros(len(ordinary), dtype=torch.bool)
+        kept[list(places)] = True
+        self.register_buffer("_kept", kept, persistent=False)
+
+    @classmethod
+    def fitted(cls, train: Split, columns: Sequence[str], features: Sequence[str]) -> Self:
+        """Take the ordinary values from a training split of shape `(n, columns)`.
+
+        Raises:
+            TaskError: the inputs are no table of these columns, or a feature is none of them.
+        """
+        unknown = sorted(set(features) - set(columns))
+        is_table = train.inputs.ndim == 2 and train.inputs.dtype.kind == "f"
+        if unknown or not is_table or len(columns) != train.inputs.shape[1]:
+            raise TaskError(
+                f"features are {', '.join(features)}, the Task's columns are "
+                f"{', '.join(columns) or 'not named'}, and inputs have shape "
+                f"{train.inputs.shape[1:]}; features are some of the columns of a table of floats"
+            )
+        mean, _ = moments(train.inputs)
+        ordinary = [
+            _most_frequent(train, place) if kind == "category" else mean[place]
+            for place, kind in enumerate(column.kind for column in infer_schema(train).columns)
+        ]
+        return cls(np.asarray(ordinary), [columns.index(name) for name in features])
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the exported model's input name
+        """Keep the columns that count, of inputs of shape `(batch, columns)`; the shape stays."""
+        return torch.where(self.get_buffer("_kept"), input, self.ordinary)
+
+
+def table_of(preparation: nn.Module) -> PrepareTable | None:
+    """Find the part of a preparation that knows a table's texts, if there is one."""
+    found = (part for part in preparation.modules() if isinstance(part, PrepareTable))
+    return next(found, None)
+
+
+def _most_frequent(train: Split, place: int) -> float:
+    values = sample_of(train.inputs)[:, place]
+    values, counts = np.unique(values[np.isfinite(values)], return_counts=True)
+    return float(values[counts.argmax()]) if len(values) else 0.0
 
 
 def moments(

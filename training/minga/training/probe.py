@@ -5,7 +5,7 @@ import torch
 from minga.training.errors import DataError, ShapeError
 from minga.training.evaluate import measure, predict
 from minga.training.network import batch_of, build_network, one_thread
-from minga.training.space import Params
+from minga.training.space import Params, is_network
 from minga.training.task import Split, Splits, Task
 
 STEP_EXAMPLES = 4
@@ -16,13 +16,15 @@ METRIC_EXAMPLES = 1000
 
 
 def probe(task: Task, params: Params, splits: Splits) -> None:
-    """Try one training step and the metrics.
+    """Try one training step and the metrics; of what is no network, nothing.
 
     Raises:
         ShapeError: forward, loss or metrics do not take these shapes.
         TaskError: the metrics lack the objective's.
         DataError: the loss of the untrained network is not finite.
     """
+    if not is_network(params):
+        return
     network = build_network(task, params, splits.train, seed=0)
     few = _first(splits.train, STEP_EXAMPLES)
     shapes = f"inputs {few.inputs.shape} {few.inputs.dtype}, targets {few.targets.shape}"

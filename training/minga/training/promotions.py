@@ -52,6 +52,8 @@ class Decision(Document):
     at: str
     reason: str = ""
     """Why it was retired, or promoted although something spoke against it; else empty."""
+    approved_by: tuple[str, ...] = ()
+    """Who else had approved it, with the names of their keys."""
 
 
 @dataclass(frozen=True, slots=True)

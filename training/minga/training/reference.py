@@ -153,7 +153,7 @@ def _outliers(inputs: list[dict[str, Any]], rows: NDArray[Any]) -> dict[str, flo
         )
         for given in inputs
     ]
-    lengths = outlier_lengths(columns, rows.astype(np.float64))
+    lengths = outlier_lengths(columns, rows.T.astype(np.float64))
     if not lengths.any():
         return None
     threshold = float(np.quantile(lengths, 1 - OUTLIER_SHARE))

@@ -14,7 +14,15 @@ from urllib.parse import unquote, urlparse
 
 from mlflow.exceptions import MlflowException
 
-from minga.training.bundle import Digests, read_verdict
+from minga.training.approvals import (
+    Approval,
+    Approvals,
+    Policy,
+    read_approvals,
+    require_approvals,
+    sign_approval,
+)
+from minga.training.bundle import Digests, read_authors, read_verdict
 from minga.training.errors import ConflictError, GateError, RegistryError
 from minga.training.progress import OnProgress, silent
 from minga.training.promotions import SUFFIX, Decision, Kind, Ledger, who_and_when
@@ -56,6 +64,7 @@ class Registry:
         on_progress: hears of the seconds that making a database takes.
         keyring: opens the keys whose verdicts and promotions are believed; only promotions and
             their history need them.
+        approvals: how many approvals by others a promotion needs.
     """
 
     def __init__(
@@ -64,9 +73,11 @@ class Registry:
         on_progress: OnProgress = silent,
         *,
         keyring: Callable[[], Keyring] | None = None,
+        approvals: Policy | None = None,
     ) -> None:
         self._client = connect(tracking_uri, on_progress)
         self._keyring = keyring
+        self._policy = approvals or Policy()
 
     def names(self) -> tuple[str, ...]:
         """Name all registered models."""
@@ -174,7 +185,7 @@ class Registry:
         folder = self._folder(version)
         if not folder.is_dir():
             raise RegistryError(f"{name} version {version.version}: its files are gone: {folder}")
-        seen = Digests.of(folder)
+        seen = Digests.of(folder, needs_weights=bool(version.digests.weights))
         if seen != version.digests:
             raise RegistryError(
                 f"{name} version {version.version} was changed after it was registered: "
@@ -200,8 +211,11 @@ class Registry:
             override: why it is promoted although its gates refused it or it was not judged
                 against today's champion; the reason is kept in the ledger.
 
+        No `override` stands for the approvals of others, nor does having been champion before.
+
         Raises:
             GateError: its gates refused it, and there is no `override`.
+            ApprovalError: too few others approved it.
             ConflictError: the champion is not the one that it was judged against, or changes now.
             VerdictError: its verdict, or the ledger, is altered or not by a trusted key.
             RegistryError: there is no such version, or its files are not what was registered.
@@ -214,12 +228,14 @@ class Registry:
                 f"{name} version {version.version} did not pass its gates and stays a candidate; "
                 f"see why with: minga model show {version.version}"
             )
+        approved = self._approvals(version, folder)
+        require_approvals(approved, self._policy, model=name, version=version.version)
         ledger = Ledger(self._client, name, self._keys())
         seen, history = ledger.entries(), ledger.decisions()
         champion = self._champion(name, history)
         if not override:
             _require_current(version, report.champion, champion, history)
-        decision = self._decision(version, champion, "promoted", override)
+        decision = self._decision(version, champion, "promoted", override, approved.people)
         ledger.append(seen, decision, source=self._source(version), run_id=version.run_id)
         self._settle(name, ledger)
         if override:
@@ -227,6 +243,50 @@ class Registry:
         if CHALLENGER in version.aliases:
             self._client.delete_registered_model_alias(name, CHALLENGER)
         return self.get(name, version.version)
+
+    def approve(self, name: str, which: int | str, *, comment: str = "") -> Approvals:
+        """Approve a version with this machine's key.
+
+        Args:
+            name: of the model.
+            which: number or alias.
+            comment: is kept with the approval.
+
+        Returns:
+            all approvals of the version.
+
+        Raises:
+            ApprovalError: this key registered or judged the version, or may not approve.
+            VerdictError: its verdict is altered or not by a trusted key.
+            RegistryError: there is no such version, or its files are not what was registered.
+        """
+        version = self.get(name, which)
+        folder = self.fetch(name, version.version)
+        read_verdict(folder, name, self._keys())
+        by, at = who_and_when()
+        approval = Approval(
+            model=name,
+            version=version.version,
+            bundle_sha256=version.digests.bundle,
+            by=by,
+            at=at,
+            comment=comment,
+        )
+        authors = read_authors(folder, self._keys())
+        self._tag(version, *sign_approval(self._keys(), self._policy, approval, authors))
+        return self._approvals(self.get(name, version.version), folder)
+
+    def approvals(self, name: str, which: int | str) -> Approvals:
+        """Tell who approved a version, and whose approval does not count.
+
+        Raises:
+            VerdictError: its verdict is altered or not by a trusted key.
+            RegistryError: there is no such version, or its files are not what was registered.
+        """
+        version = self.get(name, which)
+        folder = self.fetch(name, version.version)
+        read_verdict(folder, name, self._keys())
+        return self._approvals(version, folder)
 
     def retire(self, name: str, which: int | str, *, reason: str) -> Version:
         """Take a version out of use: it is promoted no more, unless somebody overrides that.
@@ -271,6 +331,17 @@ class Registry:
         """
         return Ledger(self._client, name, self._keys()).decisions()
 
+    def _approvals(self, version: Version, folder: Path) -> Approvals:
+        return read_approvals(
+            self._keys(),
+            self._policy,
+            version.tags,
+            model=version.name,
+            version=version.version,
+            bundle_sha256=version.digests.bundle,
+            authors=read_authors(folder, self._keys()),
+        )
+
     def _champion(self, name: str, history: tuple[Decision, ...]) -> int | None:
         """Give the champion: whom the alias names, or will name as soon as a promotion is done."""
         current = self.find(name, CHAMPION)
@@ -292,7 +363,12 @@ class Registry:
             settled = last.number
 
     def _decision(
-        self, version: Version, champion: int | None, kind: Kind, reason: str
+        self,
+        version: Version,
+        champion: int | None,
+        kind: Kind,
+        reason: str,
+        approved_by: tuple[str, ...] = (),
     ) -> Decision:
         by, at = who_and_when()
         return Decision(
@@ -306,6 +382,7 @@ class Registry:
             by=by,
             at=at,
             reason=reason,
+            approved_by=approved_by,
         )
 
     def _folder(self, version: Version) -> Path:

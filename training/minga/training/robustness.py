@@ -51,7 +51,7 @@ def with_gaps(
     """
     fillers = np.asarray(
         [
-            np.nan if column.missing > 0 else _usual(column.categories, seen.shares, seen.mean)
+            np.nan if column.missing > 0 else usual(column.categories, seen.shares, seen.mean)
             for column, seen in zip(schema.columns, profile.inputs, strict=True)
         ]
     )
@@ -61,7 +61,7 @@ def with_gaps(
     return np.where(is_gone, fillers, inputs).astype(inputs.dtype)
 
 
-def _usual(categories: tuple[float, ...], shares: tuple[float, ...], mean: float) -> float:
+def usual(categories: tuple[float, ...], shares: tuple[float, ...], mean: float) -> float:
     """Give a category's most frequent value, or a number's mean."""
     if len(categories) == len(shares):
         return categories[int(np.argmax(shares))]

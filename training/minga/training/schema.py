@@ -184,6 +184,17 @@ def category_values(categories: Sequence[str | float]) -> tuple[float, ...]:
     return tuple(map(float, categories))
 
 
+def text_categories(
+    columns: Sequence[str], categories: Mapping[str, Sequence[str | float]]
+) -> dict[int, tuple[str, ...]]:
+    """Give the places of columns whose categories are texts -> these texts."""
+    return {
+        columns.index(name): tuple(map(str, values))
+        for name, values in categories.items()
+        if any(isinstance(value, str) for value in values)
+    }
+
+
 def prepared_width(columns: Sequence[str], categories: Mapping[str, Sequence[str | float]]) -> int:
     """Give how many columns the default preparation makes of a table: one for each category."""
     return len(columns) - len(categories) + sum(map(len, categories.values()))

@@ -67,13 +67,21 @@ class Keyring:
             "payloadType": kind,
             "payload": base64.b64encode(payload).decode(),
             "signatures": [
-                {"keyid": _keyid(self.public_key), "sig": base64.b64encode(signature).decode()}
+                {"keyid": keyid_of(self.public_key), "sig": base64.b64encode(signature).decode()}
             ],
         }
         return json.dumps(envelope)
 
     def open_envelope(self, kind: str, envelope: str | bytes) -> bytes:
         """Give an envelope's payload, if a trusted key signed it as this kind.
+
+        Raises:
+            VerdictError: it is no envelope, of another kind, altered, or signed by a stranger.
+        """
+        return self.open_signed(kind, envelope)[0]
+
+    def open_signed(self, kind: str, envelope: str | bytes) -> tuple[bytes, str]:
+        """Give an envelope's payload, and the public key that signed it.
 
         Raises:
             VerdictError: it is no envelope, of another kind, altered, or signed by a stranger.
@@ -90,7 +98,7 @@ class Keyring:
             raise VerdictError(f"the signed statement cannot be read: {error!r}") from error
         if found != kind:
             raise VerdictError(f"the signed statement is a {found!r}, not a {kind!r}")
-        keys = {_keyid(name): name for name in self.trusted}
+        keys = {keyid_of(name): name for name in self.trusted}
         for keyid in signatures.keys() & keys.keys():
             try:
                 _public(keys[keyid]).verify(signatures[keyid], _encode(kind, payload))
@@ -98,7 +106,7 @@ class Keyring:
                 raise VerdictError(
                     "the signed statement was altered after it was signed; do not use it"
                 ) from None
-            return payload
+            return payload, keys[keyid]
         raise VerdictError(
             f"the statement is signed by {', '.join(sorted(signatures)) or 'nobody'}, which is no "
             "trusted key; if it is a colleague's, add what their `minga model key` prints to "
@@ -111,7 +119,8 @@ def _encode(kind: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(kind.encode()), kind.encode(), len(payload), payload)
 
 
-def _keyid(name: str) -> str:
+def keyid_of(name: str) -> str:
+    """Give the short name of a public key, which envelopes name their signer by."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 

@@ -13,6 +13,33 @@ Param = bool | int | float | str
 
 Params = Mapping[str, Param]
 
+ARCHITECTURE = "architecture"
+"""The hyper-parameter that says what kind of model is built; see `minga.training.architectures`."""
+
+FEATURES = "features"
+"""The hyper-parameter with the columns that a model may go by, joined by commas."""
+
+OWN = "own"
+LINEAR = "linear"
+MLP = "mlp"
+NETWORKS = (OWN, LINEAR, MLP)
+"""Kinds of models that are networks, and so have weights that devices can train further."""
+
+
+def architecture_of(params: Params) -> str:
+    """Name what hyper-parameters build: `own` unless they say otherwise."""
+    return str(params.get(ARCHITECTURE, OWN))
+
+
+def features_of(params: Params) -> tuple[str, ...]:
+    """Give the columns that a model may go by; none means all."""
+    return tuple(name for name in str(params.get(FEATURES, "")).split(",") if name)
+
+
+def is_network(params: Params) -> bool:
+    """Tell whether hyper-parameters build a network, which can be federated."""
+    return architecture_of(params) in NETWORKS
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -3,16 +3,17 @@
 Importing this module loads neither torch nor Ray; a Task's own file usually loads torch.
 """
 
+import copy
 import hashlib
 import importlib.util
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +36,17 @@ if TYPE_CHECKING:
     import torch
 
     from minga.training.schema import Schema
+    from minga.training.selection.contenders import Contender
+
+NAME = r"[a-z0-9]+(-[a-z0-9]+)*"
+"""What models and their kinds may be called."""
 
 SQLITE = "sqlite:///"
 """What follows is the path of a database; a second slash makes it absolute."""
 
 SplitName = Literal["train", "validation", "test"]
+
+Folds = Literal["shuffled", "grouped", "ordered"]
 
 
 class Batch(NamedTuple):
@@ -61,8 +68,8 @@ class Split:
 
     Float arrays of another width become float32, the only width that networks compute in here.
     Inputs may stay on the disk (`minga.training.stored.StoredRows`).
-    `owners`, shape `(n,)`, says whose each example is, for simulations that give each owner a
-    device; nothing else looks at it.
+    `owners`, shape `(n,)`, says whose each example is: simulations give each owner a device, and
+    cross-validation with `Task.folds = "grouped"` keeps an owner's examples together.
 
     Raises:
         DataError: they differ in length, or inputs are not numbers.
@@ -128,6 +135,8 @@ class Task(ABC):
         columns: names of the inputs' columns, for messages and profiles.
         categories: column -> the values that it may have, in an order that never changes. Texts
             stand for the numbers 0, 1, 2 and so on.
+        folds: how `minga run --auto` divides examples: `shuffled`, `grouped` by their owners, or
+            `ordered` by time as they stand; see `minga.training.selection.folds`.
     """
 
     name: ClassVar[str]
@@ -136,6 +145,7 @@ class Task(ABC):
     objective: ClassVar[Objective]
     columns: ClassVar[tuple[str, ...]] = ()
     categories: ClassVar[Mapping[str, tuple[str | float, ...]]] = {}
+    folds: ClassVar[Folds] = "shuffled"
 
     @abstractmethod
     def data(self, source: str) -> Splits:
@@ -193,6 +203,25 @@ class Task(ABC):
         from minga.training.weighting import weighted_loss
 
         return weighted_loss(self.loss, outputs, batch.targets, batch.weights)
+
+    def finish(self, network: "torch.nn.Module", validation: Split) -> None:  # noqa: B027
+        """Set what is chosen on the validation split once training is over, such as a threshold.
+
+        Nothing unless overridden. It must give the same each time that it is called.
+        """
+
+    def contenders(self) -> "Sequence[Contender]":
+        """Give other models for `minga run --auto` to compare with `model`: none unless overridden.
+
+        Anything that exports to ONNX can be one; see `minga.training.selection.contenders`.
+        """
+        return ()
+
+    def with_defaults(self, more: Params) -> Self:
+        """Give this Task with more, or other, hyper-parameters among its defaults."""
+        changed = copy.copy(self)
+        vars(changed)["defaults"] = {**self.defaults, **more}
+        return changed
 
     def slices(self, split: Split) -> Mapping[str, NDArray[np.bool_]]:
         """Name parts of a split, as masks of shape `(n,)`, on which the model must not fail.
@@ -320,7 +349,7 @@ def _check_class(kind: type[Task], reference: str) -> None:
     ]
     if missing:
         raise TaskError(f"{reference} lacks {', '.join(missing)}; every Task defines them")
-    if not isinstance(kind.name, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", kind.name):
+    if not isinstance(kind.name, str) or not re.fullmatch(NAME, kind.name):
         raise TaskError(
             f"{reference}: name is {kind.name!r}; use lower-case letters, digits and dashes"
         )

@@ -8,12 +8,13 @@ categories, and nobody can have another one.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+
+if TYPE_CHECKING:  # a device that explains answers has no onnx
+    import onnx
 
 TEXTS = "minga.texts"
 """Key, in the model's metadata, of place of a column -> its texts."""
@@ -23,7 +24,7 @@ UNKNOWN = -1.0
 
 
 def with_texts(
-    model: onnx.ModelProto, texts: Mapping[int, Sequence[str]], num_columns: int
+    model: "onnx.ModelProto", texts: Mapping[int, Sequence[str]], num_columns: int
 ) -> None:
     """Put the translation of texts before a model that takes numbers of shape `(batch, columns)`.
 
@@ -32,6 +33,8 @@ def with_texts(
         texts: place of a column -> its categories, in their order.
         num_columns: of the table.
     """
+    from onnx import TensorProto, helper
+
     graph = model.graph
     given = graph.input[0]
     name, batch = given.name, given.type.tensor_type.shape.dim[0].dim_param
@@ -69,6 +72,26 @@ def texts_of(inputs: NDArray[Any], texts: Mapping[int, Sequence[str]]) -> NDArra
     return written
 
 
+def numbers_of(cells: NDArray[Any], texts: Mapping[int, Sequence[str]]) -> NDArray[np.float32]:
+    """Read texts of shape `(n, columns)` as the numbers that they stand for, as the model does.
+
+    Raises:
+        ValueError: a cell of a column of numbers is none.
+    """
+    numbers = np.empty(cells.shape, np.float32)
+    for place in range(cells.shape[1]):
+        known = texts.get(place)
+        for row, cell in enumerate(cells[:, place].tolist()):
+            text = cell.decode() if isinstance(cell, bytes) else str(cell)
+            if text == "":
+                numbers[row, place] = np.nan
+            elif known is None:
+                numbers[row, place] = float(text)
+            else:
+                numbers[row, place] = known.index(text) if text in known else UNKNOWN
+    return numbers
+
+
 def read_texts(metadata: Mapping[str, str]) -> dict[int, tuple[str, ...]] | None:
     """Read place -> texts from a model's metadata; None if it takes numbers."""
     if TEXTS not in metadata:
@@ -84,12 +107,14 @@ def _written(value: float, known: Sequence[str] | None) -> str:
     return known[int(value)] if 0 <= value < len(known) else "?"
 
 
-def _column(name: str, place: int, texts: Sequence[str] | None) -> list[onnx.NodeProto]:
+def _column(name: str, place: int, texts: Sequence[str] | None) -> "list[onnx.NodeProto]":
     """Translate one column, shape `(batch, 1)`.
 
     A number is read as float64 and then rounded to float32, as it is when training reads a table:
     rounding the text once would give another bit now and then.
     """
+    from onnx import TensorProto, helper
+
     cell, out = f"minga_cell_{place}", _names(place + 1)[-1]
     nodes = [helper.make_node("Gather", [name, f"minga_place_{place}"], [cell], axis=1)]
     if texts is not None:

@@ -1,8 +1,9 @@
 """The training of the chosen parameters: Ray Train, on as many workers as the project says.
 
-Every worker runs the one loop on its part of each batch, under PyTorch's DDP. Each epoch leaves a
-checkpoint. A lost worker costs the epoch it was in: the others are restarted from the last
-checkpoint and end with the very weights of an undisturbed run. With `min_workers` they need not
+Every worker runs the one loop on its part of each batch, under PyTorch's DDP. An epoch leaves a
+checkpoint, unless epochs are so short that checkpoints would take a notable part of the time: then
+some do. A lost worker costs what was done since the last one: the others are restarted from there
+and end with the very weights of an undisturbed run. With `min_workers` they need not
 wait for a new machine: batches stay as large, each worker takes a larger part, and weights differ
 from an undisturbed run's by rounding alone.
 
@@ -11,9 +12,11 @@ An interrupted training is kept in its folder; calling `train` again with that f
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +38,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from minga.federation.parameters import Parameters
 from minga.training.config import TrainConfig
 from minga.training.errors import TrainingError
-from minga.training.history import OnEpoch, Record, best_record, is_stalled, unheard
+from minga.training.history import OnEpoch, Record, is_stalled, unheard
 from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, Shard, fit
 from minga.training.network import build_network, parameters_of
 from minga.training.progress import OnProgress, Progress, silent
-from minga.training.space import Params
+from minga.training.space import Objective, Params
 from minga.training.task import Splits, Task, TaskReference
 
 CHECKPOINT = "learner.pt"
@@ -48,6 +51,12 @@ HISTORY = "history.json"
 POLL_S = 0.3
 RESIZE_CHECK_S = 20.0
 """How often a shrunken training looks for machines that came back."""
+
+CHECKPOINT_SHARE = 0.03
+"""So much of the time may go into checkpoints."""
+
+CHECKPOINT_EVERY_S = 30.0
+"""But after so long the next epoch leaves one, whatever it takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +172,8 @@ def _work(settings: dict[str, Any]) -> None:
     task: Task = settings["reference"].load()
     learner = _learner(task, settings["params"], splits, config, settings["seed"])
     is_first = shard.rank == 0
+    best = _Best(task.objective, learner)
+    saving = _Saving()
 
     def is_over() -> bool:
         return is_stalled(
@@ -170,15 +181,13 @@ def _work(settings: dict[str, Any]) -> None:
         )
 
     def report(record: Record) -> bool:
-        with tempfile.TemporaryDirectory() as saved:
-            checkpoint = None
-            if is_first:
-                torch.save(learner.state(), Path(saved) / CHECKPOINT)
-                checkpoint = Checkpoint.from_directory(saved)
-            ray.train.report(dict(record), checkpoint=checkpoint)
         if is_first:
+            best.note(record)
             _write_history(learner.history, Path(settings["history"]))
-        return _agree(is_over(), shard) if config.patience else False
+        over, due = _agree(is_over(), record["epoch"] == config.epochs or saving.is_due, shard)
+        if over or due:
+            saving.report(record, {**learner.state(), "best": best.state} if is_first else None)
+        return over
 
     if is_over():
         return
@@ -191,6 +200,55 @@ def _work(settings: dict[str, Any]) -> None:
         shard=shard,
         on_epoch=report,
     )
+
+
+class _Best:
+    """The weights of the best epoch so far; of the last one while none has the metric."""
+
+    def __init__(self, objective: Objective, learner: Learner) -> None:
+        self._objective = objective
+        self._learner = learner
+        self._value = math.nan
+        self.state: dict[str, Any] = {}
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            self.state = _read(checkpoint)["best"]
+            record = learner.history[self.state["epoch"] - 1]
+            self._value = record.get(objective.metric, math.nan)
+
+    def note(self, record: Record) -> None:
+        """Keep an epoch's weights if it is better than all before it."""
+        value = record.get(self._objective.metric, math.nan)
+        is_better = math.isfinite(value) and not self._objective.gain(value, self._value) <= 0
+        if not is_better and math.isfinite(self._value):
+            return
+        self._value = value if math.isfinite(value) else math.nan
+        network = self._learner.bare_network.state_dict()
+        weights = {name: tensor.clone() for name, tensor in network.items()}
+        self.state = {"epoch": int(record["epoch"]), "network": weights}
+
+
+class _Saving:
+    """When a checkpoint is due: as often as its share of the time allows."""
+
+    def __init__(self) -> None:
+        self._at, self._wait_s = -math.inf, 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this epoch is to leave one."""
+        return time.monotonic() - self._at >= self._wait_s
+
+    def report(self, record: Record, state: dict[str, Any] | None) -> None:
+        """Report an epoch, which all workers do together; the first one saves the state."""
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as saved:
+            if state is not None:
+                torch.save(state, Path(saved) / CHECKPOINT)
+            checkpoint = None if state is None else Checkpoint.from_directory(saved)
+            ray.train.report(dict(record), checkpoint=checkpoint)
+        self._at = time.monotonic()
+        self._wait_s = min((self._at - began) / CHECKPOINT_SHARE, CHECKPOINT_EVERY_S)
 
 
 def _learner(task: Task, params: Params, splits: Splits, config: TrainConfig, seed: int) -> Learner:
@@ -208,13 +266,14 @@ def _learner(task: Task, params: Params, splits: Splits, config: TrainConfig, se
     return learner
 
 
-def _agree(value: bool, shard: Shard) -> bool:
-    """Give the first worker's value to all: only that one has validated."""
+def _agree(over: bool, due: bool, shard: Shard) -> tuple[bool, bool]:
+    """Give the first worker's answers to all: only that one has validated, and has a clock."""
     if shard.num_workers == 1:
-        return value
-    told = torch.tensor(int(value), device=ray.train.torch.get_device())
+        return over, due
+    told = torch.tensor([over, due], dtype=torch.uint8, device=ray.train.torch.get_device())
     torch.distributed.broadcast(told, src=0)
-    return bool(told.item())
+    over, due = (bool(answer) for answer in told.tolist())
+    return over, due
 
 
 def _write_history(history: Sequence[Record], file: Path) -> None:
@@ -225,17 +284,17 @@ def _write_history(history: Sequence[Record], file: Path) -> None:
 
 
 def _read_best(result: Any, task: Task, splits: Splits, params: Params, seed: int) -> Trained:
-    """Read the weights of the best epoch, and the history, which the last checkpoint has."""
-    kept = {metrics["epoch"]: checkpoint for checkpoint, metrics in result.best_checkpoints}
-    records = [metrics for _, metrics in result.best_checkpoints]
-    best = best_record(records, task.objective) or records[-1]
-    history = _read(result.checkpoint)["history"]
+    """Read the weights of the best epoch, and the history: the last checkpoint has both."""
+    state = _read(result.checkpoint)
+    best, history = state["best"], state["history"]
     network = build_network(task, params, splits.train, seed=seed)
-    network.load_state_dict(_read(kept[best["epoch"]])["network"])
+    network.load_state_dict(best["network"])
+    task.finish(network, splits.validation)
+    record = history[best["epoch"] - 1]
     return Trained(
         parameters=parameters_of(network),
         params=dict(params),
-        metrics={name: value for name, value in best.items() if name != "epoch"},
+        metrics={name: value for name, value in record.items() if name != "epoch"},
         history=tuple(history),
     )
 

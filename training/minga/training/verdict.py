@@ -19,7 +19,13 @@ PREDICATE = "tag:minga,2026:gate-verdict/v1"
 
 
 def sign_verdict(
-    keyring: Keyring, model: str, folder: Path, files: tuple[str, ...], report: GateReport
+    keyring: Keyring,
+    model: str,
+    folder: Path,
+    files: tuple[str, ...],
+    report: GateReport,
+    *,
+    authors: frozenset[str] = frozenset(),
 ) -> str:
     """Vouch for a bundle's files with the verdict on them.
 
@@ -29,6 +35,7 @@ def sign_verdict(
         folder: of the bundle.
         files: all that the verdict covers, the gate report among them.
         report: the verdict.
+        authors: public keys of those who made or judged this model before.
     """
     statement = {
         "_type": STATEMENT,
@@ -39,6 +46,7 @@ def sign_verdict(
             "blessed": report.blessed,
             "champion": report.champion,
             "refused": [gate.name for gate in report.refused],
+            "authors": sorted({*authors, keyring.public_key}),
         },
     }
     return keyring.sign(KIND, json.dumps(statement, sort_keys=True).encode())
@@ -71,6 +79,16 @@ def check_verdict(
         )
     if (predicate["blessed"], predicate["champion"]) != (report.blessed, report.champion):
         raise VerdictError("the verdict and the gate report differ; do not use this version")
+
+
+def authors_of(keyring: Keyring, envelope: bytes) -> frozenset[str]:
+    """Give the public keys of those who made or judged what a verdict is on.
+
+    Raises:
+        VerdictError: no trusted key signed it.
+    """
+    payload, signer = keyring.open_signed(KIND, envelope)
+    return frozenset({*json.loads(payload)["predicate"].get("authors", ()), signer})
 
 
 def _subjects(folder: Path, files: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from minga.federation.operator import Operator, connect
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.registry import CHAMPION, Version
+from minga.training.space import is_network
 from minga.training.uris import redacted
 
 _log = logging.getLogger(__name__)
@@ -128,6 +129,8 @@ class _Work:
 
     def _retrain(self, champion: Version) -> Registered:
         params = params_of(self._registry, champion)
+        if not is_network(params):
+            return self._fit(params)
         weights = case_folder(self._project, self._case.number) / WEIGHTS
         trained = self._case.done.get(Kind.TRAINED)
         if trained is None:
@@ -144,6 +147,16 @@ class _Work:
             params=params,
             run_id=trained["run_id"],
         )
+
+    def _fit(self, params: Mapping[str, Any]) -> Registered:
+        """Fit what is no network; it takes seconds, so an attempt that died is done again."""
+        known = self._case.done.get(Kind.TRAINED)
+        found = pipeline.find_registered(self._project, run_id=known["run_id"]) if known else None
+        if found is not None:
+            return found
+        made = _when_free(lambda: pipeline.train(self._project, params))
+        self._tell(Kind.TRAINED, run_id=made.run_id, source=redacted(self._project.source))
+        return pipeline.register_trained(self._project, made)
 
     # --- on devices ---
 

@@ -38,7 +38,11 @@ async def run(settings: DeviceSettings) -> None:
     Raises:
         IdentityError: the folder holds no identity, or the coordinator refuses it.
         PortInUseError: one of the ports is taken.
+        AccessError: the local server would not be protected as it has to be.
     """
+    protection = settings.protection
+    protection.check(settings.host)
+    access, tls = protection.access(), protection.tls()
     keep_freed_memory()
     models = ModelRepository()
     metrics = Metrics()
@@ -66,13 +70,13 @@ async def run(settings: DeviceSettings) -> None:
     async with AsyncExitStack() as stack:
         keeper = stack.enter_context(Keeper(settings.folder / "monitor"))
         observer = stack.enter_context(Observer(keeper, flush_s=_FLUSH_S))
-        app = InferenceApp(models, registry=metrics.registry, observer=observer)
+        app = InferenceApp(models, registry=metrics.registry, access=access, observer=observer)
         server = await stack.enter_async_context(
-            Server(app, host=settings.host, port=settings.port)
+            Server(app, host=settings.host, port=settings.port, tls=tls)
         )
         endpoints = {"inference": server.url, "metrics": f"{server.url}/metrics"}
         if settings.grpc_port is not None:
-            grpc = GrpcServer(app.service, host=settings.host, port=settings.grpc_port)
+            grpc = GrpcServer(app.service, host=settings.host, port=settings.grpc_port, tls=tls)
             endpoints["grpc"] = (await stack.enter_async_context(grpc)).url
         replace_file(settings.folder / ENDPOINTS_FILE, json.dumps(endpoints).encode())
         _log.info("models: %s", server.url)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from minga.inference.monitor.indices import Counts, Floats
 from minga.inference.monitor.reference import AnswerKind, Answers, Reference, Role
-from minga.inference.monitor.significance import LossNull, two_digits, upper_normal
+from minga.inference.monitor.significance import LossNull, upper_normal, usual_size
 
 ERROR: Final = "mean_absolute_error"
 NUM_DRAWS: Final = 2000
@@ -71,7 +71,7 @@ def estimated(reference: Reference, scores: Counts) -> tuple[Performance, ...]:
         return ()
     cells = _expected(answers, scores)
     law = _expected(answers, score.share_array)
-    null = _null(reference, two_digits(int(scores.sum())), with_labels=False)
+    null = _null(reference, usual_size(int(scores.sum())), with_labels=False)
     return _compared(answers, cells, law, null)
 
 
@@ -87,7 +87,7 @@ def measured(reference: Reference, cells: Counts) -> tuple[Performance, ...]:
     if answers is None or score is None or not answers.rates or not cells.sum():
         return ()
     law = _expected(answers, score.share_array)
-    null = _null(reference, two_digits(int(cells.sum())), with_labels=True)
+    null = _null(reference, usual_size(int(cells.sum())), with_labels=True)
     return _compared(answers, cells.astype(np.float64), law, null)
 
 

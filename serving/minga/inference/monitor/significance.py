@@ -21,6 +21,7 @@ NUM_DRAWS: Final = 2000
 _TINY: Final = 1e-300
 _PRECISION: Final = 1e-12
 _MAX_TERMS: Final = 10_000
+_STEPS: Final = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
 _LEAST_SKEWNESS: Final = 0.05
 
 
@@ -98,15 +99,22 @@ class LossNull:
 
 
 def stability_null(shares: tuple[float, ...], num_reference: int, num_values: int) -> StabilityNull:
-    """Draw the law of PSI; the same arguments give the same law.
+    """Give the law of PSI; the same arguments give the same law.
+
+    Drawing it takes milliseconds, so columns and windows that are nearly alike share one: shares
+    count in rounded form, without their order, and sizes by `usual_size`.
 
     Args:
         shares: of the reference's bins.
         num_reference: how many values these come from.
-        num_values: of the window; rounded down to two digits, which only raises the law, so that
-            windows of nearly one size share it.
+        num_values: of the window.
     """
-    return _drawn(shares, num_reference, two_digits(num_values))
+    rounded = tuple(sorted(_rounded(share) for share in shares))
+    return _drawn(rounded, usual_size(num_reference), usual_size(num_values))
+
+
+def _rounded(share: float) -> float:
+    return round(share, 2) if share >= 0.05 else float(f"{share:.1g}")
 
 
 @lru_cache(maxsize=4096)
@@ -122,10 +130,10 @@ def _drawn(shares: tuple[float, ...], num_reference: int, num_values: int) -> St
     return StabilityNull(draws, mean**2 / variance, variance / mean)
 
 
-def two_digits(number: int) -> int:
-    """Round down to two digits."""
+def usual_size(number: int) -> int:
+    """Round a size down to one of ten in each decade; smaller samples vary more, never less."""
     unit: int = 10 ** max(len(str(number)) - 2, 0)
-    return number // unit * unit
+    return max((unit * step for step in _STEPS if unit * step <= number), default=number)
 
 
 def upper_gamma(shape: float, x: float) -> float:

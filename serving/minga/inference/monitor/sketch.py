@@ -9,6 +9,7 @@ Of a table each cell counts. Of what is no table (images, `Role.INPUT` with the 
 are no independent draws, and counting them as such would make every window significant.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -124,23 +125,27 @@ class Sketch:
             return
         columns = [self.reference.columns[place] for place in places]
         table = _as_table(array, columns)
-        for place, column, values in zip(places, columns, table.T, strict=True):
-            self._add_column(place, column, values)
+        self._add_columns(places, table)
         if role is Role.INPUT:
             self.outliers += self._num_outliers(columns, table)
 
-    def _add_column(self, place: int, column: Column, values: Floats) -> None:
-        counts = bin_counts(column.edge_array, values)
-        self.counts[place] += counts
-        num_present = int(counts.sum())
-        self.missing[place] += len(values) - num_present
-        if column.categories:
-            is_known = np.isin(values, column.categories)
-            self.unknown[place] += num_present - int(is_known.sum())
-        else:
-            # A missing value is not a number, and neither below nor above anything.
-            is_outside = (values < column.low) | (values > column.high)
-            self.outside[place] += int((is_outside & np.isfinite(values)).sum())
+    def _add_columns(self, places: list[int], table: Floats) -> None:
+        """Count a table, shape `(columns, n)`, into the columns at these places."""
+        columns = [self.reference.columns[place] for place in places]
+        is_present = np.isfinite(table)
+        num_present = is_present.sum(axis=1)
+        self.missing[places] += table.shape[1] - num_present
+        low = np.array([column.low for column in columns])[:, None]
+        high = np.array([column.high for column in columns])[:, None]
+        # A missing value is not a number, and neither below nor above anything.
+        num_outside = (((table < low) | (table > high)) & is_present).sum(axis=1)
+        for row, (place, column) in enumerate(zip(places, columns, strict=True)):
+            self.counts[place] += bin_counts(column.edge_array, table[row])
+            if column.categories:
+                num_known = int(np.isin(table[row], column.categories).sum())
+                self.unknown[place] += int(num_present[row]) - num_known
+            else:
+                self.outside[place] += num_outside[row]
 
     def _num_outliers(self, columns: list[Column], table: Floats) -> int:
         if self.reference.outliers is None:
@@ -155,9 +160,9 @@ class Sketch:
         scores, classes = scores_of(answers.kind, outputs)
         for place, column in enumerate(self.reference.columns):
             if column.role is Role.SCORE:
-                self._add_column(place, column, scores)
+                self._add_columns([place], scores[None])
             elif column.role is Role.ANSWER and classes is not None:
-                self._add_column(place, column, classes)
+                self._add_columns([place], classes[None])
 
 
 def scores_of(kind: AnswerKind, outputs: Array) -> tuple[Floats, Floats | None]:
@@ -179,7 +184,7 @@ def outlier_lengths(columns: list[Column], table: Floats) -> Floats:
 
     Args:
         columns: of the inputs.
-        table: `(n, columns)`.
+        table: `(columns, n)`.
 
     Returns:
         Shape `(n,)`.
@@ -190,17 +195,19 @@ def outlier_lengths(columns: list[Column], table: Floats) -> Floats:
         if column.deviation > 0 and not column.categories
     ]
     if not places:
-        return np.zeros(len(table))
-    means = np.array([columns[place].mean for place in places])
-    deviations = np.array([columns[place].deviation for place in places])
-    standardised = np.nan_to_num((table[:, places] - means) / deviations, posinf=0.0, neginf=0.0)
-    with np.errstate(over="ignore"):
-        lengths: NDArray[np.float64] = np.sqrt((standardised**2).mean(axis=1))
-    return lengths
+        return np.zeros(table.shape[1])
+    means = np.array([columns[place].mean for place in places])[:, None]
+    deviations = np.array([columns[place].deviation for place in places])[:, None]
+    numbers = table if len(places) == len(table) else table[places]
+    with np.errstate(over="ignore", invalid="ignore"):
+        standardised = (numbers - means) / deviations
+        standardised[~np.isfinite(standardised)] = 0
+        lengths: NDArray[np.float64] = np.sqrt(np.einsum("cn,cn->n", standardised, standardised))
+    return lengths / math.sqrt(len(places))
 
 
 def _as_table(array: Array, columns: list[Column]) -> Floats:
-    """Give a tensor's values by the reference's columns, shape `(n, columns)`."""
+    """Give a tensor's values by the reference's columns, shape `(columns, n)`."""
     num_rows = len(array)
     if array.dtype.kind in "OUS":
         return _read_texts(array.reshape(num_rows, -1), columns)
@@ -208,16 +215,16 @@ def _as_table(array: Array, columns: list[Column]) -> Floats:
     if array.ndim > 2 or flat.shape[1] > MAX_COLUMNS:
         octets = np.ascontiguousarray(flat).view(np.uint8).sum(axis=1, dtype=np.int64)
         flat = flat[np.arange(num_rows), octets % flat.shape[1]][:, None]
-    table: Floats = flat.astype(np.float64)
-    return table
+    # Each column's values beside each other: they are looked at column by column.
+    return np.ascontiguousarray(flat.T, np.float64)
 
 
 def _read_texts(cells: Array, columns: list[Column]) -> Floats:
     """Read a table of texts as its model does: places of categories, and numbers written out."""
-    table = np.full(cells.shape, np.nan)
+    table = np.full(cells.shape[::-1], np.nan)
     for place, column in enumerate(columns):
         known = dict(zip(column.names, column.categories, strict=False))
-        table[:, place] = [_read(text, known) for text in cells[:, place]]
+        table[place] = [_read(text, known) for text in cells[:, place]]
     return table
 
 

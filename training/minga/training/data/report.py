@@ -9,7 +9,7 @@ import io
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from minga.training.data.checks import DataReport
 from minga.training.data.measures import ColumnMeasure, Measures, SuspectedLabel
 from minga.training.schema import Column, iterate_columns
 from minga.training.task import Split, Splits
+
+if TYPE_CHECKING:
+    from minga.training.selection.features import FeatureReport
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -60,13 +63,19 @@ class SuspectPicture:
     image: str
 
 
-def render(found: DataReport, measures: Measures, splits: Splits) -> str:
+def render(
+    found: DataReport,
+    measures: Measures,
+    splits: Splits,
+    proposal: "FeatureReport | None" = None,
+) -> str:
     """Write the page.
 
     Args:
         found: what the check came to.
         measures: of the training split.
         splits: the data itself.
+        proposal: the columns that models should go by, if that was asked.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -76,6 +85,7 @@ def render(found: DataReport, measures: Measures, splits: Splits) -> str:
     return template.render(
         report=found,
         measures=measures,
+        proposal=proposal,
         columns=_columns(found, measures, splits),
         targets=_pictures(found.data_schema.targets, {}, _table(splits.train), _table(splits.test)),
         ranked=sorted(measures.columns, key=lambda item: -item.information_bits),

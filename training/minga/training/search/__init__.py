@@ -5,6 +5,7 @@
     population    population based training: the weak go on with the weights of the strong
     ledger        a file for each trial, from which an interrupted search goes on
     course        all of these together, without Ray: what begins, what is cut, what came of it
+    campaigns     trials that are campaigns on virtual devices
     tuning        Ray Tune runs it
     picture       a page that shows it
 

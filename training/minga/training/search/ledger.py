@@ -43,6 +43,11 @@ class Entry(Document):
         """The file that its process keeps its learner in."""
         return f"trial-{self.number}-{self.generation}.pt"
 
+    @property
+    def campaign(self) -> str:
+        """The file that its process keeps its campaign in, if it is one."""
+        return f"trial-{self.number}.safetensors"
+
 
 class Ledger:
     """The entries of one search, in its folder. One process writes it at a time."""

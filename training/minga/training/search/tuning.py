@@ -1,9 +1,9 @@
 """The search for hyper-parameters, run by Ray Tune.
 
-Each trial is a plain function in one process: a trainer nested in a trial hangs when Tune stops
-it, and takes ten times as long to start. What begins and what is cut is decided by
-`minga.training.search.course`; Tune places the trials, starts and stops them, and hears of
-failures.
+Each trial is a plain function in one process, which trains or plays a campaign (`campaigns`): a
+trainer nested in a trial hangs when Tune stops it, and takes ten times as long to start. What
+begins and what is cut is decided by `minga.training.search.course`; Tune places the trials, starts
+and stops them, and hears of failures.
 
 An interrupted search is kept in its folder, whatever interrupted it; calling `search` again with
 that folder goes on. No trial that has ended is repeated, and of the others no epoch.
@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from minga.federation.errors import CampaignError
 from minga.training.config import SearchConfig
 from minga.training.errors import DivergedError, TrainingError
 from minga.training.history import Record
@@ -37,6 +38,9 @@ from minga.training.search.ledger import Entry, Ledger
 from minga.training.space import Params
 from minga.training.task import Splits, Task, TaskReference
 from minga.training.trials import SearchResult, Trial
+
+if TYPE_CHECKING:
+    from minga.training.search.campaigns import Federation
 
 # The ledger keeps what a search goes on from: Tune need not save it as well, nor log it.
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")
@@ -64,6 +68,7 @@ def search(
     config: SearchConfig,
     seed: int,
     folder: Path,
+    federation: "Federation | None" = None,
     points: Sequence[Params] = (),
     on_progress: OnProgress = silent,
     on_epoch: OnTrialEpoch = unheard,
@@ -77,6 +82,7 @@ def search(
         config: what is tried, how many trials, how long, how many at once.
         seed: of the drawn parameters, and of each trial's training.
         folder: of this search and no other; only reuse it with the same arguments.
+        federation: what trials are played on; without it they are trained.
         points: of the space, tried right after the defaults.
         on_progress: hears of every epoch of every trial.
         on_epoch: gets every epoch of every trial as it ends.
@@ -93,7 +99,12 @@ def search(
     errors: list[str] = []
     if not course.is_complete:
         work = _Work(
-            reference=reference, splits=splits, seed=seed, config=config, folder=str(folder)
+            reference=reference,
+            splits=splits,
+            seed=seed,
+            config=config,
+            folder=str(folder),
+            federation=federation,
         )
         with _at(desk), handlers_restored():
             results = _tuner(work, course, folder).fit()
@@ -103,10 +114,9 @@ def search(
             f"{course.num_ended} of {course.num_trials} trials are kept in {folder}; "
             "the same command goes on from there"
         )
-    trials = course.trials()
-    best = _best(trials, task, errors)
+    best = _best(course, errors)
     return SearchResult(
-        params=best.params, metrics=best.metrics, trials=trials, resumed=course.resumed
+        params=best.params, metrics=best.metrics, trials=course.trials(), resumed=course.resumed
     )
 
 
@@ -119,6 +129,7 @@ class _Work:
     seed: int
     config: SearchConfig
     folder: str
+    federation: "Federation | None"
 
 
 def _tuner(work: _Work, course: Course, folder: Path) -> "tune.Tuner":
@@ -142,10 +153,28 @@ def _tuner(work: _Work, course: Course, folder: Path) -> "tune.Tuner":
 
 
 def _run_trial(config: dict[str, Any], *, work: _Work) -> None:
-    """Train one trial in its own process; goes on from its own file if there is one."""
-    entry, until = Entry.model_validate(config["entry"]), int(config["until"])
-    folder = Path(work.folder)
+    """Run one trial in its own process; goes on from its own file if there is one."""
+    entry = Entry.model_validate(config["entry"])
     task = work.reference.load()
+    try:
+        if work.federation is not None:
+            from minga.training.search.campaigns import play_trial
+
+            simulation = work.federation.simulation(
+                task, work.splits, entry.params, num_rounds=work.config.max_epochs, seed=work.seed
+            )
+            file = Path(work.folder) / entry.campaign
+            play_trial(simulation, entry, file, lambda record: tune.report(_figures(record)))
+        else:
+            _train_trial(task, entry, int(config["until"]), work)
+    except (DivergedError, CampaignError):
+        # Part of the answer, not a failure of the search: these parameters are the worst.
+        tune.report({DIVERGED: True})
+
+
+def _train_trial(task: Task, entry: Entry, until: int, work: _Work) -> None:
+    """Train until an epoch is behind the trial."""
+    folder = Path(work.folder)
     learner = _learner(task, entry, work, folder)
     for record in learner.history[len(entry.history) :]:
         tune.report(_figures(record))
@@ -158,19 +187,15 @@ def _run_trial(config: dict[str, Any], *, work: _Work) -> None:
         tune.report(_figures(record))
         return record["epoch"] >= until
 
-    try:
-        if len(learner.history) < until:
-            fit(
-                learner,
-                work.splits.train,
-                epochs=work.config.max_epochs,
-                seed=work.seed,
-                validation=work.splits.validation,
-                on_epoch=report,
-            )
-    except DivergedError:
-        # Part of the answer, not a failure of the search: these parameters are the worst.
-        tune.report({DIVERGED: True})
+    if len(learner.history) < until:
+        fit(
+            learner,
+            work.splits.train,
+            epochs=work.config.max_epochs,
+            seed=work.seed,
+            validation=work.splits.validation,
+            on_epoch=report,
+        )
 
 
 def _figures(record: Record) -> dict[str, float]:
@@ -209,22 +234,23 @@ def _read_learner(file: Path, device: torch.device) -> dict[str, Any] | None:
     return state
 
 
-def _best(trials: tuple[Trial, ...], task: Task, errors: Sequence[str]) -> Trial:
+def _best(course: Course, errors: Sequence[str]) -> Trial:
     """Give the trial with the best epoch; a diverged one does not count."""
-    metric = task.objective.metric
+    objective, trials = course.task.objective, course.trials()
     sound = [
         trial
         for trial in trials
         if trial.status in ("finished", "cut")
-        and math.isfinite(trial.metrics.get(metric, math.nan))
+        and math.isfinite(trial.metrics.get(objective.metric, math.nan))
     ]
     if not sound:
+        is_campaign = course.config.over == "simulation"
         reason = errors[0] if errors else "the loss diverged"
         raise TrainingError(
-            f"none of {len(trials)} trials gave a {metric}: {reason}; try one set of parameters "
-            "alone with: minga train"
+            f"none of {len(trials)} trials gave a {objective.metric}: {reason}; try one set of "
+            f"parameters alone with: minga {'simulate' if is_campaign else 'train'}"
         )
-    return max(sound, key=lambda trial: task.objective.gain(trial.metrics[metric], 0.0))
+    return max(sound, key=lambda trial: objective.gain(trial.metrics[objective.metric], 0.0))
 
 
 class _Desk:
@@ -260,7 +286,8 @@ class _Desk:
         self._on_epoch(entry.number, {**self.course.task.defaults, **entry.params}, record)
         value = record.get(objective.metric, math.nan)
         epoch = int(record["epoch"])
-        self._announce(f"trial {entry.number}: epoch {epoch}, {objective.metric} {value:.4f}")
+        word = "round" if self.course.config.over == "simulation" else "epoch"
+        self._announce(f"trial {entry.number}: {word} {epoch}, {objective.metric} {value:.4f}")
         return stop
 
     def end(self, trial_id: str, *, failed: bool = False) -> None:

@@ -4,6 +4,7 @@ This is what `torch.func.vmap` comes to for them, without the cost of finding th
 for stacks of small layers about a third of the time.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Final
 
@@ -32,12 +33,15 @@ class DenseNetwork:
     Args:
         network: one device's.
 
+    Attributes:
+        layers: in their order, each with the prefix of its parameters' names.
+
     Raises:
         ValueError: it is something else.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._layers = list(_chain("", network))
+        self.layers = list(_chain("", network))
 
     def __call__(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Give outputs of shape `(num_devices, batch, outputs)`.
@@ -47,21 +51,34 @@ class DenseNetwork:
             inputs: shape `(num_devices, batch, columns)`.
         """
         hidden = inputs
-        for name, layer in self._layers:
-            match layer:
-                case nn.Linear():
-                    weight = values[f"{name}weight"].transpose(1, 2)
-                    if layer.bias is None:
-                        hidden = torch.bmm(hidden, weight)
-                    else:
-                        bias = values[f"{name}bias"].unsqueeze(1)
-                        hidden = torch.baddbmm(bias, hidden, weight)
-                case Standardize():
-                    mean, scale = values[f"{name}mean"], values[f"{name}scale"]
-                    hidden = (hidden - mean.unsqueeze(1)) / scale.unsqueeze(1)
-                case _:
-                    hidden = layer(hidden)
+        for name, layer in self.layers:
+            if not isinstance(layer, nn.Linear):
+                hidden = apply(name, layer, values, hidden)
+                continue
+            weight = values[f"{name}weight"].transpose(1, 2)
+            if layer.bias is None:
+                hidden = torch.bmm(hidden, weight)
+            else:
+                hidden = torch.baddbmm(values[f"{name}bias"].unsqueeze(1), hidden, weight)
         return hidden
+
+
+def apply(name: str, layer: nn.Module, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """Compute a layer that is no dense one.
+
+    Args:
+        name: prefix of its buffers' names.
+        layer: one of those that a `DenseNetwork` has.
+        values: by name; each buffer has a first axis for the devices, if only of length 1.
+        inputs: shape `(num_devices, batch, columns)`.
+    """
+    if not isinstance(layer, Standardize):
+        made: Tensor = layer(inputs)
+        return made
+    mean, scale = values[f"{name}mean"].unsqueeze(-2), values[f"{name}scale"].unsqueeze(-2)
+    scaled = (inputs - mean) / scale
+    # As there: a missing value is the column's mean.
+    return torch.where(torch.isnan(inputs), torch.zeros_like(scaled), scaled)
 
 
 def _chain(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -76,5 +93,14 @@ def _chain(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     if type(module) in (nn.Linear, Standardize, *ELEMENTWISE):
         hooks = module._forward_hooks or module._forward_pre_hooks
         if not hooks:
-            return [(name, module)]
+            return [(name, _apart(module))]
     raise ValueError(f"{name or 'the network'} is a {type(module).__name__}, no dense layer")
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """Give a layer that leaves its inputs as they are."""
+    if not getattr(module, "inplace", False):
+        return module
+    copied = copy.copy(module)
+    copied.inplace = False  # type: ignore[assignment]
+    return copied

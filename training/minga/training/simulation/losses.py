@@ -53,9 +53,9 @@ class StackedLoss:
                 self._dense = None
 
     @property
-    def is_dense(self) -> bool:
-        """Whether the network is computed by batched products."""
-        return self._dense is not None
+    def dense(self) -> DenseNetwork | None:
+        """The network, if it is computed by batched products."""
+        return self._dense
 
     def __call__(
         self, stacks: Mapping[str, Tensor], shared: Mapping[str, Tensor], batches: Batches
@@ -81,7 +81,16 @@ class StackedLoss:
     ) -> Tensor:
         assert self._dense is not None
         values = {**{name: value.unsqueeze(0) for name, value in shared.items()}, **stacks}
-        outputs = self._dense(values, batches.inputs)
+        return self._sum_of(self._dense(values, batches.inputs), batches)
+
+    def gradient_at(self, outputs: Tensor, batches: Batches) -> Tensor:
+        """Give the sum's gradient at a dense network's outputs, of their shape."""
+        outputs = outputs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self._sum_of(outputs, batches), outputs)
+        return gradient
+
+    def _sum_of(self, outputs: Tensor, batches: Batches) -> Tensor:
+        """Give the sum of outputs of shape `(num_devices, longest, ...)`."""
         if batches.is_even:  # a mean of means of equally many is the mean of all
             mean = self._task.loss(outputs.flatten(0, 1), batches.targets.flatten(0, 1))
             return mean * len(batches.sizes)

@@ -103,21 +103,46 @@ def simulate(
         TaskError, ShapeError: the Task cannot be used.
         KeyboardInterrupt: the user stopped it; with `state` the same call goes on.
     """
-    task, config, seed = simulation.task, simulation.config, simulation.seed
-    population = populate(
-        task, simulation.splits, config.partition, seed=seed, root=simulation.root
-    )
-    plan = _plan(simulation, population)
-    network = build_network(task, _params(simulation), simulation.splits.train, seed=seed)
-    start = simulation.start or parameters_of(network)
-    load_parameters(network, start)
-    parts = Parts.of(start, plan.personal, scaffold=plan.scaffold)
-    require_possible(plan, Layout.of(split_personal(start, plan.personal)[0]))
-    with _crew(simulation, population, reference) as crew:
-        fleet = Fleet.of(task, population, config, parts=parts, crew=crew, seed=seed)
-        running = VirtualCampaign(plan, fleet, parts.first(start, plan.personal), seed)
-        player = _Player(simulation, running, network, state)
+    stage = _Stage.of(simulation)
+    seed, parts = simulation.seed, stage.parts
+    with _crew(simulation, stage.population, reference) as crew:
+        fleet = Fleet.of(
+            simulation.task, stage.population, simulation.config, parts=parts, crew=crew, seed=seed
+        )
+        first = parts.first(stage.start, stage.plan.personal)
+        running = VirtualCampaign(stage.plan, fleet, first, seed)
+        player = _Player(simulation, running, stage.network, state)
         return player.play(on_round)
+
+
+def require_playable(simulation: Simulation) -> None:
+    """Refuse, as `simulate` does before its first round, what cannot be simulated."""
+    _Stage.of(simulation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """What a campaign begins with."""
+
+    population: Population
+    plan: pb.CampaignPlan
+    network: nn.Module
+    start: Parameters
+    parts: Parts
+
+    @classmethod
+    def of(cls, simulation: Simulation) -> "_Stage":
+        task, seed = simulation.task, simulation.seed
+        population = populate(
+            task, simulation.splits, simulation.config.partition, seed=seed, root=simulation.root
+        )
+        plan = _plan(simulation, population)
+        network = build_network(task, _params(simulation), simulation.splits.train, seed=seed)
+        start = simulation.start or parameters_of(network)
+        load_parameters(network, start)
+        parts = Parts.of(start, plan.personal, scaffold=plan.scaffold)
+        require_possible(plan, Layout.of(split_personal(start, plan.personal)[0]))
+        return cls(population=population, plan=plan, network=network, start=start, parts=parts)
 
 
 def _params(simulation: Simulation) -> dict[str, Any]:

@@ -9,15 +9,15 @@ Everything else is as in `minga.training.loop`: the same batches in the same ord
 loss and optimiser, FedProx and SCAFFOLD, and gradients clipped, each device's by itself. An
 optimiser is used on the stack as it is, which is right for those that treat each coordinate alone.
 
-Devices are sorted by their numbers of steps and cut into chunks of equally many, so that nothing is
+Devices are sorted by their numbers of steps and cut into chunks of about equally many; nothing is
 computed for devices that are done. Batches of unequal size are padded with examples of no weight,
 where the loss of a batch is the mean of its examples' losses; else each size goes by itself.
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import groupby, pairwise
+from functools import lru_cache, partial
+from itertools import groupby, pairwise, zip_longest
 from math import prod
 from typing import Final
 
@@ -36,6 +36,7 @@ from minga.training.proximal import Pull
 from minga.training.scaffold import Correction
 from minga.training.simulation.lesson import Learnt, Lesson, Matrix
 from minga.training.simulation.losses import PROBED_EXAMPLES, Batches, StackedLoss
+from minga.training.simulation.outer import Descent, Scratch, is_worth_it, rate_of
 from minga.training.simulation.partition import Places, Population
 from minga.training.space import Params
 from minga.training.task import Batch, Task
@@ -45,6 +46,9 @@ CHUNK_BYTES: Final = 2 << 20
 
 CHUNK_BYTES_GPU: Final = 1 << 30
 """Parameters of one chunk on a GPU; gradients, optimiser and activations take several times it."""
+
+STEP_DEVICES: Final = 16
+"""To call the operations of a step takes about as long as to compute it for so many devices."""
 
 Stacks = dict[str, Tensor]
 """The network's tensors by name; stacks have a first axis for the devices."""
@@ -94,6 +98,7 @@ class Stack:
         self._at = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._network = network.to(self._at).train()
         self._skeleton = copy.deepcopy(self._network)
+        self._scratch = Scratch()
         self._inputs = torch.from_numpy(population.train.inputs).to(self._at)
         self._targets = torch.from_numpy(population.train.targets).to(self._at)
         some = np.linspace(0, len(population.train) - 1, PROBED_EXAMPLES).astype(np.int64)
@@ -113,11 +118,14 @@ class Stack:
                 raise TaskError(f"{name} is {params[name]!r}, which takes training one by one")
         deltas = np.empty((len(devices), self._num_values), np.float32)
         gradients = None if lesson.corrections is None else np.zeros_like(deltas)
+        rate = self._plain_rate(params, lesson)
         with one_thread():
             for rows, steps in self._chunks(devices, lesson.config):
-                self._fit_chunk(rows, steps, lesson.of(rows), deltas, gradients)
-        with np.errstate(invalid="ignore"):
-            diverged = np.flatnonzero(~np.isfinite(deltas.sum(axis=1)))
+                if rate is not None and is_worth_it(self._loss.dense, _num_examples(steps)):
+                    self._descend(rows, steps, lesson, rate, deltas)
+                else:
+                    self._fit_chunk(rows, steps, lesson.of(rows), deltas, gradients)
+            diverged = np.flatnonzero(~np.isfinite(torch.from_numpy(deltas).sum(1).numpy()))
         reason = "the loss is no longer a finite number"
         failures = {int(row): reason for row in diverged}
         return Learnt(deltas=deltas, gradients=gradients, failures=failures)
@@ -125,28 +133,79 @@ class Stack:
     def _chunks(
         self, devices: Sequence[int], config: Mapping[str, Scalar]
     ) -> Iterator[tuple[Places, list[list[Places]]]]:
-        """Cut devices into chunks of equally many steps.
+        """Cut devices into chunks of about equally many steps.
 
         Yields:
-            The devices' rows, and for each step each device's batch.
+            The devices' rows, and for each step the batches of the first devices: those that have
+            so many steps.
         """
         params = {**self._task.defaults, **config}
         batch_size = int(params.get("batch_size", BATCH_SIZE))
         epochs, seed = int(config.get("epochs", 1)), int(config.get("seed", 0))
         examples = [self._population.train_of[device] for device in devices]
         plans = [_plan(len(own), batch_size, epochs, seed) for own in examples]
-        rows = sorted(range(len(devices)), key=lambda row: (len(plans[row]), len(examples[row])))
         size = max(1, self._chunk_bytes // (4 * self._num_values))
-        for _, alike in groupby(rows, key=lambda row: len(plans[row])):
-            group = list(alike)
-            for low in range(0, len(group), size):
-                chunk = group[low : low + size]
+        # The longest first: those that still learn are the first ones of a chunk in every step.
+        rows = sorted(
+            range(len(devices)), key=lambda row: (len(plans[row]), len(examples[row])), reverse=True
+        )
+        for alike in _alike(rows, [len(plan) for plan in plans]):
+            for low in range(0, len(alike), size):
+                chunk = alike[low : low + size]
                 places = ([examples[row][part] for part in plans[row]] for row in chunk)
-                yield np.array(chunk), [list(step) for step in zip(*places, strict=True)]
+                steps = [[own for own in step if own is not None] for step in zip_longest(*places)]
+                yield np.array(chunk), steps
 
     @property
     def _chunk_bytes(self) -> int:
         return CHUNK_BYTES_GPU if self._at.type == "cuda" else CHUNK_BYTES
+
+    def _plain_rate(self, params: Params, lesson: Lesson) -> float | None:
+        """Give the learning rate, if `Descent` can take the devices' steps.
+
+        It can from a common start, if nothing but the loss decides where steps lead.
+        """
+        if self._loss.dense is None or self._twins:
+            return None
+        if lesson.own is not None or lesson.corrections is not None or proximal_mu(lesson.config):
+            return None
+        optimiser = self._task.optimiser(self._network, without_names(params))
+        moved = [one for group in optimiser.param_groups for one in group["params"]]
+        is_all = {*map(id, moved)} == {id(one) for one in self._network.parameters()}
+        return rate_of(optimiser) if is_all and all(one.requires_grad for one in moved) else None
+
+    def _descend(
+        self,
+        rows: Places,
+        steps: Sequence[Sequence[Places]],
+        lesson: Lesson,
+        rate: float,
+        deltas: Matrix,
+    ) -> None:
+        """Take all steps of one chunk without building weights, and write the devices' changes."""
+        params = {**self._task.defaults, **lesson.config}
+        max_norm = float(params.get("max_grad_norm", MAX_GRAD_NORM))
+        start = torch.from_numpy(lesson.start).to(self._at)
+        values = {
+            name: start[columns].view(self._shapes[name]) for name, columns in self._columns.items()
+        }
+        assert self._loss.dense is not None
+        descent = Descent(
+            self._scratch,
+            self._loss.dense,
+            values,
+            rate=rate,
+            num_devices=len(rows),
+            num_examples=_num_examples(steps),
+        )
+        for step in steps:
+            batches = self._batches(step)
+            descent.step(batches.inputs, partial(self._loss.gradient_at, batches=batches), max_norm)
+        where = _span(rows)
+        for name in self._shapes.keys() - self._trained:
+            deltas[where, self._columns[name]] = 0.0
+        for name, change in descent.changes():
+            deltas[where, self._columns[name]] = change.reshape(len(rows), -1).cpu().numpy()
 
     def _fit_chunk(
         self,
@@ -166,9 +225,12 @@ class Stack:
             corrected = Correction(self._skeleton, self._cut(lesson.corrections))
         if mu > 0:
             pull = Pull(self._skeleton, mu)
-        for step in steps:
+        for step, left in zip(steps, [*map(len, steps[1:]), 0], strict=True):
             optimiser.zero_grad()
-            loss = self._loss({**learning, **fixed}, shared, self._batches(step))
+            stacks: Stacks = {**learning, **fixed}
+            if len(step) < len(rows):
+                stacks = {name: stack[: len(step)] for name, stack in stacks.items()}
+            loss = self._loss(stacks, shared, self._batches(step))
             loss.backward()  # type: ignore[no-untyped-call]
             if corrected is not None:
                 corrected()
@@ -178,10 +240,15 @@ class Stack:
                 [stack.grad for stack in learning.values() if stack.grad is not None], max_norm
             )
             optimiser.step()
-        self._write_changes(rows, learning, lesson, deltas)
-        if corrected is not None and gradients is not None:
-            for name, mean in corrected.mean_gradient().items():
-                gradients[_span(rows), self._columns[name]] = mean.reshape(len(rows), -1)
+            if left == len(step):
+                continue
+            # These are done; what the optimiser makes of them further on is not looked at.
+            done = slice(left, len(step))
+            self._write_changes(rows, done, learning, lesson, deltas)
+            if corrected is not None and gradients is not None:
+                for name, mean in corrected.mean_gradient().items():
+                    found = mean[done].reshape(len(step) - left, -1)
+                    gradients[_span(rows[done]), self._columns[name]] = found
 
     def _start(self, lesson: Lesson, count: int) -> tuple[Stacks, Stacks, Stacks]:
         """Give the stacks that learn, those that do not, and what is the same for all devices."""
@@ -212,7 +279,7 @@ class Stack:
         Dense weights lie as their products' gradients come, the inputs' axis before the outputs':
         laid out otherwise each gradient is copied, which takes longer than to compute it.
         """
-        if self._loss.is_dense and value.dim() == 2:
+        if self._loss.dense and value.dim() == 2:
             return value.t().expand(count, *value.t().shape).clone().transpose(1, 2)
         return value.expand(count, *value.shape).clone()
 
@@ -273,20 +340,43 @@ class Stack:
         }
 
     def _write_changes(
-        self, rows: Places, learning: Stacks, lesson: Lesson, deltas: Matrix
+        self, rows: Places, done: slice, learning: Stacks, lesson: Lesson, deltas: Matrix
     ) -> None:
-        where = _span(rows)
+        """Write what came of some of a chunk's devices into their rows."""
+        where, count = _span(rows[done]), done.stop - done.start
         for name, columns in self._columns.items():
             stack = learning.get(self._twins.get(name, name))
             if stack is None:
                 deltas[where, columns] = 0.0
                 continue
-            values, start = stack.detach().cpu().numpy(), lesson.starts(columns)
-            values = values.reshape(len(rows), -1)
+            values, start = stack.detach()[done].cpu().numpy(), lesson.starts(columns)
+            values = values.reshape(count, -1)
+            start = start if len(start) == 1 else start[done]
             if isinstance(where, slice):
                 np.subtract(values, start, out=deltas[where, columns])
             else:
                 deltas[where, columns] = values - start
+
+
+def _alike(rows: Sequence[int], num_steps: Sequence[int]) -> Iterator[list[int]]:
+    """Put devices together, the longest first, as long as that takes less than to part them.
+
+    To go on for those that are done costs something in each step; so does each step of its own.
+    """
+    found: list[int] = []
+    for steps, group in groupby(rows, key=lambda row: num_steps[row]):
+        more = list(group)
+        if found and len(more) * (num_steps[found[0]] - steps) > STEP_DEVICES * steps:
+            yield found
+            found = []
+        found += more
+    if found:
+        yield found
+
+
+def _num_examples(steps: Sequence[Sequence[Places]]) -> int:
+    """Give how many examples each device of a chunk sees, padding included."""
+    return sum(max(map(len, step)) for step in steps)
 
 
 def _twins(network: nn.Module) -> dict[str, str]:
