@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors.numpy import save
 
 from minga.federation.errors import MissingBlobError, PeerError
 from minga.federation.parameters import (
+    BLOCK_VALUES,
     Layout,
     Parameters,
     from_bytes,
+    read_blocks,
     read_layout,
     read_tensors,
     to_bytes,
@@ -42,9 +45,19 @@ def test_bytes_and_vector_and_back(parameters: Parameters) -> None:
             np.testing.assert_array_equal(back[name], value)
 
 
+@given(parameters=PARAMETERS)
+@settings(max_examples=50)
+def test_bytes_are_those_of_the_safetensors_library(parameters: Parameters) -> None:
+    """Head, padding and order are what the format's own library writes."""
+    named = {name + "ä": value for name, value in parameters.items()}
+    assert to_bytes(named) == save({name: value.copy("C") for name, value in named.items()})
+
+
 def test_reading_a_file_piece_by_piece(tmp_path: Path) -> None:
-    """A file's layout and tensors come as from its bytes, in the order of the vector."""
+    """A file's layout, tensors and blocks come as from its bytes, in the order of the vector."""
     parameters = {
+        "wide": np.arange(2 * BLOCK_VALUES + 5, dtype=np.float32),
+        "nothing": np.empty((0, 3), np.float32),
         "w": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.float32([7]),
         "scale": np.array(3, np.float32),
@@ -54,6 +67,10 @@ def test_reading_a_file_piece_by_piece(tmp_path: Path) -> None:
     assert read_layout(path) == Layout.of(parameters)
     vector = np.concatenate([tensor.ravel() for tensor in read_tensors(path)])
     np.testing.assert_array_equal(vector, Layout.of(parameters).flatten(parameters))
+    blocks = list(read_blocks(path))
+    np.testing.assert_array_equal(np.concatenate([values for _, values in blocks]), vector)
+    assert max(values.size for _, values in blocks) == BLOCK_VALUES
+    assert [name for name, _ in blocks] == ["b", "scale", "w", "wide", "wide", "wide"]
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ async def trainer_of(process: asyncio.subprocess.Process) -> psutil.Process:
 async def test_device_process_killed_while_training(tmp_path: Path) -> None:
     """The round ends without the device that was killed; started again it is in the next one."""
     name = NAMES[-1]
-    async with Fleet(tmp_path) as fleet:
+    async with Fleet(tmp_path, reconnect_grace_s=60.0) as fleet:
         folder = await fleet.enrol(name)
         process = await start_process(folder, name, delay_s=600.0)
         try:

@@ -83,12 +83,21 @@ async def test_the_loop_does_not_wait_for_the_accountant(
             if name == "dp_accounting":
                 loaded_by.append(threading.current_thread())
 
-    for name in [n for n in sys.modules if n.partition(".")[0] == "dp_accounting"]:
-        monkeypatch.delitem(sys.modules, name)
+    def forget() -> None:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "dp_accounting"]:
+            monkeypatch.delitem(sys.modules, name)
+        loaded_by.clear()
+
     monkeypatch.setattr(sys, "meta_path", [Witness(), *sys.meta_path])
+    forget()
     campaign_id = await fleet.start_campaign(private_plan(1.0))
-    await fleet.operator.cancel(campaign_id)
     assert loaded_by
+    assert threading.main_thread() not in loaded_by
+    await fleet.stop_coordinator()
+    forget()
+    await fleet.start_coordinator()
+    assert loaded_by
+    await fleet.operator.cancel(campaign_id)
     assert threading.main_thread() not in loaded_by
 
 
@@ -163,6 +172,35 @@ async def test_lost_device_takes_its_noise_along(fleet: Fleet) -> None:
     assert stats.kstest((moved - 0.02) / std, "norm").pvalue > 1e-4
     planned = epsilon_after(0.2, 1)
     assert planned < campaign.rounds[0].privacy.epsilon < 1.1 * planned
+
+
+async def test_owners_least_noise(fleet: Fleet) -> None:
+    """A device that wants more noise than a round has leaves it, whatever the coordinator says."""
+    for index, least in enumerate([0.0] * 6 + [0.15, 0.3]):
+        await fleet.add(f"site-{index}", {"step": 0.01}, allow_plain=True, min_noise=least)
+    plan = private_plan(0.2, distributed=True, cohort=8, min_cohort=6)
+    campaign = await fleet.finish(await fleet.start_campaign(plan))
+    [round_] = campaign.rounds
+    assert list(round_.lost) == ["site-7"]
+    assert "owner wants 0.3 or more" in round_.lost["site-7"]
+    for protection in (pb.PROTECTION_PLAIN, pb.PROTECTION_SECURE):
+        noiseless = campaign_plan(cohort=8, min_cohort=6, protection=protection)
+        campaign = await fleet.finish(await fleet.start_campaign(noiseless))
+        [round_] = campaign.rounds
+        assert sorted(round_.lost) == ["site-6", "site-7"]
+        assert "a noise multiplier of 0;" in round_.lost["site-6"]
+
+
+async def test_least_noise_of_those_who_are_left(fleet: Fleet) -> None:
+    """Devices that are lost take their noise along: too little of it, and nothing is unmasked."""
+    for index in range(8):
+        options = {"step": 0.01, "fail": "no more data" if index > 5 else ""}
+        await fleet.add(f"site-{index}", options, min_noise=0.2)
+    plan = private_plan(0.2, distributed=True, cohort=8, min_cohort=3)
+    campaign = await fleet.finish(await fleet.start_campaign(plan))
+    assert campaign.state == pb.CAMPAIGN_STATE_FAILED
+    left = [campaign.rounds[0].lost[f"site-{index}"] for index in range(6)]
+    assert all("6 devices assure a noise multiplier of 0.183;" in reason for reason in left)
 
 
 async def test_campaigns_share_one_budget(fleet: Fleet) -> None:

@@ -54,6 +54,7 @@ def run(
     trainer: Annotated[str, _set_by("TRAINER")] = "",
     option: dict[str, str] | None = None,
     allow_plain: Annotated[bool, _set_by("ALLOW_PLAIN")] = False,
+    min_noise: Annotated[float, _set_by("MIN_NOISE")] = 0.0,
     allow_query: Annotated[tuple[str, ...], _set_by("QUERY_COLUMNS")] = (),
     compress: Annotated[Literal["auto", "always", "never"], _set_by("COMPRESS")] = "auto",
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
@@ -80,6 +81,8 @@ def run(
             Context's node_config.
         allow_plain: Take part in rounds whose coordinator sees this device's update; without it
             only in those that mask updates.
+        min_noise: Train only in rounds of distributed privacy with at least this noise_multiplier,
+            also if a tenth of the devices adds none; this device checks it by itself.
         allow_query: Column of this site's data of which statistics may be asked, in sums over
             many devices alone; may be given several times.
         compress: When models and plain updates travel as Zstandard frames: auto does so while
@@ -107,6 +110,7 @@ def run(
         folder=folder,
         trainer=trainer,
         allow_plain=allow_plain,
+        min_noise=min_noise,
         query_columns=allow_query,
         compress=compress,
         host=host,

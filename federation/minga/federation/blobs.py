@@ -139,17 +139,23 @@ class BlobStore:
 
     # -- writing --
 
-    def put_bytes(self, data: bytes) -> bytes:
+    def put_bytes(self, *pieces: durable.Piece) -> bytes:
         """Store own content, charged to nobody, and give its digest.
+
+        Args:
+            pieces: The content, one piece behind the other.
 
         Raises:
             LimitError: it is larger than a blob may be.
         """
-        self._require_size(len(data))
-        digest = hashlib.sha256(data).digest()
-        if not self.has(digest):
-            durable.replace_file(self.path(digest), data, mode=durable.PRIVATE)
-        return digest
+        self._require_size(sum(memoryview(piece).nbytes for piece in pieces))
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        name = digest.digest()
+        if not self.has(name):
+            durable.replace_file(self.path(name), *pieces, mode=durable.PRIVATE)
+        return name
 
     def offset(self, digest: bytes, sender: str) -> int:
         """Tell how many bytes of a sender's upload are here; all of them if it is complete."""

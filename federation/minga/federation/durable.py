@@ -6,7 +6,11 @@ step; then the folder is synced, or the name itself could be lost with the power
 
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
+
+Piece = bytes | memoryview
+"""Bytes that are written as they are."""
 
 PRIVATE = 0o600
 """Mode of a file that only its owner may read."""
@@ -15,9 +19,15 @@ PUBLIC = 0o644
 """Mode of a file that anybody on the machine may read."""
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
-    """Write a file, or put new content in its place, in one step."""
-    temporary = _write_beside(path, data, mode)
+def replace_file(path: Path, *pieces: Piece, mode: int = PUBLIC) -> None:
+    """Write a file, or put new content in its place, in one step.
+
+    Args:
+        path: Where it goes.
+        pieces: The content, one piece behind the other.
+        mode: Who may read it.
+    """
+    temporary = _write_beside(path, pieces, mode)
     try:
         temporary.replace(path)
     finally:
@@ -34,7 +44,7 @@ def create_file(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
     Raises:
         FileExistsError: the file exists.
     """
-    temporary = _write_beside(path, data, mode)
+    temporary = _write_beside(path, (data,), mode)
     try:
         path.hardlink_to(temporary)
     finally:
@@ -51,7 +61,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_beside(path: Path, data: bytes, mode: int) -> Path:
+def _write_beside(path: Path, pieces: Iterable[Piece], mode: int) -> Path:
     """Write and sync a temporary file next to `path`.
 
     The mode is given when the file is made, so that a secret is never readable in between, and
@@ -62,7 +72,7 @@ def _write_beside(path: Path, data: bytes, mode: int) -> Path:
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:

@@ -83,6 +83,10 @@ class PlainRefusedError(FederationError):
     """The coordinator would see a single update, and the device's owner does not allow that."""
 
 
+class NoiseRefusedError(FederationError):
+    """The sum would have less noise in it than the device's owner wants to hide in."""
+
+
 class QueryRefusedError(FederationError):
     """The coordinator asks about data of which the device's owner lets nothing be told."""
 

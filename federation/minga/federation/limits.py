@@ -180,6 +180,9 @@ MAX_QUERY_EDGES: Final = 1024
 MAX_QUERY_VALUES: Final = 16_384
 """Values of one round's answer."""
 
+NOISE_COLLUDER_SHARE: Final = 0.1
+"""Share of a sum's devices whose noise one that wants a minimum of it does not count on."""
+
 QUERY_MIN_COHORT: Final = 5
 """A device answers queries only in sums over so many devices, by default."""
 

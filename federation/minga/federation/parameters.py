@@ -3,22 +3,32 @@
 Bytes are safetensors: reading them runs no code, whoever wrote them.
 """
 
+import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
+from minga.federation.durable import Piece
 from minga.federation.errors import MissingBlobError, PeerError
 
 Parameters = dict[str, NDArray[np.float32]]
 """Tensor name -> float32 array."""
+
+BLOCK_VALUES: Final = 1 << 16
+"""Most values of a block: together with what is computed from them they stay in the cache."""
+
+_VALUE: Final = np.dtype("<f4")
+_BLOCK_BYTES: Final = BLOCK_VALUES * _VALUE.itemsize
+_LENGTH: Final = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +90,30 @@ class Layout:
 
 def to_bytes(parameters: Parameters) -> bytes:
     """Write parameters as safetensors, the same bytes for the same values."""
-    ordered = {
-        # Not `ascontiguousarray`, which makes a scalar a vector of one.
-        name: np.asarray(parameters[name], np.float32, order="C")
-        for name in sorted(parameters)
-    }
-    data: bytes = save(ordered)
-    return data
+    return b"".join(to_pieces(parameters))
+
+
+def to_pieces(parameters: Parameters) -> list[Piece]:
+    """Write parameters as the pieces of a safetensors file; tensors stay where they are.
+
+    That is the length of a header, in 8 bytes; the header, JSON that names each tensor's type,
+    shape and place, filled up with spaces to a multiple of 8; and the values, one tensor behind the
+    other (the format's description: https://github.com/huggingface/safetensors).
+
+    Returns:
+        The head, and the values of each tensor that has any.
+    """
+    layout = Layout.of(parameters)
+    places, start = {}, 0
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        stop = start + _VALUE.itemsize * prod(shape)
+        places[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, stop)}
+        start = stop
+    head = json.dumps(places, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    values = [np.asarray(parameters[name], _VALUE, order="C") for name in layout.names]
+    data = [tensor.reshape(-1).view(np.uint8).data for tensor in values if tensor.size]
+    return [_LENGTH.pack(len(head)) + head, *data]
 
 
 def from_bytes(data: bytes) -> Parameters:
@@ -124,6 +151,29 @@ def read_tensors(path: Path) -> Iterator[NDArray[np.float32]]:
     with _safetensors(), safetensors.safe_open(path, framework="numpy") as file:
         for name in _layout_of(file).names:
             yield file.get_tensor(name)
+
+
+def read_blocks(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Read a safetensors file in blocks, in the order of its layout.
+
+    It is not mapped: pages of a mapped file that were read count as this process's memory.
+
+    Returns:
+        Each block's tensor and values, shape `(n,)`; n is at most `BLOCK_VALUES`.
+
+    Raises:
+        PeerError: see `from_bytes`.
+        MissingBlobError: there is no such file.
+    """
+    layout = read_layout(path)  # after this the header is known to be sound
+    with path.open("rb") as file:
+        [head_size] = _LENGTH.unpack(file.read(_LENGTH.size))
+        places = json.loads(file.read(head_size))
+        for name in layout.names:
+            start, stop = places[name]["data_offsets"]
+            file.seek(_LENGTH.size + head_size + start)
+            for left in range(stop - start, 0, -_BLOCK_BYTES):
+                yield name, np.frombuffer(file.read(min(left, _BLOCK_BYTES)), _VALUE)
 
 
 def read_parameters(path: Path) -> Parameters:

@@ -248,7 +248,13 @@ async def _send(
             await call  # says why, or that the blob is there already
             return
         with moved.timing():
-            while request := await asyncio.to_thread(_next_request, pieces, packer, moved):
+            while True:
+                if packer is None and not isinstance(source, Path):
+                    request = _next_request(pieces, packer, moved)  # nothing waits for a disk
+                else:
+                    request = await asyncio.to_thread(_next_request, pieces, packer, moved)
+                if request is None:
+                    break
                 await call.write(request)
             await call.done_writing()
             await call

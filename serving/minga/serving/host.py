@@ -15,23 +15,18 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.context import _get_global_client  # no public way to deploy a schema in-process
-from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from minga.inference.client import InferenceClient
+from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
 from minga.inference.server import listen, url_host
-from minga.serving.application import (
-    APPLICATION,
-    DEPLOYMENT,
-    IMPORT_PATH,
-    UserConfig,
-    user_config,
-)
+from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
+from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError, VersionRefusedError
+from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
 
 _POLL_S: Final = 0.1
 _START_TIMEOUT_S: Final = 120
@@ -63,19 +58,20 @@ class ServeHost:
             return None
         return f"grpc://{url_host(self._config.host)}:{self._config.grpc_port}"
 
-    def deploy(self, refs: Sequence[ModelRef]) -> None:
+    def deploy(self, refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()) -> None:
         """Serve exactly these versions on every replica, without failing a request.
 
         Returns when every replica answers with them.
 
         Args:
             refs: the versions; of several of one model the first is its default.
+            comparisons: which of them share their model's traffic.
 
         Raises:
             VersionRefusedError: a replica cannot load one; nothing has changed.
             HostError: the replicas do not get there in `rollout_timeout_s`.
         """
-        wanted = user_config(refs)
+        wanted = user_config(refs, comparisons)
         with self._deploying:
             refusals = [reason for reason in self._ask_all("prepare", wanted) if reason]
             if refusals:
@@ -86,6 +82,14 @@ class ServeHost:
                 self._config.rollout_timeout_s,
                 "the new versions do not reach every replica",
             )
+
+    def counts(self) -> list[ReplicaCounts]:
+        """Give what each replica has counted of the comparisons.
+
+        Raises:
+            HostError: no replica is running, or one does not answer.
+        """
+        return self._ask_all("counts")
 
     def wait_ready(self, timeout_s: float = 30) -> None:
         """Wait until a request through the front door is answered by a model.
@@ -137,21 +141,7 @@ class ServeHost:
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method on every replica; at least one must answer."""
-        try:
-            response = self._replicas().broadcast(method, *arguments)
-            answers = response.results(timeout_s=self._config.rollout_timeout_s)
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise HostError(f"a replica does not answer: {error}") from error
-        if not answers:
-            raise HostError("no replica is running")
-        return list(answers)
-
-    def _replicas(self) -> Any:
-        handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-        if not handle.is_initialized:
-            # The fast ingress wants its routers on a loop of their owner; this thread has none.
-            handle._init(_run_router_in_separate_loop=True)
-        return handle
+        return ask_all(method, *arguments, timeout_s=self._config.rollout_timeout_s)
 
     def _wait(self, is_done: Callable[[], bool], timeout_s: float, complaint: str) -> None:
         deadline = time.monotonic() + timeout_s
@@ -205,12 +195,17 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": {"limits": asdict(config.limits), "grpc": _grpc_address(config)},
+        "args": {
+            "limits": asdict(config.limits),
+            "models": config.models,
+            "grpc": _grpc_address(config),
+        },
         "deployments": [
             {
                 "name": DEPLOYMENT,
-                "num_replicas": config.num_replicas,
+                **_scale(config),
                 "max_ongoing_requests": config.max_ongoing_requests,
+                "max_queued_requests": _max_queued(config),
                 # A replica that is replaced at all is replaced by one that runs already.
                 "max_surge_percent": 100,
                 "ray_actor_options": {"num_cpus": config.cpus_per_replica},
@@ -218,6 +213,43 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
                 "user_config": models,
             }
         ],
+    }
+
+
+def serve_config(config: ServingConfig, refs: Sequence[ModelRef]) -> dict[str, Any]:
+    """Write a Serve config file, by which `serve deploy` starts the same application.
+
+    Args:
+        config: how to serve.
+        refs: what to serve, at paths that every node of the cluster can read.
+    """
+    return {
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": _QUIET,
+        "applications": [application_schema(config, user_config(refs))],
+    }
+
+
+def _max_queued(config: ServingConfig) -> int:
+    if config.max_queued_requests is not None:
+        return config.max_queued_requests
+    return -1 if config.objective_ms is None else config.max_ongoing_requests
+
+
+def _scale(config: ServingConfig) -> dict[str, Any]:
+    """Say how many replicas there are, or between which numbers they follow the load."""
+    if config.max_replicas is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+            # The mean over a longer time than one waits for would hide what one waits for.
+            "look_back_period_s": min(config.upscale_delay_s, config.downscale_delay_s, 30.0),
+        }
     }
 
 

@@ -7,8 +7,8 @@ between them is short: a connection's outbox is read here and what a device answ
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from minga.federation.coordinator.authority import Authority
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub, Signal
 from minga.federation.coordinator.metrics import Metrics
-from minga.federation.coordinator.store import Store
+from minga.federation.coordinator.store import EventRow, Store
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.metrics import Metrics as DeviceMetrics
 from minga.federation.device.participant import Participant
@@ -41,20 +41,31 @@ class Killed(BaseException):
     """The coordinator's process ends here, without a chance to clean up."""
 
 
-class MortalConnection:
-    """A database connection whose process is killed before its `lives`-th next write."""
+class Lives:
+    """Counts the writes until a process is killed."""
 
-    def __init__(self, connection: sqlite3.Connection, lives: int) -> None:
-        self.connection = connection
-        self.lives = lives
+    def __init__(self, left: int) -> None:
+        self.left = left
         self.killed = asyncio.Event()
 
+    def take(self) -> None:
+        """Live through one more write, or not."""
+        if self.left == 0:
+            self.killed.set()
+            raise Killed
+        self.left -= 1
+
+
+class MortalConnection:
+    """A database connection whose process is killed before one of its writes."""
+
+    def __init__(self, connection: sqlite3.Connection, lives: Lives) -> None:
+        self.connection = connection
+        self.lives = lives
+
     def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
-        if not sql.startswith("SELECT"):
-            if self.lives == 0:
-                self.killed.set()
-                raise Killed
-            self.lives -= 1
+        if not sql.startswith(("SELECT", "UPDATE devices")):  # what devices say is no state
+            self.lives.take()
         return self.connection.execute(sql, values)
 
     def __enter__(self) -> None:
@@ -65,6 +76,32 @@ class MortalConnection:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.connection, name)
+
+
+class ForgetfulStore(Store):
+    """A store whose disk forgets, when the power goes, what it was not told to keep for good."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.afloat: list[tuple[str, EventRow]] = []
+
+    def append_event(self, round_id: str, row: EventRow) -> None:
+        """Keep an event where a loss of power loses it."""
+        self.afloat.append((round_id, row))
+
+    def sync(self) -> None:
+        """Keep for good what is not yet."""
+        while self.afloat:
+            super().append_event(*self.afloat[0])
+            del self.afloat[0]
+        super().sync()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Keep what came before, as the order of the log has it."""
+        self.sync()
+        with super().transaction():
+            yield
 
 
 class Clock:
@@ -197,6 +234,7 @@ class Desk:
         self.authority = Authority.open(folder / "authority")
         self.auditor = self._identity(Role.SERVICE, AUDITOR)
         self.grace_s = 5.0
+        self.make_store: type[Store] = Store
         self.devices: dict[str, DeskDevice] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -216,13 +254,16 @@ class Desk:
 
     def start(self, lives: int | None = None) -> None:
         """Start the coordinator; with `lives` it is killed after so many writes."""
-        self.store = Store(self.folder / "coordinator.db")
+        self.store = self.make_store(self.folder / "coordinator.db")
         for name in self.devices:
             self.store.register_device(name, "default", name.encode(), self.clock())
         audit = AuditLog(self.store, signer=lambda: self.auditor)
         if lives is not None:
-            self.mortal = MortalConnection(self.store.connection, lives)
-            self.store.connection = self.mortal  # type: ignore[assignment]
+            self.lives = Lives(lives)
+            mortal = (
+                MortalConnection(c, self.lives) for c in (self.store.connection, self.store._lazy)
+            )
+            self.store.connection, self.store._lazy = mortal  # type: ignore[assignment]
         self.blobs = BlobStore(self.folder / "blobs")
         self.hub = Hub(self.clock)
         self.campaigns = Campaigns(
@@ -313,7 +354,7 @@ class Desk:
             task.cancel()
         results = await asyncio.gather(*self.tasks, return_exceptions=True)
         self.tasks.clear()
-        self.store.connection.close()
+        self.store.close()
         errors = [r for r in results if isinstance(r, Exception)]
         assert not errors, errors
 
@@ -357,7 +398,7 @@ class Desk:
         await self.stop()
         self.start(lives)
         self.connect()
-        killed = asyncio.create_task(self.mortal.killed.wait())
+        killed = asyncio.create_task(self.lives.killed.wait())
         ended = asyncio.create_task(self.finish(campaign_id))
         await asyncio.wait([killed, ended], return_when=asyncio.FIRST_COMPLETED)
         was_killed = killed.done()

@@ -10,12 +10,14 @@ import pytest
 from minga.federation import audit, wire
 from minga.federation.coordinator.audit_log import Kind, read_log
 from minga.federation.coordinator.campaign import Campaign
+from minga.federation.coordinator.hub import Connection
+from minga.federation.coordinator.store import Store
 from minga.federation.errors import CampaignError, StorageError
 from minga.federation.limits import MAX_MESSAGE_BYTES, RETURN_S
 from minga.federation.parameters import to_bytes
 from minga.federation.secagg.errors import PlanError
 from minga.federation.v1 import federation_pb2 as pb
-from tests.federation.coordinator.desk import Clock, Desk
+from tests.federation.coordinator.desk import Clock, Desk, ForgetfulStore
 from tests.federation.fleet import campaign_plan, toy_model
 
 NUM_WRITES = 30
@@ -47,10 +49,12 @@ def plan_of(**changes: object) -> pb.CampaignPlan:
 
 
 @pytest.mark.slow
-async def test_killed_before_any_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [Store, ForgetfulStore], ids=["killed", "without power"])
+async def test_killed_before_any_write(tmp_path: Path, store: type[Store]) -> None:
     """Killed between any two writes, the coordinator goes on: each update counts exactly once."""
     for lives in range(1, NUM_WRITES):
         desk = Desk(tmp_path / str(lives))
+        desk.make_store = store
         enrol_three(desk)
         desk.start()
         campaign, was_killed = await desk.finish_over_a_kill(plan_of(), toy_model(), lives)
@@ -58,6 +62,30 @@ async def test_killed_before_any_write(tmp_path: Path) -> None:
         assert_told_once(desk, campaign)
         await desk.stop()
     assert not was_killed, "NUM_WRITES is too small to reach the campaign's last write"
+
+
+async def test_nobody_is_told_what_the_disk_may_forget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What instructions follow from is safe from a loss of power before they are sent."""
+    desk = Desk(tmp_path)
+    desk.make_store = ForgetfulStore
+    enrol_three(desk)
+    desk.start()
+    afloat, send = [], Connection.send
+
+    def seen(connection: Connection, message: pb.SessionResponse) -> bool:
+        assert isinstance(desk.store, ForgetfulStore)
+        afloat.append(len(desk.store.afloat))
+        return send(connection, message)
+
+    monkeypatch.setattr(Connection, "send", seen)
+    desk.connect()
+    campaign = await desk.finish(desk.start_campaign(plan_of(), toy_model()))
+    await assert_exact(desk, campaign)
+    await desk.stop()
+    assert len(afloat) > 3 * 5
+    assert not any(afloat)
 
 
 def assert_told_once(desk: Desk, campaign: pb.Campaign) -> None:

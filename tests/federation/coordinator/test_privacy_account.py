@@ -38,7 +38,7 @@ async def test_killed_before_any_write_spends_once(tmp_path: Path) -> None:
         await desk.stop()
         desk.start(lives)
         desk.connect()
-        killed = asyncio.create_task(desk.mortal.killed.wait())
+        killed = asyncio.create_task(desk.lives.killed.wait())
         ended = asyncio.create_task(desk.finish(campaign_id))
         await asyncio.wait([killed, ended], return_when=asyncio.FIRST_COMPLETED)
         ended_by_itself = not killed.done()

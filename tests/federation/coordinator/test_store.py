@@ -220,3 +220,31 @@ def fill_round(store: Store, round_id: str, payload: bytes) -> None:
     )
     store.add_round(row)
     store.append_event(round_id, EventRow(at=0.0, device_id="d", kind="message", payload=payload))
+
+
+def test_what_was_synced_outlasts_a_loss_of_power(tmp_path: Path) -> None:
+    """After `sync` the log holds a round's events for whoever reads the disk alone."""
+    store = Store(tmp_path / "coordinator.db")
+    fill_round(store, "ab" * 16, b"answer")
+    store.sync()
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    for name in ("coordinator.db", "coordinator.db-wal"):
+        (lost / name).write_bytes((tmp_path / name).read_bytes())
+    assert [event.payload for event in Store(lost / "coordinator.db").events("ab" * 16)] == [
+        b"answer"
+    ]
+    store.close()
+
+
+def test_disk_that_fails_to_sync(tmp_path: Path) -> None:
+    """It is told, and tried again the next time."""
+    store = Store(tmp_path / "coordinator.db")
+    fill_round(store, "ab" * 16, b"answer")
+    log = tmp_path / "coordinator.db-wal"
+    log.rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="free space on its disk"):
+        store.sync()
+    (tmp_path / "away").rename(log)
+    store.sync()
+    store.close()

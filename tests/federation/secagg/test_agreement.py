@@ -39,7 +39,7 @@ ALICE, BOB, CAROL = (Party(name) for name in ("alice", "bob", "carol"))
 def seal(sender: Party = ALICE, receiver: Party = BOB, plan=PLAN):
     return agreement.seal_shares(
         plan,
-        sender.share.secret,
+        sender.share,
         sender.advert,
         receiver.advert,
         shares=SHARES,
@@ -58,8 +58,8 @@ def test_x25519():
     shared = "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
     assert alice.public.hex() == "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
     assert bob.public.hex() == "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f"
-    assert agreement.exchange(alice.secret, bob.public, "bob").hex() == shared
-    assert agreement.exchange(bob.secret, alice.public, "alice").hex() == shared
+    assert alice.exchange(bob.public, "bob").hex() == shared
+    assert bob.exchange(alice.public, "alice").hex() == shared
 
 
 def test_hkdf():
@@ -73,14 +73,14 @@ def test_hkdf():
 def test_keys_of_small_order_are_refused(key: bytes):
     """A key that would make the agreed secret public is its sender's fault."""
     with pytest.raises(MessageError, match="small order") as caught:
-        agreement.exchange(ALICE.mask.secret, key, "mallory")
+        ALICE.mask.exchange(key, "mallory")
     assert caught.value.blamed == ("mallory",)
 
 
 def test_both_ends_get_one_mask_and_its_inverse():
     """Two devices agree on a key; what one adds the other takes off."""
-    one = agreement.pair_mask(PLAN, ALICE.mask.secret, ALICE.advert, BOB.advert)
-    other = agreement.pair_mask(PLAN, BOB.mask.secret, BOB.advert, ALICE.advert)
+    one = agreement.pair_mask(PLAN, ALICE.mask, ALICE.advert, BOB.advert)
+    other = agreement.pair_mask(PLAN, BOB.mask, BOB.advert, ALICE.advert)
     assert one == other.inverse()
     assert one.sign == 1
     assert len(one.key) == 16
@@ -89,12 +89,12 @@ def test_both_ends_get_one_mask_and_its_inverse():
 def test_every_pair_round_and_purpose_has_its_own_key():
     """No key serves twice, whatever the keys of the round are."""
     keys = [
-        agreement.pair_mask(plan, ALICE.mask.secret, ALICE.advert, peer).key
+        agreement.pair_mask(plan, ALICE.mask, ALICE.advert, peer).key
         for plan in (PLAN, OTHER_PLAN)
         for peer in (BOB.advert, CAROL.advert)
     ]
     renamed = replace(BOB.advert, device_id="robert")
-    keys.append(agreement.pair_mask(PLAN, ALICE.mask.secret, ALICE.advert, renamed).key)
+    keys.append(agreement.pair_mask(PLAN, ALICE.mask, ALICE.advert, renamed).key)
     keys += [agreement.self_mask(PLAN, name, bytes(32)).key for name in ("alice", "bob")]
     keys.append(agreement.self_mask(OTHER_PLAN, "alice", bytes(32)).key)
     assert len(set(keys)) == 8
@@ -113,7 +113,7 @@ def test_seed_commitment_binds_owner_round_and_seed():
 
 def test_shares_arrive():
     """What one device seals for another, that one opens."""
-    opened = agreement.open_shares(PLAN, BOB.share.secret, BOB.advert, ALICE.advert, seal())
+    opened = agreement.open_shares(PLAN, BOB.share, BOB.advert, ALICE.advert, seal())
     assert opened == SHARES
 
 
@@ -125,7 +125,7 @@ def test_tampered_shares_are_noticed(place: int):
     spoilt[place] ^= 1
     message = replace(message, ciphertext=bytes(spoilt))
     with pytest.raises(ShareError, match="tampered") as caught:
-        agreement.open_shares(PLAN, BOB.share.secret, BOB.advert, ALICE.advert, message)
+        agreement.open_shares(PLAN, BOB.share, BOB.advert, ALICE.advert, message)
     assert caught.value.blamed == ("alice",)
 
 
@@ -140,7 +140,7 @@ def test_shares_open_nowhere_else():
     ]
     for plan, own, peer in wrong:
         with pytest.raises(ShareError):
-            agreement.open_shares(plan, own.share.secret, own.advert, peer.advert, message)
+            agreement.open_shares(plan, own.share, own.advert, peer.advert, message)
 
 
 def test_sealed_bytes_must_be_shares():
@@ -148,14 +148,14 @@ def test_sealed_bytes_must_be_shares():
     false = PeerShares(self_seed=PRIME.to_bytes(33), mask_key=bytes(33))
     message = agreement.seal_shares(
         PLAN,
-        ALICE.share.secret,
+        ALICE.share,
         ALICE.advert,
         BOB.advert,
         shares=false,
         random_bytes=seeded_bytes(0),
     )
     with pytest.raises(ShareError, match="no shares"):
-        agreement.open_shares(PLAN, BOB.share.secret, BOB.advert, ALICE.advert, message)
+        agreement.open_shares(PLAN, BOB.share, BOB.advert, ALICE.advert, message)
 
 
 def test_share_places_are_distinct_and_fixed():

@@ -21,10 +21,13 @@ def test_mask_keys_have_all_their_bits():
     """
     simulation = Simulation(make_plan(46, num_neighbours=44)).until(Step.ADVERTISE)
     draw_of = {name: seeded_bytes((0, name)) for name in simulation.ids}
-    secrets = {name: (draw(32), draw(32))[1] for name, draw in draw_of.items()}
+    pairs = {
+        name: agreement.KeyPair.from_secret((draw(32), draw(32))[1])
+        for name, draw in draw_of.items()
+    }
     adverts = simulation.adverts
     keys = [
-        agreement.pair_mask(simulation.plan, secrets[low], adverts[low], adverts[high]).key
+        agreement.pair_mask(simulation.plan, pairs[low], adverts[low], adverts[high]).key
         for place, low in enumerate(simulation.ids)
         for high in simulation.ids[:place]
     ]

@@ -98,14 +98,11 @@ def test_masked_updates_correlate_with_nothing(kind: str):
 def masks_of(simulation: Simulation, name: str, seed: int = 0) -> list[Mask]:
     """Make a device's masks from its secrets, which the simulation draws first."""
     plan, draw = simulation.plan, seeded_bytes((seed, name))
-    self_seed, mask_secret = draw(32), draw(32)
+    self_seed, pair = draw(32), agreement.KeyPair.from_secret(draw(32))
     own, adverts = simulation.adverts[name], simulation.adverts
     return [
         agreement.self_mask(plan, name, self_seed),
-        *(
-            agreement.pair_mask(plan, mask_secret, own, adverts[peer])
-            for peer in simulation.graph[name]
-        ),
+        *(agreement.pair_mask(plan, pair, own, adverts[peer]) for peer in simulation.graph[name]),
     ]
 
 

@@ -43,8 +43,8 @@ def test_keys():
     """A pairwise mask, a self mask, a commitment, and a device's place in the field."""
     plan, draw = make_plan(), seeded_bytes((0, "device-00"))
     adverts = Simulation().until(Step.ADVERTISE).adverts
-    seed, mask_secret = draw(32), draw(32)
-    pair = agreement.pair_mask(plan, mask_secret, adverts["device-00"], adverts["device-01"])
+    seed, mask_pair = draw(32), agreement.KeyPair.from_secret(draw(32))
+    pair = agreement.pair_mask(plan, mask_pair, adverts["device-00"], adverts["device-01"])
     assert pair.key.hex() == "c662960f4cc303bc38a183e9d2b36af9"
     assert (
         agreement.self_mask(plan, "device-00", seed).key.hex() == "3e4e253b845463b13316af1ed4e18edd"

@@ -2,7 +2,8 @@
 
 Contributions are read twice, block by block: once to leave out what is not finite and to measure
 the rest (`contributions.survey`), once to make the result. A rule never sees a contribution that
-was left out.
+was left out. A plain mean needs no measures, and shows by itself whether all was finite: then it is
+made at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,10 @@ from minga.federation.aggregation.contributions import (
     blocks,
     in_parallel,
     single_blocks,
+    sort_out,
     survey,
 )
-from minga.federation.aggregation.rules import CoordinateRule, LinearRule, Rule
+from minga.federation.aggregation.rules import CoordinateRule, LinearRule, Mean, Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Combined:
     clipped: tuple[str, ...]
     """Those that were shortened before the rule."""
     lengths: tuple[float, ...]
-    """Euclidean lengths of those counted, as they came."""
+    """Euclidean lengths of those counted, as they came; none if the rule goes by no lengths."""
     total_weight: int
     """Sum of the weights of those counted."""
 
@@ -66,6 +68,10 @@ def combine(
     Raises:
         RuleError: too few sound contributions for the rule; `out` is of no use then.
     """
+    if isinstance(rule, Mean) and rule.clip is None:
+        at_once = _mean_at_once(rule, contributions, out, block_bytes)
+        if at_once is not None:
+            return at_once
     found = survey(
         contributions,
         out.size,
@@ -78,7 +84,7 @@ def combine(
         case LinearRule():
             products = found.products * np.outer(factors, factors)
             shares = rule.coefficients(products, found.weights) * factors
-            _add_up(found, shares, out, block_bytes)
+            _add_up(found.sound, shares, out, block_bytes)
         case CoordinateRule():
             _reduce(rule, found, factors, out, block_bytes)
         case _:
@@ -94,18 +100,46 @@ def combine(
     )
 
 
-def _add_up(found: Survey, shares: Wide, out: Vector, block_bytes: int) -> None:
-    """Make the sum of contributions, each times its share; one without a share is not read."""
+def _mean_at_once(
+    rule: Mean, contributions: Sequence[Contribution], out: Vector, block_bytes: int
+) -> Combined | None:
+    """Make the mean in one look; None if it is not finite, as NaN or infinity in any one makes it.
 
-    def add_up(block: slice) -> None:
+    Finite float32 values cannot: they are added up in float64, and no mean is larger than they are.
+    """
+    fitting, rejected = sort_out(contributions, out.size)
+    rule.require_enough(len(fitting))
+    weights = np.array([one.weight for one in fitting], np.float64)
+    if not _add_up(fitting, rule.shares(weights), out, block_bytes):
+        return None
+    return Combined(
+        counted=tuple(one.name for one in fitting),
+        rejected=rejected,
+        clipped=(),
+        lengths=(),
+        total_weight=sum(one.weight for one in fitting),
+    )
+
+
+def _add_up(
+    contributions: Sequence[Contribution], shares: Wide, out: Vector, block_bytes: int
+) -> bool:
+    """Make the sum of contributions, each times its share; one without a share is not read.
+
+    Returns:
+        Whether it is finite.
+    """
+
+    def add_up(block: slice) -> bool:
         total = np.zeros(block.stop - block.start)
-        for one, share in zip(found.sound, shares, strict=True):
+        for one, share in zip(contributions, shares, strict=True):
             if share != 0.0:
                 part = one.read(block.start, block.stop).astype(np.float64)
                 total += np.multiply(part, share, out=part)
         out[block] = total
+        return bool(np.isfinite(total).all())
 
-    in_parallel(add_up, single_blocks(out.size, block_bytes))
+    return all(in_parallel(add_up, single_blocks(out.size, block_bytes)))
 
 
 def _reduce(

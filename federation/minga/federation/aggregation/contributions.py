@@ -162,12 +162,7 @@ def survey(
             time of the order of n² times the model.
         block_bytes: how much memory blocks may take.
     """
-    rejected = {
-        one.name: reason
-        for one in contributions
-        if (reason := _misfit(one, num_values)) is not None
-    }
-    fitting = [one for one in contributions if one.name not in rejected]
+    fitting, rejected = sort_out(contributions, num_values)
     if all_products:
         finite, products = _all_products(fitting, num_values, block_bytes)
     else:
@@ -181,6 +176,23 @@ def survey(
         rejected=rejected,
         products=products[np.ix_(finite, finite)],
     )
+
+
+def sort_out(
+    contributions: Sequence[Contribution], num_values: int
+) -> tuple[list[Contribution], dict[str, str]]:
+    """Tell contributions that can be read as updates of a model from those that cannot, and why.
+
+    Args:
+        contributions: what came, under different names.
+        num_values: the model's length.
+    """
+    rejected = {
+        one.name: reason
+        for one in contributions
+        if (reason := _misfit(one, num_values)) is not None
+    }
+    return [one for one in contributions if one.name not in rejected], rejected
 
 
 def _squares(fitting: Sequence[Contribution], num_values: int, block_bytes: int) -> Wide:

@@ -308,6 +308,35 @@ def distributed_rho(*, plan: RoundPlan, max_norm: float, variance: int, num_hone
     return min(ratio**2 + gap * num_values / 2, (ratio + gap * sqrt(num_values)) ** 2) / 2
 
 
+def assured_multiplier(
+    *, plan: RoundPlan, encoding: PrivateEncoding, num_devices: int, colluder_share: float
+) -> float:
+    """Say how strong the noise of a sum is at least, as the multiplier of Gaussian noise.
+
+    A sum that is rho-concentrated differentially private tells no more than one with Gaussian
+    noise of 1 / sqrt(2 rho) times the longest update (Bun and Steinke, TCC 2016, lemma 2.4).
+
+    Args:
+        plan: the round's numbers.
+        encoding: what its devices add.
+        num_devices: how many are in the sum.
+        colluder_share: how many of them add nothing, or tell what they added.
+
+    Returns:
+        The multiplier; 0 if nothing is added, or nobody is counted on.
+    """
+    num_honest = num_devices - ceil(colluder_share * num_devices)
+    if num_honest < 1 or not encoding.variance:
+        return 0.0
+    rho = distributed_rho(
+        plan=plan,
+        max_norm=encoding.max_norm,
+        variance=encoding.variance,
+        num_honest=num_honest,
+    )
+    return 1.0 / sqrt(2.0 * rho)
+
+
 def central_std(*, noise_multiplier: float, max_norm: float, num_devices: int) -> float:
     """Give the standard deviation of the noise that the coordinator adds to a mean.
 

@@ -159,6 +159,14 @@ class Mean(LinearRule):
 
     def coefficients(self, products: Wide, weights: Wide) -> Wide:  # noqa: ARG002
         """Go by weight, or by head."""
+        return self.shares(weights)
+
+    def shares(self, weights: Wide) -> Wide:
+        """Give `coefficients`, which here need no products.
+
+        Args:
+            weights: how much each contribution counts by its own word, shape `(n,)`.
+        """
         votes = weights if self.is_weighted else np.ones_like(weights)
         shares: Wide = votes / votes.sum()
         return shares

@@ -40,7 +40,14 @@ from minga.federation.coordinator.rounds import (
     SumComputed,
 )
 from minga.federation.errors import StorageError
-from minga.federation.parameters import from_bytes, read_layout, read_tensors, to_bytes
+from minga.federation.parameters import (
+    from_bytes,
+    read_blocks,
+    read_layout,
+    read_tensors,
+    to_bytes,
+    to_pieces,
+)
 from minga.federation.parts import CONTROL, with_control
 from minga.federation.plain import VALUE, PlainPlan
 from minga.federation.secagg.coordinator import MaskedSum, Unmasked, unmask
@@ -180,13 +187,15 @@ def take_step(
 ) -> Taken:
     """Make one mean of a round's updates, and let the server optimiser take its step.
 
-    Memory beside the model's is one vector as long, and the rule's blocks.
+    Memory is one vector as long as the model, a second one while masks are taken off, the state
+    and the rule's blocks.
 
     Args:
         round_: the round, with all that its devices sent.
         uploads: what they sent.
         recipe: what is made of it.
-        model: the tensors that the round started from, in the order of their layout.
+        model: the tensors that the round started from, or blocks of them, in the order of their
+            layout, each with its tensor's name.
         state: what the optimiser kept, each vector as long as the model; becomes its next state.
         random_bytes: source of the noise, for private campaigns.
 
@@ -225,8 +234,9 @@ def aggregate(
 
     The mean of an evaluation, or of answers to a question, is the result; no model changes.
 
-    Memory is three times the model, what the optimiser keeps and the rule's blocks, whatever the
-    cohort: uploads are read in pieces, and the next model takes the mean's place tensor by tensor.
+    Memory is one vector as long as the model, a second one while masks are taken off, what the
+    optimiser keeps and the rule's blocks, whatever the cohort: uploads and the model are read in
+    blocks, and the next model grows in the mean's place and is written from there.
     Doing it again gives the same bytes, but for noise, so a crash in the middle costs time only.
 
     Args:
@@ -254,13 +264,13 @@ def aggregate(
             round_,
             uploads,
             recipe,
-            model=zip(layout.names, read_tensors(model), strict=True),
+            model=read_blocks(model),
             state=state,
         )
         return SumComputed(
-            model_digest=blobs.put_bytes(to_bytes(layout.unflatten(taken.values))),
+            model_digest=blobs.put_bytes(*to_pieces(layout.unflatten(taken.values))),
             total_weight=taken.total_weight,
-            optimizer_digest=blobs.put_bytes(to_bytes(state)) if state else b"",
+            optimizer_digest=blobs.put_bytes(*to_pieces(state)) if state else b"",
             rejected=taken.rejected,
             liars=tuple(sorted(uploads.liars)),
             max_norm=taken.max_norm,

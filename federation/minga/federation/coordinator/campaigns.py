@@ -84,7 +84,7 @@ class Campaigns:
         self._grace_s = reconnect_grace_s
         self._apply_masks = apply_masks
         self._started_at = clock()
-        self._herald = Herald(hub)
+        self._herald = Herald(hub, store.sync)
         self.strategies = Strategies(blobs, strategies, apply_masks)
         self._account = PrivacyAccount(store)
         # Device -> the upload of the open round, also one that is never announced.
@@ -416,7 +416,7 @@ class Campaigns:
     # --- changing state ---
 
     def _record(self, campaign: Campaign, round_: Round, event: Event) -> None:
-        """Store an event, apply it, then let others know.
+        """Store an event, apply it, then wake who tells others.
 
         Raises:
             PeerError: it contradicts the state.

@@ -1,6 +1,6 @@
 """Tells devices what to do in the open round."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from minga.federation import wire
 from minga.federation.coordinator.hub import Connection, Hub
@@ -12,15 +12,26 @@ class Herald:
 
     Within a stage an instruction only changes when its device is lost. So it is made once, and not
     at each of the cohort's answers: making it takes time with the neighbours.
+
+    Args:
+        hub: the ways to the devices.
+        sync: brings to the disk what instructions follow from: a loss of power must not take it
+            back once a device was told.
     """
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, sync: Callable[[], None]) -> None:
         self._hub = hub
+        self._sync = sync
         # Device -> where and when it was last told what to do.
         self._told: dict[str, tuple[Connection, str, Stage | None]] = {}
 
     def tell(self, round_: Round) -> int:
-        """Tell all who are connected and do not know yet; gives the bytes that were sent."""
+        """Tell all who are connected and do not know yet; gives the bytes that were sent.
+
+        Raises:
+            StorageError: the disk fails; nobody was told.
+        """
+        self._sync()
         num_bytes = 0
         for device_id in round_.order.invited:
             connection = self._hub.connection(device_id)

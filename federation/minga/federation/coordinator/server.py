@@ -5,7 +5,7 @@ import fcntl
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -17,6 +17,7 @@ from cryptography import x509
 from prometheus_client import start_http_server
 
 from minga.federation import transport
+from minga.federation.aggregation.ledger import load_accounting
 from minga.federation.audit import AUDITOR, format_time
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import STRANGER, AccessInterceptor, Gatekeeper
@@ -47,6 +48,7 @@ from minga.federation.errors import (
     FederationError,
     IdentityError,
     PeerError,
+    PrivacyError,
     StorageError,
 )
 from minga.federation.identity import CertificateVerifier, Clock, Principal, Role, utc_now
@@ -161,6 +163,7 @@ class Coordinator:
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
         )
         self.collect_blobs()
+        await self._load_accounting()
         await self._listen(stack)
         self._driver = asyncio.create_task(self._campaigns.run())
         for task in (
@@ -170,6 +173,17 @@ class Coordinator:
             asyncio.create_task(self._federation.close_silent()),
         ):
             stack.callback(task.cancel)
+
+    async def _load_accounting(self) -> None:
+        """Load what a private campaign that goes on needs, before anybody waits for the loop."""
+        going_on = [
+            campaign.plan
+            for campaign in self._campaigns.describe()
+            if campaign.state == pb.CAMPAIGN_STATE_RUNNING
+        ]
+        if any(plan.HasField("privacy") for plan in going_on):
+            with suppress(PrivacyError):  # the campaign says so itself
+                await asyncio.to_thread(load_accounting)
 
     def collect_blobs(self) -> int:
         """Delete blobs that nothing refers to (any more), and uploads that were given up.

@@ -1,10 +1,12 @@
 """What the coordinator remembers, in one SQLite file.
 
 The contract: every method is one transaction, and it is on the disk when the method returns
-(`synchronous=FULL`); if it raises `StorageError` nothing has changed. What devices say of
-themselves (`note_*`) survives this process, but not a loss of power: they say it again, and a fleet
-that comes back after a restart must not wait for a disk. One coordinator process owns the file; it
-is opened by one thread.
+(`synchronous=FULL`); if it raises `StorageError` nothing has changed. Two kinds of writing survive
+this process at once, but a loss of power only later. What devices say of themselves (`note_*`) they
+say again, and a fleet that comes back after a restart must not wait for a disk. And a round's
+events (`append_event`) are on the disk after `sync`, or the next change of another kind: nobody is
+told what follows from them before, and devices answer again what was forgotten. One coordinator
+process owns the file; it is opened by one thread.
 
 An open round is stored as its order and the events it took, in order; `rounds.Round` rebuilds
 itself from them. When it is over its record takes the events' place. Order is that of insertion,
@@ -16,6 +18,7 @@ file system or the disk itself keeps of overwritten blocks is beyond this progra
 """
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,18 +109,21 @@ class Store:
             self.connection.execute("PRAGMA secure_delete=ON")
             migrate(self.connection)
             self._empty_log()  # what a round left there that ended when this process was killed
-            self._notes = sqlite3.connect(path, isolation_level=None)
-            self._notes.execute("PRAGMA synchronous=NORMAL")  # no fsync at each commit
+            self._lazy = sqlite3.connect(path, isolation_level=None)
+            self._lazy.execute("PRAGMA synchronous=NORMAL")  # no fsync at each commit
+            self._lazy.execute("PRAGMA foreign_keys=ON")
         except sqlite3.Error as error:
             raise StorageError(
                 f"the coordinator's database {path} cannot be opened: {error}. "
                 "Check the folder's rights, or restore the file from a backup."
             ) from error
         self._has_remains = False
+        self._log_path = path.with_name(f"{path.name}-wal")
+        self._is_ahead_of_disk = False
 
     def close(self) -> None:
         """Close the file."""
-        self._notes.close()
+        self._lazy.close()
         self.connection.close()
 
     @contextmanager
@@ -248,7 +254,7 @@ class Store:
     def _note(self, change: str, *values: object) -> None:
         # `change` is one of the literals above; values are bound, the device's name last.
         with _storing():
-            self._notes.execute(f"UPDATE devices SET {change} WHERE device_id = ?", values)  # noqa: S608
+            self._lazy.execute(f"UPDATE devices SET {change} WHERE device_id = ?", values)  # noqa: S608
 
     def revoke_device(self, device_id: str, at: float) -> bool:
         """Refuse a device from now on; False if there is no such device."""
@@ -337,8 +343,21 @@ class Store:
         return rows[0][0] if rows else None
 
     def append_event(self, round_id: str, row: EventRow) -> None:
-        """Store the next event of a round."""
-        self._execute(
+        """Store the next event of a round; it is safe from a loss of power after `sync`."""
+        with _storing():
+            self._insert_event(self._lazy, round_id, row)
+        self._is_ahead_of_disk = True
+
+    def sync(self) -> None:
+        """Bring to the disk what `append_event` stored: before anybody is told what follows."""
+        if not self._is_ahead_of_disk:
+            return
+        with _storing(), self._log_path.open("rb") as log:
+            os.fsync(log.fileno())
+        self._is_ahead_of_disk = False
+
+    def _insert_event(self, connection: sqlite3.Connection, round_id: str, row: EventRow) -> None:
+        connection.execute(
             "INSERT INTO round_events (round_id, sequence, at, device_id, kind, payload)"
             " SELECT ?, coalesce(max(sequence), 0) + 1, ?, ?, ?, ?"
             " FROM round_events WHERE round_id = ?",
@@ -373,7 +392,7 @@ class Store:
     ) -> None:
         """Store a round's result, what the campaign goes on from, and who was counted, at once."""
         with self.transaction():
-            self.append_event(round_id, row)
+            self._insert_event(self.connection, round_id, row)
             self._execute(
                 "UPDATE campaigns SET model_digest = ?, optimizer_digest = ? WHERE campaign_id = ?",
                 (model_digest, optimizer_digest, campaign_id),
@@ -416,7 +435,7 @@ class Store:
 def _storing() -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise StorageError(
             f"the coordinator's database cannot be used ({error}); "
             "free space on its disk, or check the disk"

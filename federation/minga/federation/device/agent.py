@@ -65,6 +65,7 @@ class Agent:
         metrics: what Prometheus reads.
         keepsakes: what this device keeps for itself from round to round; None: nothing.
         allow_plain: whether the coordinator may see this device's updates.
+        min_noise: least noise multiplier of sums that its updates go into; 0: none.
         queries: what queries may find out here.
         look: says what this machine is doing.
         compress: when models and plain updates travel as Zstandard frames.
@@ -80,6 +81,7 @@ class Agent:
         metrics: Metrics,
         keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
+        min_noise: float = 0.0,
         queries: Queries = NO_QUERIES,
         look: Callable[[], Condition] = measure,
         compress: Compress = "auto",
@@ -91,6 +93,7 @@ class Agent:
         self._keepsakes = keepsakes
         self._capacity = Capacity(compress, metrics)
         self._allow_plain = allow_plain
+        self._min_noise = min_noise
         self._trainer = trainer
         self._slots = slots
         self._models = models
@@ -348,6 +351,7 @@ class Agent:
             metrics=self._metrics,
             keepsakes=self._keepsakes,
             allow_plain=self._allow_plain,
+            min_noise=self._min_noise,
             queries=self._queries,
         )
         return self._participant

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation import wire
-from minga.federation.aggregation.privacy import clip_length
+from minga.federation.aggregation.privacy import assured_multiplier, clip_length
 from minga.federation.analytics import Question
 from minga.federation.device.keepsakes import Keepsakes
 from minga.federation.device.learning import LocalLearning
@@ -26,12 +26,14 @@ from minga.federation.errors import (
     AccessError,
     FederationError,
     IneligibleError,
+    NoiseRefusedError,
     PeerError,
     PlainRefusedError,
     TrainerError,
     UnreachableError,
 )
 from minga.federation.identity import CertificateVerifier, Identity
+from minga.federation.limits import NOISE_COLLUDER_SHARE
 from minga.federation.parameters import Layout, read_layout
 from minga.federation.plain import PlainPlan, update_to_bytes
 from minga.federation.secagg.device import DeviceSession
@@ -67,6 +69,7 @@ class Participant:
         metrics: Metrics,
         keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
+        min_noise: float = 0.0,
         queries: Queries = NO_QUERIES,
     ) -> None:
         """Begin with what the round asks.
@@ -75,6 +78,8 @@ class Participant:
             ValueError, PeerError: the invitation is not safe to follow, or malformed.
             PlainRefusedError: the coordinator would see the update, and this site does not allow
                 that.
+            NoiseRefusedError: not even the whole cohort would make as much noise as this site
+                wants.
             QueryRefusedError: this site does not let be told what is asked.
         """
         self.round_id = invite.round_id
@@ -84,6 +89,8 @@ class Participant:
         self._plan = wire.plan_of_invite(invite)
         self._encoding = wire.encoding_of_invite(invite)
         self._queries = queries
+        self._min_noise = min_noise
+        self._require_noise(self._plan.max_cohort if isinstance(self._plan, RoundPlan) else 1)
         if isinstance(self._asked, Question):
             queries.require_allowed(self._asked, self._plan)
         self._session: DeviceSession | None = None
@@ -157,8 +164,10 @@ class Participant:
             case "neighbour_shares":
                 return await self._send_masked(session, message.neighbour_shares)
             case "survivors":
+                num_summed = len(message.survivors.device_ids)
+                self._require_noise(num_summed)
                 if isinstance(self._asked, Question):
-                    self._queries.require_hidden(len(message.survivors.device_ids))
+                    self._queries.require_hidden(num_summed)
                 confirmation = session.confirm(message.survivors.device_ids)
                 return pb.SessionRequest(
                     confirmation=wire.confirmation_to_wire(self.round_id, confirmation)
@@ -254,6 +263,28 @@ class Participant:
                 f"the round takes {length} values, the plan says {self._plan.num_values}"
             )
         return layout
+
+    def _require_noise(self, num_summed: int) -> None:
+        """Refuse to train for a sum with too little noise, before anything of it is unmasked.
+
+        Raises:
+            NoiseRefusedError: there is too little.
+        """
+        if not self._min_noise or not isinstance(self._asked, Training):
+            return
+        assured = 0.0
+        if isinstance(self._plan, RoundPlan) and self._encoding is not None:
+            assured = assured_multiplier(
+                plan=self._plan,
+                encoding=self._encoding,
+                num_devices=num_summed,
+                colluder_share=NOISE_COLLUDER_SHARE,
+            )
+        if assured < self._min_noise:
+            raise NoiseRefusedError(
+                f"{num_summed} devices assure a noise multiplier of {assured:.3g}; this device's "
+                f"owner wants {self._min_noise:g} or more"
+            )
 
     async def _require_examples(self) -> None:
         """Leave before others count on this device, if its trainer knows its count beforehand."""

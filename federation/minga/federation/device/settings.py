@@ -33,6 +33,10 @@ class DeviceSettings(BaseSettings):
     """Take part in rounds whose coordinator sees this device's update. Without it the device takes
     part only where updates are masked (secure aggregation)."""
 
+    min_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Train only for sums in which the devices' own noise is at least so many times as long as the
+    longest update, also if a tenth of them adds none; 0: with or without noise."""
+
     query_columns: tuple[str, ...] = ()
     """Columns of this site's data of which the coordinator may ask statistics, in sums over many
     devices alone. Without them no query is answered."""

@@ -28,16 +28,36 @@ from minga.federation.secagg.shamir import PRIME, SHARE_BYTES, is_share
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyPair:
-    """An X25519 key pair of one round."""
+    """An X25519 key pair of one round, and what it agreed on; all of it goes with the pair."""
 
     secret: bytes = field(repr=False)
     public: bytes
+    _private: X25519PrivateKey = field(repr=False)
+    _agreed: dict[bytes, bytes] = field(repr=False, compare=False, default_factory=dict)
 
     @classmethod
     def from_secret(cls, secret: bytes) -> Self:
         """Complete a pair from its 32 secret bytes."""
         private = X25519PrivateKey.from_private_bytes(secret)
-        return cls(secret=secret, public=private.public_key().public_bytes_raw())
+        public = private.public_key().public_bytes_raw()
+        return cls(secret=secret, public=public, _private=private)
+
+    def exchange(self, peer_key: bytes, peer_id: str) -> bytes:
+        """Agree on 32 bytes with the holder of a public key (X25519).
+
+        Raises:
+            MessageError: the key has a small order, which would make the result public.
+        """
+        agreed = self._agreed.get(peer_key)
+        if agreed is None:
+            try:
+                agreed = self._private.exchange(X25519PublicKey.from_public_bytes(peer_key))
+            except ValueError as error:  # the result is all zeros: RFC 7748, section 6.1
+                raise MessageError(
+                    f"{peer_id} advertised a key of small order", [peer_id]
+                ) from error
+            self._agreed[peer_key] = agreed
+        return agreed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +84,12 @@ def self_mask(plan: RoundPlan, device_id: str, seed: bytes) -> Mask:
     return Mask(key=derive(seed, info, MASK_KEY_BYTES), sign=1)
 
 
-def pair_mask(plan: RoundPlan, secret: bytes, own: Advert, peer: Advert) -> Mask:
+def pair_mask(plan: RoundPlan, pair: KeyPair, own: Advert, peer: Advert) -> Mask:
     """Make the mask between two devices, as `own` applies it: the peer's is the inverse.
 
     Args:
         plan: The round's numbers.
-        secret: The private half of `own.mask_key`.
+        pair: That of `own.mask_key`.
         own: The advert of the device that applies the mask.
         peer: The advert of the other one.
 
@@ -85,7 +105,7 @@ def pair_mask(plan: RoundPlan, secret: bytes, own: Advert, peer: Advert) -> Mask
         second.device_id,
         second.mask_key,
     )
-    shared = exchange(secret, peer.mask_key, peer.device_id)
+    shared = pair.exchange(peer.mask_key, peer.device_id)
     return Mask(key=derive(shared, info, MASK_KEY_BYTES), sign=1 if own is first else -1)
 
 
@@ -97,7 +117,7 @@ def share_place(device_id: str) -> int:
 
 def seal_shares(
     plan: RoundPlan,
-    secret: bytes,
+    pair: KeyPair,
     own: Advert,
     peer: Advert,
     *,
@@ -108,7 +128,7 @@ def seal_shares(
 
     Args:
         plan: The round's numbers.
-        secret: The private half of `own.share_key`.
+        pair: That of `own.share_key`.
         own: The sender's advert.
         peer: The receiver's advert.
         shares: One share of each of the sender's secrets.
@@ -118,7 +138,7 @@ def seal_shares(
         MessageError: the peer's key has a small order.
     """
     info = _channel(plan, own, peer)
-    cipher = AESGCM(derive(exchange(secret, peer.share_key, peer.device_id), info, 32))
+    cipher = AESGCM(derive(pair.exchange(peer.share_key, peer.device_id), info, 32))
     nonce = random_bytes(NONCE_BYTES)
     plain = shares.self_seed + shares.mask_key
     return EncryptedShare(
@@ -129,13 +149,13 @@ def seal_shares(
 
 
 def open_shares(
-    plan: RoundPlan, secret: bytes, own: Advert, peer: Advert, message: EncryptedShare
+    plan: RoundPlan, pair: KeyPair, own: Advert, peer: Advert, message: EncryptedShare
 ) -> PeerShares:
     """Decrypt what a neighbour sealed for this device.
 
     Args:
         plan: The round's numbers.
-        secret: The private half of `own.share_key`.
+        pair: That of `own.share_key`.
         own: The receiver's advert.
         peer: The sender's advert.
         message: What arrived.
@@ -145,7 +165,7 @@ def open_shares(
         ShareError: the bytes were not sealed by that sender for this receiver and round.
     """
     info = _channel(plan, peer, own)
-    cipher = AESGCM(derive(exchange(secret, peer.share_key, peer.device_id), info, 32))
+    cipher = AESGCM(derive(pair.exchange(peer.share_key, peer.device_id), info, 32))
     nonce, sealed = message.ciphertext[:NONCE_BYTES], message.ciphertext[NONCE_BYTES:]
     try:
         plain = cipher.decrypt(nonce, sealed, info)
@@ -172,20 +192,6 @@ def _channel(plan: RoundPlan, sender: Advert, receiver: Advert) -> bytes:
         receiver.device_id,
         receiver.share_key,
     )
-
-
-def exchange(secret: bytes, peer_key: bytes, peer_id: str) -> bytes:
-    """Agree on 32 bytes with the holder of a public key (X25519).
-
-    Raises:
-        MessageError: the key has a small order, which would make the result public.
-    """
-    try:
-        return X25519PrivateKey.from_private_bytes(secret).exchange(
-            X25519PublicKey.from_public_bytes(peer_key)
-        )
-    except ValueError as error:  # the result is all zeros: RFC 7748, section 6.1
-        raise MessageError(f"{peer_id} advertised a key of small order", [peer_id]) from error
 
 
 def derive(secret: bytes, info: bytes, length: int) -> bytes:

@@ -22,7 +22,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from hashlib import sha256
 from typing import TypeVar
 
 import numpy as np
@@ -111,7 +110,7 @@ class DeviceSession:
         self._peers: dict[str, Advert] = {}
         self._sent: tuple[EncryptedShare, ...] = ()
         self._inbox: dict[str, EncryptedShare] = {}
-        self._update_digest = b""
+        self._update: tuple[NDArray[np.float32], int] | None = None
         self._upload = b""
         self._survivors: tuple[str, ...] = ()
         self._confirmation: Confirmation | None = None
@@ -194,7 +193,7 @@ class DeviceSession:
         return tuple(
             agreement.seal_shares(
                 self._plan,
-                self._share_pair.secret,
+                self._share_pair,
                 own,
                 peer,
                 shares=PeerShares(self_seed=seeds[places[name]], mask_key=keys[places[name]]),
@@ -216,7 +215,7 @@ class DeviceSession:
 
         Args:
             inbox: What the neighbours that shared sealed for this device.
-            delta: The update, float32, shape `(num_values,)`.
+            delta: The update, float32, shape `(num_values,)`; kept, and not to be changed any more.
             weight: How much it counts, 1 to `max_weight`.
             encode: Makes levels of the update; another one may add noise.
 
@@ -232,10 +231,10 @@ class DeviceSession:
             UpdateError: the update cannot be encoded.
         """
         received = _by_name(inbox, "the shares", lambda message: message.sender)
-        digest = sha256(np.ascontiguousarray(delta).data).digest() + str(weight).encode()
-        if self._step >= Step.MASK:
+        if self._update is not None:
             _same(received == self._inbox, "other shares")
-            if digest != self._update_digest:
+            masked, its_weight = self._update
+            if weight != its_weight or not np.array_equal(delta, masked):
                 raise StateError("another update was masked in this round already")
             return self._upload
         own = self._after(Step.SHARE)
@@ -243,7 +242,7 @@ class DeviceSession:
         levels = encode(self._plan, delta, weight, self._random_bytes)
         self._mask_levels(own, received, levels)
         self._upload = pack(levels, self._plan.ring_bits)
-        self._update_digest, self._inbox = digest, received
+        self._update, self._inbox = (delta, weight), received
         self._masking = None
         self._step = Step.MASK
         return self._upload
@@ -261,10 +260,10 @@ class DeviceSession:
     ) -> None:
         """Add the self mask and the pairwise masks (Bonawitz et al., figure 4, round 2)."""
         assert self._masking is not None
-        secret = self._masking.mask_pair.secret
+        pair = self._masking.mask_pair
         masks = [agreement.self_mask(self._plan, own.device_id, self._masking.self_seed)]
         masks += [
-            agreement.pair_mask(self._plan, secret, own, self._peers[name]) for name in received
+            agreement.pair_mask(self._plan, pair, own, self._peers[name]) for name in received
         ]
         apply_masks(levels, masks)
 
@@ -363,7 +362,7 @@ class DeviceSession:
         for name, message in self._inbox.items():
             try:
                 shares = agreement.open_shares(
-                    self._plan, self._share_pair.secret, own, self._peers[name], message
+                    self._plan, self._share_pair, own, self._peers[name], message
                 )
             except ShareError:
                 continue

@@ -84,9 +84,10 @@ def recover_masks(
         masks.append(agreement.self_mask(plan, name, seed).inverse())
     for name in sorted(set(sharers) - set(survivors)):
         secret = rebuilder.mask_key(name, _key_shares(graph, reveals, name))
+        pair = KeyPair.from_secret(secret)
         # The pair's mask as the lost device would have applied it undoes the survivor's.
         masks += [
-            agreement.pair_mask(plan, secret, adverts[name], adverts[peer])
+            agreement.pair_mask(plan, pair, adverts[name], adverts[peer])
             for peer in graph[name]
             if peer in survivors
         ]
