@@ -24,5 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def ray_cluster() -> Iterator[None]:
     """One small Ray for the whole session: starting it takes longer than most tests."""
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+    for what in ("REPLICA", "HANDLE"):
+        os.environ.setdefault(f"RAY_SERVE_{what}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     with local_ray(num_cpus=4):
         yield

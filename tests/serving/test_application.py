@@ -29,7 +29,7 @@ async def replica():
 
     with listen("127.0.0.1", 0) as probe:
         port = probe.getsockname()[1]
-    replica = InferenceReplica(Limits(model_control=True), {"host": "127.0.0.1", "port": port})
+    replica = InferenceReplica(Limits(model_control=True), grpc={"host": "127.0.0.1", "port": port})
     replica.grpc_url = f"grpc://127.0.0.1:{port}"
     yield replica
     await end(replica)
@@ -76,14 +76,14 @@ async def test_both_wires_answer_with_what_is_declared(replica, models, write_mo
         assert explained.status_code == (200 if ref.baseline else 400)
 
 
-async def test_a_replica_does_not_load_or_unload_for_its_callers(replica, models, write_model):
-    """One replica cannot speak for the others: even where callers may, the registry decides."""
+async def test_a_replica_does_not_load_or_unload_alone(replica, models, write_model):
+    """A replica that cannot reach the others changes nothing, and says that it may work later."""
     await configure(replica, write_model(models["scaling"](2)))
     async with connect(replica.__serve_build_asgi_app__()) as client:
         for verb in ("load", "unload"):
             response = await client.post(f"/v2/repository/models/scaling/{verb}")
-            assert_refused(response, 403)
-            assert "registry" in response.json()["error"]
+            assert_refused(response, 503)
+        assert_refused(await client.post("/v2/repository/models/no/unload"), 404)
         assert (await client.get("/v2/models/scaling/ready")).status_code == 200
 
 

@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from minga.inference.batching import Batcher
 from minga.inference.engine import OnnxModel
-from minga.inference.errors import BadRequestError
+from minga.inference.errors import BadRequestError, OverloadedError
+from minga.inference.pacing import Pace
 from tests.serving.conftest import build_model
 
 
@@ -249,3 +250,106 @@ async def test_under_load_each_answer_is_of_its_own_request(load, models):
     assert sum(size * count for size, count in sizes(model).items()) == sum(
         value % 5 for value in range(600)
     )
+
+
+@pytest.mark.parametrize("row_s", [0.0001, 0.001, 0.02])
+def test_batches_grow_to_what_is_in_time(row_s):
+    """With 10 ms for a batch and so long per row, the rows settle below what that allows."""
+    pace = Pace(row_s=1.0, max_rows=64, target_s=0.01)
+    sizes = []
+    for _ in range(200):
+        pace.note(pace.max_rows, pace.max_rows * row_s)
+        sizes.append(pace.max_rows)
+    fitting = min(max(int(0.01 / row_s), 1), 64)
+    assert max(sizes[-50:]) <= fitting + 1
+    assert min(sizes[-50:]) >= fitting // 2
+    assert pace.estimate_s(2) == pytest.approx(2 * row_s, rel=0.01)
+
+
+def test_without_a_target_batches_are_as_large_as_they_may_be():
+    """Late and early batches change nothing."""
+    pace = Pace(row_s=1.0, max_rows=64, target_s=None)
+    for seconds in (100, 0):
+        pace.note(64, seconds)
+    assert pace.max_rows == 64
+
+
+async def test_a_request_that_would_be_late_is_refused_at_once(gate, load, models):
+    """When what waits takes as long as the objective, more is refused; the rest is answered."""
+    model = load(models["deep"](), "deep")
+    took_s = model.estimate_s(0)
+    batcher = Batcher(gate, num_threads=1, max_rows=1, objective_s=max(10 * took_s, 0.5))
+    gate.opened.clear()
+    num_asked = int(4 * max(10 * took_s, 0.5) / took_s)
+    tasks = asking(batcher, model, *(row(1, columns=512) for _ in range(num_asked)))
+    await asyncio.sleep(0)
+    refused = [task for task in tasks if task.done()]
+    gate.opened.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert refused
+    for task in refused:
+        with pytest.raises(OverloadedError) as refusal:
+            task.result()
+        assert refusal.value.retry_after_s > 0
+    assert any(not isinstance(answer, BaseException) for answer in answers)
+
+
+async def test_what_has_become_late_is_not_computed(gate, load, models):
+    """A request that waited for too long is refused instead, and nobody waits for it."""
+    model = load(models["scaling"](2))
+    batcher = Batcher(gate, num_threads=1, max_rows=8, objective_s=0.05)
+    gate.opened.clear()
+    tasks = asking(batcher, model, *(row(value) for value in range(5)))
+    await asyncio.sleep(0.1)
+    gate.opened.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert answers[0].outputs["output"][0, 0] == 0, "it was being computed"
+    assert all(isinstance(answer, OverloadedError) for answer in answers[1:])
+    assert sizes(model) == {1: 1}
+    assert await values(asking(batcher, model, row(3))) == [6]
+
+
+async def flood(model, *, objective_s, rate, seconds):
+    """Ask so many times a second; give how many a second were answered within 0.2 s."""
+    in_time, refused = 0, 0
+    with ThreadPoolExecutor(1) as threads:
+        batcher = Batcher(threads, num_threads=1, max_rows=4, objective_s=objective_s)
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+
+        async def ask() -> None:
+            nonlocal in_time, refused
+            begun = loop.time()
+            try:
+                await batcher.run(model, row(1, columns=1024), ())
+            except OverloadedError:
+                refused += 1
+            else:
+                in_time += loop.time() - begun <= 0.2
+
+        tasks = []
+        while (now := loop.time()) < start + seconds:
+            while len(tasks) < (now - start) * rate:
+                tasks.append(asyncio.create_task(ask()))
+            await asyncio.sleep(0.002)
+        answered = in_time
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return answered / seconds, refused
+
+
+@pytest.mark.slow
+async def test_overload_does_not_collapse(load, models):
+    """Asked for three times what it can do, it goes on in time; without shedding it does not."""
+    model = load(models["deep"](width=1024, layers=48), "deep")
+    start = asyncio.get_running_loop().time()
+    batch = {"input": np.ones((4, 1024), np.float32)}
+    for _ in range(20):
+        model.run(batch)
+    capacity = 80 / (asyncio.get_running_loop().time() - start)
+    shed, refused = await flood(model, objective_s=0.15, rate=3 * capacity, seconds=2)
+    queued, _ = await flood(model, objective_s=None, rate=3 * capacity, seconds=2)
+    assert refused > 0
+    assert shed > 0.4 * capacity
+    assert shed > 2 * queued

@@ -1,8 +1,11 @@
 """Ray Serve as the host: the same answers, and versions exchanged without failing a request."""
 
 import gzip
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import httpx
@@ -10,12 +13,16 @@ import numpy as np
 import pytest
 
 from minga.inference.client import InferenceClient
+from minga.inference.comparing import Mode
 from minga.inference.errors import PortInUseError, RejectedError
 from minga.inference.grpc_client import GrpcClient
 from minga.inference.protocol import JSON_SIZE_HEADER, InferRequest
 from minga.inference.server import listen
-from minga.serving.config import ServingConfig
+from minga.serving.book import MemoryBook, Plan, Status
+from minga.serving.config import ComparisonConfig, ServingConfig
 from minga.serving.errors import VersionRefusedError
+from minga.serving.referee import Referee
+from minga.serving.watcher import MemorySource, Watcher
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +34,9 @@ def host(ray_cluster):
     """Two replicas that serve nothing yet."""
     from minga.serving.host import start
 
-    config = ServingConfig(port=0, grpc_port=0, num_replicas=2, cpus_per_replica=0.5)
+    config = ServingConfig(
+        port=0, grpc_port=0, num_replicas=2, cpus_per_replica=0.5, model_control=True
+    )
     running = start(config, [])
     yield running
     running.stop()
@@ -48,6 +57,12 @@ def replica_pids() -> set[int]:
         for actor in actors().values()
         if actor["ActorClassName"].startswith("ServeReplica:minga") and actor["State"] == "ALIVE"
     }
+
+
+def replicas_ready(host, model: str) -> set[int]:
+    """Ask so often whether a model is ready that every replica has surely answered."""
+    url = f"{host.url}/v2/models/{model}/ready"
+    return {httpx.get(url).status_code for _ in range(40)}
 
 
 def test_a_swap_under_load_fails_no_request_and_restarts_nothing(host, refs, load):
@@ -136,21 +151,65 @@ def test_grpc_reaches_every_replica(host, refs):
     assert counts == {8} or (len(counts) == 2 and sum(counts) == 16 and 0 not in counts)
 
 
-def test_a_killed_replica_comes_back_with_what_is_declared(host, refs):
-    """A replica that starts again loads the versions of the last rollout, not of the first."""
-    host.deploy(refs[2:3])
+def test_a_killed_replica_comes_back_with_what_is_declared(host, refs, load, write_model, models):
+    """No request fails, and the new one serves the last rollout, without what was unloaded."""
+    host.deploy([*refs[2:3], write_model(models["sum"](), name="sum")])
+    httpx.post(f"{host.url}/v2/repository/models/sum/unload").raise_for_status()
     before = replica_pids()
-    os.kill(min(before), signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while len(replica_pids() - before) < 1 or len(replica_pids()) != 2:
-        assert time.monotonic() < deadline, "the replica does not come back"
-        time.sleep(0.1)
+    with load(host.url) as callers:
+        callers.wait_for(3.0)
+        os.kill(min(before), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while len(replica_pids() - before) < 1 or len(replica_pids()) != 2:
+            assert time.monotonic() < deadline, "the replica does not come back"
+            time.sleep(0.1)
+    assert callers.failures == []
+    assert replicas_ready(host, "sum") == {404}
     host.deploy(refs[2:3])
     with InferenceClient(host.url) as client:
         factors = {
             float(client.infer("scaling", {"input": ROWS})["output"][0, 0]) for _ in range(40)
         }
     assert factors == {3.0}
+
+
+def test_callers_load_and_unload_in_every_replica(host, refs):
+    """Whichever replica is asked, all of them do it."""
+    host.deploy(refs[:1])
+    for verb, status in (("unload", 404), ("load", 200)):
+        httpx.post(f"{host.url}/v2/repository/models/scaling/{verb}").raise_for_status()
+        assert replicas_ready(host, "scaling") == {status}
+
+
+def follow(watcher: Watcher, book: MemoryBook, status: Status) -> None:
+    """Look again and again until the story has come to this."""
+    deadline = time.monotonic() + 60
+    while (story := book.read("scaling")[1]) is None or story.status is not status:
+        assert time.monotonic() < deadline, f"the story stays {story}"
+        watcher.check()
+        time.sleep(0.05)
+
+
+def test_canaries_pass_and_are_rolled_back_under_load(host, refs, models, write_model, load):
+    """On two replicas a good version takes over and a bad one goes; no request fails."""
+    config = {"shares": [0.3], "min_requests": 100, "hold_s": 0.0, "max_latency_ratio": 50.0}
+    bad = write_model(models["gathering"](), version="9")
+    known = {ref.version: ref for ref in (*refs, bad)}
+    book = MemoryBook()
+    referee = Referee(
+        book, ComparisonConfig.model_validate(config), lambda _, version: known[version]
+    )
+    host.deploy(refs[:1])
+    watcher = Watcher(MemorySource(refs[:1]), refs[:1], host, referee)
+    with load(host.url) as callers:
+        for version, status in (("9", Status.ROLLED_BACK), ("2", Status.PASSED)):
+            book.plan("scaling", Plan(id=version, mode=Mode.CANARY, version=version))
+            follow(watcher, book, status)
+        callers.wait_for(2.0)
+    assert callers.failures == []
+    assert [ref.version for ref in watcher.served] == ["2"]
+    with InferenceClient(host.url) as client:
+        assert client.metadata("scaling")["versions"] == ["2"]
 
 
 def test_what_is_not_declared_any_more_is_gone(host, refs, models, write_model):
@@ -172,3 +231,18 @@ def test_a_taken_port_is_refused_before_anything_starts():
         port = taken.getsockname()[1]
         with pytest.raises(PortInUseError, match=str(port)):
             start(ServingConfig(port=port), [])
+
+
+def test_a_lost_machine_fails_no_request(refs):
+    """Of a Ray of three machines one is lost under load: the others go on, and nobody notices."""
+    from minga.cluster.stack import ray_environment
+
+    environment = os.environ | ray_environment()
+    words = [sys.executable, "-m", "tests.serving.lose_node", refs[0].path, refs[0].sha256]
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["failures"] == []
+    assert told["answered"] > 400

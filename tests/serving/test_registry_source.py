@@ -110,3 +110,57 @@ def test_the_means_of_the_training_data_come_along(
     ref = source.current(name)
     assert ref.baseline == baseline
     assert OnnxModel.load(ref).ref == ref
+
+
+def test_a_model_is_pinned_to_a_number_or_another_alias(register, registry_uri):
+    """What is pinned is followed instead of the champion; a number that is not there is said."""
+    from minga.serving.registry_source import RegistrySource, parse_pins
+
+    first = register("pinned", 1)
+    second = register("pinned", 2, alias="challenger")
+    for word, version in (("pinned", first), ("pinned@challenger", second), ("pinned/2", second)):
+        pins = {name: pin for name, pin in parse_pins([word]).items() if pin}
+        assert RegistrySource(registry_uri, pins=pins).current("pinned").version == version
+    for wrong in ("9", "x"):
+        source = RegistrySource(registry_uri, pins={"pinned": wrong})
+        with pytest.raises(NoChampionError, match=f"no version {wrong}"):
+            source.current("pinned")
+    assert RegistrySource(registry_uri, pins={"pinned": "@nobody"}).current("pinned") is None
+
+
+@pytest.mark.parametrize("words", [["a/"], ["@b"], ["a@"], ["a", "a/3"]])
+def test_words_that_name_no_model_are_refused(words):
+    """Half a name, and a model named twice, are errors that say how to write one."""
+    from minga.serving.registry_source import parse_pins
+
+    with pytest.raises(ServingError, match="NAME@ALIAS"):
+        parse_pins(words)
+
+
+def test_plans_and_stories_are_tags_of_the_model(register, source, registry_uri):
+    """What is asked and what became of it is kept; what others write there is nothing."""
+    from mlflow import MlflowClient
+
+    from minga.inference.comparing import Mode
+    from minga.serving.book import PLAN_TAG, Plan, Status, Story
+
+    register("told", 1)
+    book = source.book()
+    assert book.read("told") == (None, None)
+    plan = Plan(id="p", mode=Mode.CANARY, version="2")
+    story = Story(
+        plan="p", mode=Mode.CANARY, baseline="1", challenger="2", share=0.1, since="today"
+    )
+    book.plan("told", plan)
+    book.write("told", story)
+    assert source.book().read("told") == (plan, story)
+    book.plan("told", None)
+    assert book.read("told") == (None, story), "the service ends what runs"
+    book.write("told", story.become(status=Status.STOPPED, reason="x" * 9999))
+    book.plan("told", None)
+    assert book.read("told") == (None, None)
+    client = MlflowClient(tracking_uri=registry_uri, registry_uri=registry_uri)
+    client.set_registered_model_tag("told", PLAN_TAG, '{"id": 1}')
+    assert book.read("told") == (None, None)
+    with pytest.raises(RegistryUnreachableError):
+        book.read("unknown")

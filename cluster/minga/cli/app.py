@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reproduce": ("minga.cli.reproduce:reproduce", "Train a run again and compare the weights."),
     "lineage": ("minga.cli.lineage:lineage", "Show what came from what: data, versions, services."),
     "serve": ("minga.cli.serve:serve", "Serve registered models over the Open Inference Protocol."),
+    "traffic": ("minga.cli.traffic:app", "Compare two versions on a served model's traffic."),
     "predict": ("minga.cli.predict:predict", "Send one request to a served model."),
     "key": ("minga.cli.key:app", "Make, list, revoke API keys of served models."),
     "coordinator": ("minga.cli.coordinator:app", "Run the federation's server, make tokens."),

@@ -19,7 +19,7 @@ from minga.cli.services import log_to_stderr, run_service
 if TYPE_CHECKING:
     from minga.inference.engine import ModelRef
     from minga.serving.config import ServingConfig
-    from minga.serving.watcher import ModelSource
+    from minga.serving.registry_source import RegistrySource
 
 Port = Annotated[int | None, Parameter(validator=Number(gte=0, lte=65535))]
 
@@ -35,6 +35,7 @@ def serve(
     tls_key: Path | None = None,
     allow_anonymous: Annotated[bool, Parameter(negative=())] = False,
     engine: Literal["ray", "local"] = "ray",
+    export: Path | None = None,
 ) -> None:
     """Serve registered models over the Open Inference Protocol v2 until Ctrl-C.
 
@@ -49,8 +50,11 @@ def serve(
 
     Example: minga serve machine-failure --port 9000 --grpc-port 9001 --engine local
 
+    Example: minga serve machine-failure/3 forecast@challenger
+
     Args:
-        models: The models to serve; by default all that have a champion.
+        models: The models to serve, as NAME, NAME@ALIAS or NAME/VERSION; by default all that have
+            a champion.
         project: The project folder. Without one here, MINGA_TRACKING_URI says which registry.
         host: The address to listen on, instead of the configured one.
         port: The port to listen on, instead of the configured one; 0 takes a free one.
@@ -61,6 +65,8 @@ def serve(
         allow_anonymous: Answer everyone, also beyond this machine.
         engine: `ray` serves from replicas on Ray Serve, `local` from this process alone, which
             starts in a second and needs a tenth of the memory.
+        export: Serve nothing, but write a config file with which `serve deploy` or KubeRay serves
+            the versions of today on a Ray cluster whose machines can read the models' files.
     """
     files = {"keys": keys, "tls_certificate": tls_certificate, "tls_key": tls_key}
     chosen = {
@@ -70,23 +76,35 @@ def serve(
         "allow_anonymous": allow_anonymous or None,
         **{name: str(file.absolute()) for name, file in files.items() if file is not None},
     }
-    config, tracking_uri = _configured(project, chosen)
-    from minga.serving.registry_source import RegistrySource
+    config, tracking_uri = configured(project, chosen)
+    from minga.serving.referee import Referee
+    from minga.serving.registry_source import RegistrySource, parse_pins
     from minga.serving.watcher import current_versions
 
-    source = RegistrySource(tracking_uri, alias=config.alias)
-    refs = current_versions(source, models or source.names())
-    if engine == "local":
+    pins = parse_pins(models)
+    source = RegistrySource(
+        tracking_uri,
+        alias=config.alias,
+        pins={name: pin for name, pin in pins.items() if pin is not None},
+        downloads=None if export is None else Path(f"{export}.models").absolute(),
+    )
+    refs = current_versions(source, pins or source.names())
+    if export is not None:
+        _export(export, config, refs)
+    elif engine == "local":
         from minga.serving.local import serve_locally
 
         announce = partial(_announce, refs)
-        service = serve_locally(config, source, refs, announce, tracking_uri=tracking_uri)
+        referee = Referee(source.book(), config.comparison, source.version)
+        service = serve_locally(
+            config, source, refs, announce, tracking_uri=tracking_uri, referee=referee
+        )
         run_service(service, fast=True)
     else:
         _serve_on_ray(config, source, refs, tracking_uri)
 
 
-def _configured(
+def configured(
     project: Path | None, chosen: Mapping[str, str | int | None]
 ) -> tuple["ServingConfig", str]:
     """Give the configuration and the registry, from a project or from the environment alone."""
@@ -102,8 +120,26 @@ def _configured(
     return config.model_copy(update=given), uri
 
 
+def _export(file: Path, config: "ServingConfig", refs: Sequence["ModelRef"]) -> None:
+    import yaml
+
+    from minga.serving.errors import ServingError
+    from minga.serving.host import serve_config
+
+    if 0 in (config.port, config.grpc_port):
+        raise ServingError("a config file names its ports; give one that is not 0")
+    text = yaml.safe_dump(serve_config(config, refs), sort_keys=False)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ServingError(f"cannot write {file} ({error.strerror})") from error
+    for ref in refs:
+        print_line(f"model {ref} from {ref.path}")
+    print_line(f"written {file}; on a machine of the Ray cluster: serve deploy {file}")
+
+
 def _serve_on_ray(
-    config: "ServingConfig", source: "ModelSource", refs: Sequence["ModelRef"], tracking_uri: str
+    config: "ServingConfig", source: "RegistrySource", refs: Sequence["ModelRef"], tracking_uri: str
 ) -> None:
     import tempfile
     import threading
@@ -112,6 +148,7 @@ def _serve_on_ray(
     from minga.cluster.stack import local_ray
     from minga.inference.server import listen
     from minga.serving.ingress import fast_ingress, plain_ingress
+    from minga.serving.referee import Referee
 
     config.require_protected_on_ray()
     listen(config.host, config.port).close()  # before Ray takes its seconds to start
@@ -122,7 +159,10 @@ def _serve_on_ray(
         with local_ray(num_cpus=cpus):
             # Ray's own handler would leave without stopping what it serves.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            with following(config, source, refs, tracking_uri=tracking_uri) as serving:
+            referee = Referee(source.book(), config.comparison, source.version)
+            with following(
+                config, source, refs, tracking_uri=tracking_uri, referee=referee
+            ) as serving:
                 _announce(refs, serving.url, serving.grpc_url)
                 with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
                     threading.Event().wait()

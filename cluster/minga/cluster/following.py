@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from minga.cluster.project import Project
 from minga.inference.engine import ModelRef
 from minga.serving.config import ServingConfig
+from minga.serving.referee import Referee
 from minga.serving.registry_source import RegistrySource
 from minga.serving.watcher import ModelSource, Watcher, current_versions
 
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def following(
-    config: ServingConfig, source: ModelSource, refs: Sequence[ModelRef], *, tracking_uri: str
+    config: ServingConfig,
+    source: ModelSource,
+    refs: Sequence[ModelRef],
+    *,
+    tracking_uri: str,
+    referee: Referee | None = None,
 ) -> Iterator["ServeHost"]:
     """Serve models on the Ray of this process, and swap versions whenever the source says so.
 
@@ -28,6 +34,7 @@ def following(
         source: asked for the version of each model, again and again.
         refs: the versions to begin with.
         tracking_uri: of MLflow, where it is recorded what is served here and when.
+        referee: says which versions are compared; None if none are.
 
     Yields:
         The host, once it answers.
@@ -40,10 +47,12 @@ def following(
     from minga.serving.host import start  # noqa: PLC0415
     from minga.serving.service_record import ServiceRecord  # noqa: PLC0415
 
+    if referee is not None:
+        refs = [referee.begin(ref) for ref in refs]
     host = start(config, refs)
     record = ServiceRecord(tracking_uri, host.url)
     stop = threading.Event()
-    watcher = Watcher(source, refs, host.deploy)
+    watcher = Watcher(source, refs, host, referee)
     thread = threading.Thread(
         target=watcher.run, args=(stop, config.poll_interval_s, record.note), name="minga-watcher"
     )

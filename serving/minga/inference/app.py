@@ -8,6 +8,7 @@ Every answer that is no success is `{"error": "..."}`, which is where clients lo
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _LOG: Final = logging.getLogger(__name__)
 _MAX_HEADER_BYTES: Final = 64 * 1024
 _BUFFERED_BYTES: Final = 64 * 1024  # what a server's own buffer takes without waiting
+_MAX_OUTCOME: Final = 1e100  # squares of such still add up
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
 
@@ -167,7 +169,7 @@ class InferenceApp:
                 certified="tls" in scope.get("extensions", ()),
             )
         if match.route.method == "GET":
-            return self._describe(match)
+            return await self._describe(match)
         call = _HttpCall(headers, receive, share)
         if match.route.operation is Operation.INFER:
             assert match.model is not None, "the path names it"
@@ -175,9 +177,12 @@ class InferenceApp:
         if match.route.operation is Operation.EXPLAIN:
             assert match.model is not None, "the path names it"
             return await self.service.explain(match.model, match.version, call)
+        if match.route.operation is Operation.OUTCOMES:
+            assert match.model is not None, "the path names it"
+            return await self._count_outcomes(match.model, call)
         return await self._manage(match, call)
 
-    def _describe(self, match: Match) -> _Answer:
+    async def _describe(self, match: Match) -> _Answer:
         """Answer what only reads."""
         match match.route.operation:
             case Operation.SERVER_METADATA:
@@ -199,10 +204,10 @@ class InferenceApp:
             case Operation.DESCRIPTION:
                 return _json(description(is_open=self.service.access.is_open))
         assert match.model is not None, "the path names it"
-        model = self.service.repository.get(match.model, match.version)
         if match.route.operation is Operation.MODEL_READY:
-            return _json({"name": model.ref.name, "ready": True})
-        return _json(self._model_metadata(model))
+            self.service.repository.find(match.model, match.version)
+            return _json({"name": match.model, "ready": True})
+        return _json(self._model_metadata(await self.service.model(match.model, match.version)))
 
     def _model_metadata(self, model: OnnxModel) -> dict[str, Any]:
         return {
@@ -229,6 +234,15 @@ class InferenceApp:
         else:
             await self.service.unload(match.model)
         return _json({})
+
+    async def _count_outcomes(self, model: str, call: "_HttpCall") -> _Answer:
+        entries = (await self._options(call)).get("outcomes")
+        if type(entries) is not list or not all(map(_is_outcome, entries)):
+            raise BadRequestError(
+                '\'outcomes\' must be a list of {"key": text, "value": finite number}'
+            )
+        outcomes = [(entry["key"], float(entry["value"])) for entry in entries]
+        return _json({"counted": self.service.report_outcomes(model, outcomes)})
 
     async def _options(self, call: "_HttpCall") -> dict[str, Any]:
         """Read a body that may be absent, and is a JSON object else."""
@@ -284,6 +298,11 @@ class _HttpCall:
         message = Message(body=self.plain(), json_size=_json_size(self._headers))
         return decode_request(message, raw_inputs=model.inputs)
 
+    def header(self, name: str) -> str | None:
+        """Give a header."""
+        value = self._headers.get(name.encode())
+        return None if value is None else value.decode("latin-1")
+
     def encode(self, response: InferResponse, request: InferRequest) -> _Answer:
         """Write JSON, and raw tensors after it."""
         message = encode_response(response, request)
@@ -307,6 +326,13 @@ def _json_size(headers: dict[bytes, bytes]) -> int | None:
     return int(value)
 
 
+def _is_outcome(entry: object) -> bool:
+    if type(entry) is not dict or entry.keys() != {"key", "value"}:
+        return False
+    key, value = entry["key"], entry["value"]
+    return type(key) is str and type(value) in (int, float) and abs(value) <= _MAX_OUTCOME
+
+
 def _spec(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
 
@@ -320,8 +346,8 @@ def _refusal(error: InferenceError) -> _Answer:
     if isinstance(error, MethodNotAllowedError):
         return _Answer(answer.status, answer.body, (_JSON, (b"allow", error.allowed.encode())))
     if isinstance(error, UnavailableError):
-        retry_after = (b"retry-after", str(error.retry_after_s).encode())
-        return _Answer(answer.status, answer.body, (_JSON, retry_after))
+        seconds = str(max(1, math.ceil(error.retry_after_s))).encode()
+        return _Answer(answer.status, answer.body, (_JSON, (b"retry-after", seconds)))
     if isinstance(error, UnauthenticatedError):
         challenge = (b"www-authenticate", b'Bearer realm="minga"')
         return _Answer(answer.status, answer.body, (_JSON, challenge))

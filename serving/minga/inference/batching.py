@@ -10,6 +10,10 @@ So a lone caller waits for nobody, and a crowd is served in batches as large as 
   fit. A request with more rows than a batch may have runs alone when its turn comes.
 - Only requests whose tensors agree in all but their rows are joined, and only of models whose
   rows do not depend on each other (`OnnxModel.is_rowwise`).
+- With an objective for the time of a request, batches stay small enough to be done in half of it,
+  so that one that just missed a batch is in time with the next. A request that would be late all
+  the same is refused at once, and one that has become late is not computed: work that nobody
+  can use would make the others late too.
 - An error is the error of the request that caused it: a batch that fails is halved until what
   fails stands alone, and the others are answered.
 
@@ -26,11 +30,13 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from minga.inference.engine import OnnxModel
-from minga.inference.errors import BadRequestError
+from minga.inference.errors import BadRequestError, OverloadedError
+from minga.inference.pacing import Pace
 from minga.inference.statistics import Execution
 from minga.inference.tensors import Array
 
@@ -51,6 +57,7 @@ class _Waiting:
     inputs: Mapping[str, Array]
     outputs: tuple[str, ...]
     rows: int
+    cost_s: float
     result: asyncio.Future[Computed]
     since: float = field(default_factory=time.perf_counter)
 
@@ -70,12 +77,26 @@ class Batcher:
         threads: where models run; it must run `num_threads` at once.
         num_threads: how many batches run at once.
         max_rows: the most rows of a batch of several requests.
+        objective_s: how long a request may take, waiting included; None means any time.
     """
 
-    def __init__(self, threads: Executor, *, num_threads: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        threads: Executor,
+        *,
+        num_threads: int,
+        max_rows: int,
+        objective_s: float | None = None,
+    ) -> None:
         self._threads = threads
+        self._num_threads = num_threads
         self._num_idle = num_threads
         self._max_rows = max_rows
+        self._objective_s = objective_s
+        self._paces: WeakKeyDictionary[OnnxModel, Pace] = WeakKeyDictionary()
+        self._waiting_s = 0.0  # what all that waits will take, by the paces
+        # By when each running batch should have ended.
+        self._ends: dict[int, float] = {}
         # Queues in the order of their turns; none is empty.
         self._queues: OrderedDict[tuple[OnnxModel, _Shapes], deque[_Waiting]] = OrderedDict()
 
@@ -91,20 +112,51 @@ class Batcher:
 
         Raises:
             BadRequestError: the inputs do not fit the model, or it cannot compute from them.
+            OverloadedError: it would not be done in time.
         """
         names = model.check(inputs, outputs)
         loop = asyncio.get_running_loop()
+        rows = model.rows(inputs)
+        pace = self._pace(model, inputs, rows)
+        cost_s = pace.estimate_s(rows)
+        if self._objective_s is not None and not self._num_idle:
+            self._require_time(cost_s, self._objective_s)
         waiting = _Waiting(
-            inputs=inputs, outputs=names, rows=model.rows(inputs), result=loop.create_future()
+            inputs=inputs, outputs=names, rows=rows, cost_s=cost_s, result=loop.create_future()
         )
+        self._waiting_s += cost_s
         shapes = tuple(inputs[spec.name].shape[1:] for spec in model.inputs)
         self._queues.setdefault((model, shapes), deque()).append(waiting)
         self._start_idle()
         return await waiting.result
 
+    def _pace(self, model: OnnxModel, inputs: Mapping[str, Array], rows: int) -> Pace:
+        pace = self._paces.get(model)
+        if pace is None:
+            size = sum(array.nbytes for array in inputs.values())
+            pace = self._paces[model] = Pace(
+                row_s=model.estimate_s(size) / max(rows, 1),
+                max_rows=self._max_rows,
+                target_s=None if self._objective_s is None else self._objective_s / 2,
+            )
+        return pace
+
+    def _require_time(self, cost_s: float, objective_s: float) -> None:
+        now = time.perf_counter()
+        running_s = sum(max(end - now, 0.0) for end in self._ends.values())
+        ahead_s = (running_s + self._waiting_s) / self._num_threads
+        if ahead_s + cost_s > objective_s:
+            raise OverloadedError(
+                f"what waits already takes about {ahead_s:.2g} s, and a request may take "
+                f"{objective_s:g} s here; try again later",
+                retry_after_s=ahead_s,
+            )
+
     def _start_idle(self) -> None:
         while self._num_idle and (batch := self._next_batch()):
             self._num_idle -= 1
+            cost_s = sum(request.cost_s for request in batch.requests)
+            self._ends[id(batch)] = time.perf_counter() + cost_s
             loop = asyncio.get_running_loop()
             running = loop.run_in_executor(self._threads, _compute, batch)
             running.add_done_callback(partial(self._finish, batch))
@@ -113,19 +165,33 @@ class Batcher:
         while self._queues:
             key, queue = self._queues.popitem(last=False)
             model = key[0]
-            limit = self._max_rows if model.is_rowwise else -1
+            limit = self._paces[model].max_rows if model.is_rowwise else -1
             requests: list[_Waiting] = []
             rows = 0
             while queue and (not requests or rows + queue[0].rows <= limit):
                 request = queue.popleft()
-                if not request.result.done():  # its caller has left
+                self._waiting_s -= request.cost_s
+                if self._is_late(request):
+                    self._refuse(request)
+                elif not request.result.done():  # else its caller has left
                     requests.append(request)
                     rows += request.rows
             if queue:
                 self._queues[key] = queue
             if requests:
                 return _Batch(model=model, requests=requests)
+        self._waiting_s = 0.0  # what rounding left
         return None
+
+    def _is_late(self, request: _Waiting) -> bool:
+        if self._objective_s is None:
+            return False
+        return time.perf_counter() - request.since > self._objective_s
+
+    def _refuse(self, request: _Waiting) -> None:
+        if not request.result.done():
+            error = OverloadedError(f"it waited for over {self._objective_s:g} s; try again later")
+            request.result.set_exception(error)
 
     def _finish(self, batch: _Batch, done: asyncio.Future["_Outcome"]) -> None:
         """Hand out what a thread has computed, and give the thread its next batch.
@@ -133,6 +199,7 @@ class Batcher:
         That is made after those who get their answers now have had their turn: who asks again at
         once then joins it, instead of waiting for it to end.
         """
+        del self._ends[id(batch)]
         try:
             self._hand_out(batch, done)
         finally:
@@ -142,7 +209,9 @@ class Batcher:
         error = done.exception()
         if error is None:
             outcome = done.result()
+            pace = self._paces[batch.model]
             for execution, num_requests in outcome.executions:
+                pace.note(execution.rows, execution.total_s)
                 batch.model.statistics.executed(execution, num_requests=num_requests)
             for request, answer in zip(batch.requests, outcome.answers, strict=True):
                 _settle(request, answer, queue_s=outcome.began - request.since)

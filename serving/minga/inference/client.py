@@ -5,6 +5,7 @@
 Many requests to one server go through one `InferenceClient`, which keeps its connections.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -31,6 +32,8 @@ from minga.inference.protocol import (
 from minga.inference.tensors import Array
 
 _TIMEOUT_S: Final = 30.0
+_PAUSES_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
+_RETRIES: Final = 3  # as many pauses: a third of a second in all
 
 
 class InferenceClient:
@@ -39,6 +42,9 @@ class InferenceClient:
     Args:
         url: the server, as in `http://127.0.0.1:8000`.
         timeout_s: how long one request may take.
+        retries: how often a request is sent again that no server has answered: the connection
+            broke, or a proxy says that what is behind it is gone. Inference changes nothing, so
+            that is always safe; what a server refuses is never sent again.
         transport: what carries the requests, by default the network.
         credentials: what the server wants to see, and whose servers are trusted.
 
@@ -51,10 +57,12 @@ class InferenceClient:
         url: str,
         *,
         timeout_s: float = _TIMEOUT_S,
+        retries: int = _RETRIES,
         transport: httpx.BaseTransport | None = None,
         credentials: Credentials | None = None,
     ) -> None:
         self._url = url.rstrip("/")
+        self._retries = retries
         shown = credentials or Credentials()
         host, is_secure = _host_of(self._url), self._url.startswith("https:")
         self._http = httpx.Client(
@@ -224,18 +232,25 @@ class InferenceClient:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        try:
-            response = self._http.request(
-                method, self._url + path, content=content, headers=headers
-            )
-        except httpx.TransportError as error:
-            raise ServerUnreachableError(
-                f"no inference server answers at {self._url} ({error or type(error).__name__}): "
-                "is `minga serve` running, and is the URL right?"
-            ) from error
-        if response.is_success:
-            return response
-        raise RejectedError(_error_of(response), status=response.status_code)
+        for pause_s in (*_PAUSES_S[: self._retries], None):
+            try:
+                response = self._http.request(
+                    method, self._url + path, content=content, headers=headers
+                )
+            except httpx.TransportError as error:
+                if pause_s is None or isinstance(error, httpx.TimeoutException):
+                    raise ServerUnreachableError(
+                        f"no inference server answers at {self._url} "
+                        f"({error or type(error).__name__}): "
+                        "is `minga serve` running, and is the URL right?"
+                    ) from error
+            else:
+                if response.is_success:
+                    return response
+                if pause_s is None or not _is_gateways(response):
+                    raise RejectedError(_error_of(response), status=response.status_code)
+            time.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
 
 
 def infer(
@@ -273,9 +288,19 @@ def _path(model: str, version: str | None) -> str:
     return path if version is None else f"{path}/versions/{quote(version, safe='')}"
 
 
-def _error_of(response: httpx.Response) -> str:
-    """Find the server's own words; a proxy in between may answer in HTML."""
+def _is_gateways(response: httpx.Response) -> bool:
+    """Tell whether a proxy answered for a server that is gone, in words of its own."""
+    return response.status_code >= 500 and not _own_error(response)
+
+
+def _own_error(response: httpx.Response) -> str | None:
     try:
         return str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
-        return f"the server answered {response.status_code} {response.reason_phrase}"
+        return None
+
+
+def _error_of(response: httpx.Response) -> str:
+    """Find the server's own words; a proxy in between may answer in HTML."""
+    own = _own_error(response)
+    return own or f"the server answered {response.status_code} {response.reason_phrase}"

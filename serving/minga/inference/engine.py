@@ -284,12 +284,15 @@ def _open_session(ref: ModelRef, content: bytes, num_threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # its errors reach the caller as exceptions
     try:
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except _NATIVE_ERRORS as error:
         raise ModelError(
             f"model {ref} at {ref.path} is no ONNX model that onnxruntime {ort.__version__} "
             f"can load: {_first_line(error)}"
         ) from error
+    # It keeps the file for other providers to fall back on, which doubles the model's memory.
+    session._model_bytes = None
+    return session
 
 
 def _specs(ref: ModelRef, nodes: Iterable[Any]) -> tuple[TensorSpec, ...]:

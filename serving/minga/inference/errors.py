@@ -14,7 +14,8 @@ InferenceError
 │   ├── UnsupportedCodingError  415  a content coding other than gzip and deflate
 │   └── HeadersTooLargeError    431  the headers are over the limit
 ├── UnavailableError            503  the same request may succeed later: nothing is loaded yet
-│   ├── OverloadedError         503  or too many bytes of requests are in memory
+│   ├── AsleepError             503  or the model has to be loaded first
+│   ├── OverloadedError         503  or there is more to do than can be done in time
 │   └── RateLimitedError        429  or the key has made its requests for now
 ├── ModelError                  a model cannot be loaded or fails its self-test
 ├── PortInUseError              the server's port is taken
@@ -109,11 +110,24 @@ class UnavailableError(InferenceError):
     """The server runs but cannot answer now, as when it has no model yet."""
 
     status = 503
-    retry_after_s = 1
+    retry_after_s = 1.0
+
+
+class AsleepError(UnavailableError):
+    """A model that answers, and is not in memory at the moment."""
 
 
 class OverloadedError(UnavailableError):
-    """The requests that are being answered take all the memory that they may."""
+    """More is asked than can be answered: in the memory, or in the time that is granted.
+
+    Args:
+        message: what there is too much of.
+        retry_after_s: after how long it should be less.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class RateLimitedError(UnavailableError):
@@ -126,7 +140,7 @@ class RateLimitedError(UnavailableError):
 
     status = 429
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 

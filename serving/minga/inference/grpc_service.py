@@ -5,6 +5,7 @@ error (INVALID_ARGUMENT) with a reason, and long messages are parsed beside the 
 """
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -110,7 +111,7 @@ class GrpcService:
     async def model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """Say whether a model answers; an unknown one does not, which is no error."""
         try:
-            self._model(request)
+            self._service.repository.find(request.name, request.version or None)
         except InferenceError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
@@ -123,7 +124,7 @@ class GrpcService:
 
     async def model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Say what a model takes and gives."""
-        model = self._model(request)
+        model = await self._service.model(request.name, request.version or None)
         return pb.ModelMetadataResponse(
             name=model.ref.name,
             versions=self._service.repository.versions(model.ref.name),
@@ -168,9 +169,6 @@ class GrpcService:
         await self._service.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _model(self, request: Any) -> OnnxModel:
-        return self._service.repository.get(request.name, request.version or None)
-
 
 class _GrpcCall:
     """An inference request over gRPC, a `service.Call`."""
@@ -185,6 +183,15 @@ class _GrpcCall:
     def decode(self, _model: OnnxModel) -> InferRequest:
         """Read the tensors."""
         return read_request(self._message)
+
+    def header(self, name: str) -> str | None:
+        """Give a parameter of the request, which is where gRPC has them."""
+        parameters = self._message.parameters
+        if name not in parameters:
+            return None
+        parameter = parameters[name]
+        kind = parameter.WhichOneof("parameter_choice")
+        return None if kind is None else str(getattr(parameter, kind))
 
     def encode(self, response: InferResponse, _request: InferRequest) -> pb.ModelInferResponse:
         """Write the tensors."""
@@ -207,7 +214,7 @@ def _spec(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
 async def _refuse(context: Any, error: InferenceError) -> None:
     trailers = [(STATUS_KEY, str(error.status))]
     if isinstance(error, UnavailableError):
-        trailers.append(("retry-after", str(error.retry_after_s)))
+        trailers.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
     await context.abort(status_of(error), str(error), tuple(trailers))
 
 

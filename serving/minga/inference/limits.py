@@ -16,6 +16,8 @@ class Limits:
         num_threads: how many requests, or batches of them, too slow for the event loop compute
             at once.
         max_batch_rows: the rows of requests that compute together; 1 lets each compute alone.
+        objective_s: how long a request that is too slow for the event loop may take; what would
+            be late is refused. None means any time.
         model_control: whether callers may load and unload models.
     """
 
@@ -24,4 +26,5 @@ class Limits:
     body_timeout_s: float = 60.0
     num_threads: int = os.cpu_count() or 1
     max_batch_rows: int = 64
+    objective_s: float | None = None
     model_control: bool = False

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from minga.inference.repository import ModelRepository
+from minga.inference.side_by_side import SideBySide
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 # From a small network inline to a large one behind a queue, in seconds.
@@ -24,9 +25,15 @@ class InferenceMetrics:
     Args:
         repository: whose models are listed as `minga_inference_model_info`.
         registry: where the series live; a process with several servers gives one to each.
+        side_by_side: whose comparisons are listed.
     """
 
-    def __init__(self, repository: ModelRepository, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        repository: ModelRepository,
+        registry: CollectorRegistry,
+        side_by_side: SideBySide | None = None,
+    ) -> None:
         self._registry = registry
         self._requests = Counter(
             "minga_inference_requests",
@@ -51,6 +58,7 @@ class InferenceMetrics:
         # Finding a series by its labels takes longer than counting in it.
         self._series: dict[tuple[str, str, int], tuple[Counter, Histogram | None]] = {}
         registry.register(_ServedModels(repository))
+        registry.register(_Comparisons(side_by_side))
 
     def begin(self) -> None:
         """Count a request that has begun."""
@@ -81,11 +89,70 @@ class _ServedModels(Collector):
         self._repository = repository
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(
+        info = GaugeMetricFamily(
             "minga_inference_model_info",
             "Constant 1 for each model version being served.",
             labels=("model", "version", "sha256"),
         )
+        awake = GaugeMetricFamily(
+            "minga_inference_model_awake",
+            "1 for each model version that is in memory, 0 for one that is loaded when asked for.",
+            labels=("model", "version"),
+        )
+        in_memory = {model.ref for model in self._repository.awake()}
         for ref in self._repository.refs:
-            family.add_metric((ref.name, ref.version, ref.sha256), 1)
-        yield family
+            info.add_metric((ref.name, ref.version, ref.sha256), 1)
+            awake.add_metric((ref.name, ref.version), ref in in_memory)
+        yield info
+        yield awake
+        yield CounterMetricFamily(
+            "minga_inference_model_wakes",
+            "Model versions that were loaded because a request asked for them.",
+            value=self._repository.num_awakened,
+        )
+        yield CounterMetricFamily(
+            "minga_inference_model_evictions",
+            "Model versions that left the memory for others.",
+            value=self._repository.num_evicted,
+        )
+
+
+class _Comparisons(Collector):
+    """Lists the comparisons under way at the moment of the scrape."""
+
+    def __init__(self, side_by_side: SideBySide | None) -> None:
+        self._side_by_side = side_by_side
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ("model", "version", "mode")
+        share = GaugeMetricFamily(
+            "minga_comparison_share",
+            "The part of a model's requests that the version sees which is compared.",
+            labels=labels,
+        )
+        requests = CounterMetricFamily(
+            "minga_comparison_requests",
+            "Requests that a version was given in the present stage of a comparison.",
+            labels=labels,
+        )
+        failures = CounterMetricFamily(
+            "minga_comparison_failures",
+            "Those that it could not answer, through no fault of their callers.",
+            labels=labels,
+        )
+        agreements = CounterMetricFamily(
+            "minga_comparison_agreements",
+            "Shadowed requests in which the version's answer agreed with the baseline's.",
+            labels=labels,
+        )
+        for arms in self._side_by_side.arms.values() if self._side_by_side else ():
+            compared = arms.comparison
+            roles = (compared.baseline, arms.baseline), (compared.challenger, arms.challenger)
+            for version, tally in roles:
+                values = (compared.model, version, compared.mode)
+                requests.add_metric(values, tally.requests)
+                failures.add_metric(values, tally.failures)
+            values = (compared.model, compared.challenger, compared.mode)
+            share.add_metric(values, compared.share)
+            agreements.add_metric(values, arms.challenger.agreements)
+        yield from (share, requests, failures, agreements)

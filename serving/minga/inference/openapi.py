@@ -21,7 +21,8 @@ _SUMMARIES: Final = {
     Operation.MODEL_READY: "Whether a model answers",
     Operation.INFER: "Outputs of a model for inputs",
     Operation.EXPLAIN: "What each feature adds to a model's outputs, row by row",
-    Operation.STATISTICS: "Counts and times of versions since they were loaded",
+    Operation.OUTCOMES: "Report how good answers were, while two versions are compared",
+    Operation.STATISTICS: "Counts and times of versions since they were declared",
     Operation.REPOSITORY_INDEX: "The declared versions and their state",
     Operation.LOAD: "Let an unloaded model answer again",
     Operation.UNLOAD: "Let a model answer no more until it is loaded",
@@ -34,6 +35,7 @@ _REFUSALS: Final[dict[Operation, tuple[int, ...]]] = {
     Operation.MODEL_READY: (404, 503),
     Operation.INFER: (400, 404, 408, 413, 415, 503),
     Operation.EXPLAIN: (400, 404, 408, 413, 415, 503),
+    Operation.OUTCOMES: (400, 404, 408, 413, 415, 503),
     Operation.STATISTICS: (404, 503),
     Operation.REPOSITORY_INDEX: (400, 408, 413, 415, 503),
     Operation.LOAD: (400, 403, 404, 408, 413, 415, 503),
@@ -132,6 +134,8 @@ def _body(operation: Operation) -> dict[str, Any] | None:
             return {"content": _json("RepositoryIndexRequest")}
         case Operation.LOAD | Operation.UNLOAD:
             return {"content": _json("Options")}
+        case Operation.OUTCOMES:
+            return {"required": True, "content": _json("Outcomes")}
         case _:
             return None
 
@@ -157,6 +161,7 @@ _ANSWERS: Final = {
     Operation.MODEL_NAMES: "ModelNames",
     Operation.MODEL_METADATA: "ModelMetadata",
     Operation.MODEL_READY: "ModelReady",
+    Operation.OUTCOMES: "Counted",
     Operation.STATISTICS: "Statistics",
     Operation.REPOSITORY_INDEX: "RepositoryIndex",
 }
@@ -165,6 +170,8 @@ _NAME: Final = {"type": "string", "minLength": 1}
 _FLAG: Final = {"type": "boolean"}
 _COUNT: Final = {"type": "integer", "minimum": 0}
 _PARAMETERS: Final = {"type": "object"}
+_OUTCOME: Final = {"type": "number", "minimum": -1e100, "maximum": 1e100}
+_NOTHING_ELSE: Final = {"additionalProperties": False}
 
 
 def _json(schema: str) -> dict[str, Any]:
@@ -242,6 +249,10 @@ def _schemas() -> dict[str, Any]:
                 }
             )
         ),
+        "Outcomes": _object(
+            {"outcomes": _list(_object({"key": _TEXT, "value": _OUTCOME}) | _NOTHING_ELSE)}
+        ),
+        "Counted": _object({"counted": _COUNT}),
         "Options": _object({}, parameters=_PARAMETERS | {"maxProperties": 0}),
     }
 

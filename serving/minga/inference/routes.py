@@ -19,6 +19,7 @@ class Operation(Enum):
     MODEL_READY = auto()
     INFER = auto()
     EXPLAIN = auto()
+    OUTCOMES = auto()
     STATISTICS = auto()
     REPOSITORY_INDEX = auto()
     LOAD = auto()
@@ -59,6 +60,7 @@ ROUTES: Final = (
     Route(Operation.INFER, "POST", "/v2/models/{model}/versions/{version}/infer"),
     Route(Operation.EXPLAIN, "POST", "/v2/models/{model}/explain"),
     Route(Operation.EXPLAIN, "POST", "/v2/models/{model}/versions/{version}/explain"),
+    Route(Operation.OUTCOMES, "POST", "/v2/models/{model}/outcomes"),
     Route(Operation.SERVER_METADATA, "GET", "/v2"),
     Route(Operation.SERVER_METADATA, "GET", "/v2/"),
     Route(Operation.SERVER_LIVE, "GET", "/v2/health/live", None),

@@ -9,11 +9,13 @@ that a thread that computes never waits for JSON.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version as installed_version
 from typing import Any, Final, Protocol, TypeVar
 
@@ -21,15 +23,23 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from minga.inference.access import Access
-from minga.inference.batching import Batcher
+from minga.inference.batching import Batcher, Computed
 from minga.inference.bodies import Budget, DisconnectedError, Share
+from minga.inference.comparing import Mode
 from minga.inference.engine import OnnxModel
-from minga.inference.errors import ForbiddenError, InferenceError, ModelError, UnavailableError
+from minga.inference.errors import (
+    AsleepError,
+    ForbiddenError,
+    InferenceError,
+    ModelError,
+    UnavailableError,
+)
 from minga.inference.explaining import attributions, baseline_of, occluded, rows_of
 from minga.inference.limits import Limits
 from minga.inference.metrics import InferenceMetrics
 from minga.inference.protocol import BINARY_EXTENSION, InferRequest, InferResponse
 from minga.inference.repository import ModelRepository
+from minga.inference.side_by_side import SideBySide
 from minga.inference.statistics import Execution
 from minga.inference.tensors import Array
 
@@ -42,6 +52,8 @@ _CALLER_LEFT: Final = 499  # nginx' number for it; nobody receives it, only the 
 # be felt by the other connections.
 _INLINE_S: Final = 0.001
 _INLINE_BYTES: Final = 64 * 1024
+
+_LOG: Final = logging.getLogger(__name__)
 
 T = TypeVar("T")
 AnswerT_co = TypeVar("AnswerT_co", covariant=True)
@@ -73,6 +85,10 @@ class Call(Protocol[AnswerT_co]):
         Raises:
             BadRequestError: the wire cannot carry it in the form that was asked for.
         """
+        ...
+
+    def header(self, name: str) -> str | None:
+        """Give what the caller said of the request under this name; None if nothing."""
         ...
 
 
@@ -114,11 +130,12 @@ class LocalControl:
 
 @dataclass(slots=True)
 class _Times:
-    """Where a request's time goes, in seconds."""
+    """Where a request's time goes, in seconds, and who answered if not the model's default."""
 
     queue_s: float = 0.0
     input_s: float = 0.0
     output_s: float = 0.0
+    model: OnnxModel | None = None
 
 
 class InferenceService:
@@ -145,15 +162,24 @@ class InferenceService:
         self.repository = repository
         self.access = access or Access()
         self.limits = limits or Limits()
-        self.metrics = InferenceMetrics(repository, registry or CollectorRegistry())
+        self.side_by_side = SideBySide(
+            compute=self._compute, find=self.model, run=self._run, beside=self.beside
+        )
+        self.metrics = InferenceMetrics(
+            repository, registry or CollectorRegistry(), self.side_by_side
+        )
         self._control = control or LocalControl(repository)
         num_threads = self.limits.num_threads
         self._threads = ThreadPoolExecutor(num_threads, "minga-inference")
         self._readers = ThreadPoolExecutor(num_threads, "minga-bodies")
         self._batcher = Batcher(
-            self._threads, num_threads=num_threads, max_rows=self.limits.max_batch_rows
+            self._threads,
+            num_threads=num_threads,
+            max_rows=self.limits.max_batch_rows,
+            objective_s=self.limits.objective_s,
         )
         self._budget = Budget(self.limits.max_pending_bytes)
+        self._waking: dict[tuple[str, str | None], asyncio.Future[OnnxModel]] = {}
 
     def close(self) -> None:
         """Let the threads end with what they are doing."""
@@ -172,6 +198,8 @@ class InferenceService:
             InferenceError: it cannot be answered, as the error says.
             DisconnectedError: its caller went away.
         """
+        if (arms := self.side_by_side.arms.get(name)) and version is None:
+            return await self._answer(name, None, call, partial(self.side_by_side.answer, arms))
         return await self._answer(name, version, call, self._compute)
 
     async def explain(self, name: str, version: str | None, call: Call[T]) -> T:
@@ -201,7 +229,10 @@ class InferenceService:
         times = _Times()
         status = 200
         try:
-            model = self.repository.get(name, version)
+            try:
+                model = self.repository.get(name, version)
+            except AsleepError:
+                model = await self.model(name, version)
             size = await call.receive(self.limits)
             answer = await compute(model, call, size, times)
         except InferenceError as error:
@@ -214,8 +245,32 @@ class InferenceService:
             status = 500
             raise
         finally:
-            self._count(model, status, time.perf_counter() - start, times)
+            self._count(times.model or model, status, time.perf_counter() - start, times)
         return answer
+
+    async def model(self, name: str, version: str | None) -> OnnxModel:
+        """Give a version of a model, waking it if it sleeps; several callers wake it once.
+
+        Raises:
+            UnknownModelError: no such model or version is served.
+            UnavailableError: it cannot be served now.
+        """
+        with suppress(AsleepError):
+            return self.repository.get(name, version)
+        waking = self._waking.get((name, version))
+        if waking is None:
+            waking = asyncio.ensure_future(asyncio.to_thread(self.repository.wake, name, version))
+            self._waking[name, version] = waking
+            waking.add_done_callback(partial(self._awoken, (name, version)))
+        try:
+            return await asyncio.shield(waking)
+        except ModelError as error:
+            raise UnavailableError(str(error)) from error
+
+    def _awoken(self, which: tuple[str, str | None], waking: "asyncio.Future[OnnxModel]") -> None:
+        del self._waking[which]
+        if not waking.cancelled() and (error := waking.exception()):
+            _LOG.warning("cannot wake model %s: %s", which[0], error)
 
     def share(self) -> Share:
         """Give a request's part of the memory that requests and answers together may take.
@@ -253,6 +308,11 @@ class InferenceService:
         times.input_s = decoded - start
         times.output_s = time.perf_counter() - computed
         return answer
+
+    async def _run(
+        self, model: OnnxModel, inputs: Mapping[str, Array], outputs: tuple[str, ...]
+    ) -> Computed:
+        return await self._batcher.run(model, inputs, outputs)
 
     async def _explain(self, model: OnnxModel, call: Call[T], size: int, times: _Times) -> T:
         """Compute piece by piece, so that other requests have their turns in between."""
@@ -310,7 +370,7 @@ class InferenceService:
             raise UnavailableError("no model is loaded yet; try again shortly")
 
     def statistics(self, name: str | None, version: str | None) -> list[dict[str, Any]]:
-        """Give what versions have done since they were loaded, in Triton's form.
+        """Give what versions have done since they were declared, in Triton's form.
 
         Args:
             name: of which model; None means all.
@@ -320,16 +380,14 @@ class InferenceService:
             UnknownModelError: no such model or version is served.
             UnavailableError: nothing is served yet.
         """
-        if name is None:
-            models = self.repository.served()
-        elif version is None:
-            versions = self.repository.versions(name)
-            models = tuple(self.repository.get(name, each) for each in versions)
-        else:
-            models = (self.repository.get(name, version),)
+        refs = self.repository.refs if name is None else self.repository.find(name, version)
         return [
-            {"name": model.ref.name, "version": model.ref.version, **model.statistics.snapshot()}
-            for model in models
+            {
+                "name": ref.name,
+                "version": ref.version,
+                **self.repository.statistics(ref).snapshot(),
+            }
+            for ref in refs
         ]
 
     def index(self, *, only_ready: bool) -> list[dict[str, str]]:
@@ -344,6 +402,31 @@ class InferenceService:
             for entry in self.repository.index()
             if entry.is_loaded or not only_ready
         ]
+
+    def report_outcomes(self, name: str, outcomes: Iterable[tuple[str, float]]) -> int:
+        """Count what became of answers for the versions that gave them, while a split runs.
+
+        Args:
+            name: the model.
+            outcomes: the key that a caller sent with its requests, and how good the answers were
+                for it: one number per key.
+
+        Returns:
+            How many were counted: none where no split runs.
+
+        Raises:
+            UnknownModelError: no such model is served.
+            UnavailableError: nothing is served yet.
+        """
+        self.repository.find(name)
+        arms = self.side_by_side.arms.get(name)
+        if arms is None or arms.comparison.mode is not Mode.SPLIT:
+            return 0
+        counted = 0
+        for key, value in outcomes:
+            arms.report_outcome(key, value)
+            counted += 1
+        return counted
 
     async def load(self, name: str) -> None:
         """Load a declared model.

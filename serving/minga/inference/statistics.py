@@ -61,16 +61,31 @@ class Execution:
     infer_s: float
     output_s: float = 0.0
 
+    @property
+    def total_s(self) -> float:
+        """The time of all of it."""
+        return self.input_s + self.infer_s + self.output_s
+
 
 class Statistics:
     """What one version has done."""
 
     def __init__(self) -> None:
         self._last_inference_ms = 0
+        self._awake_since_s = time.time()
         self._num_inferences = 0
         self._num_executions = 0
         self._requests = InferDurations()
         self._batches: dict[int, BatchDurations] = {}
+
+    @property
+    def last_used_s(self) -> float:
+        """When a request was answered last, or the version was loaded, in seconds since 1970."""
+        return max(self._last_inference_ms / 1000, self._awake_since_s)
+
+    def wake(self) -> None:
+        """Note that the version was loaded."""
+        self._awake_since_s = time.time()
 
     def executed(self, execution: Execution, *, num_requests: int) -> None:
         """Count a run that answered requests."""

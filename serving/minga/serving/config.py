@@ -2,13 +2,61 @@
 
 import math
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minga.inference.access import Protection
 from minga.inference.errors import AccessError
 from minga.inference.limits import Limits
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ComparisonConfig(BaseModel):
+    """How two versions of a model are compared on its traffic: `minga traffic`."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+    new_champions: bool = False
+    """Let a new champion take over by the shares below, and only if it does no worse than the one
+    before; by default it takes over at once."""
+
+    shares: tuple[Share, ...] = Field((0.05, 0.25, 0.5), min_length=1, strict=False)
+    """A canary's shares of the requests, one stage after the other; after the last it has all."""
+
+    min_requests: int = Field(200, ge=25)
+    """Requests that each version must have had until a stage of a canary ends well."""
+
+    hold_s: float = Field(60.0, ge=0)
+    """How long a stage of a canary takes at least."""
+
+    patience_s: float = Field(3600.0, gt=0)
+    """How long a canary that seems worse, but may be so by chance, is given to show the
+    contrary."""
+
+    max_error_gap: float = Field(0.01, ge=0, le=1)
+    """By how much more of its requests a canary may fail than the version before."""
+
+    max_latency_ratio: float = Field(1.5, ge=1)
+    """How much slower a canary's 95th percentile may be; 2 ms more are always allowed."""
+
+    max_drift: float = Field(0.2, gt=0)
+    """How far a canary's predictions may lie from those of the version before: the population
+    stability index, of which 0.2 is usually called a shift."""
+
+    alpha: float = Field(0.01, gt=0, lt=1)
+    """The chance of finding a difference between versions that are equal: in all looks at one
+    stage of a canary together, and in the one look at a split's outcomes."""
+
+    min_outcomes: int = Field(200, ge=30)
+    """Outcomes that each version of a split must have until it is said which is better."""
+
+    key: str = Field("x-minga-key", pattern="^[a-z0-9-]+$")
+    """The header, or parameter of a request, in which callers say who they are to versions that
+    share the traffic: the same key always gets the same version."""
 
 
 class ServingConfig(BaseModel):
@@ -50,11 +98,34 @@ class ServingConfig(BaseModel):
     """Answer everyone who reaches the port, also beyond this machine."""
 
     num_replicas: int = Field(1, ge=1)
-    """Processes that answer, each with all models in memory."""
+    """Processes that answer, each with all models."""
+
+    max_replicas: int | None = Field(None, ge=1)
+    """Let the number of replicas follow the load, from `num_replicas` up to this many. Requests
+    over gRPC go past Ray Serve, so they do not count."""
+
+    target_ongoing_requests: float = Field(16.0, gt=0)
+    """Requests that a replica should have in hand, on the mean: more of them start replicas, fewer
+    end some."""
+
+    upscale_delay_s: float = Field(10.0, gt=0)
+    """How long more replicas must be wanted until they are started."""
+
+    downscale_delay_s: float = Field(300.0, gt=0)
+    """How long fewer replicas must be wanted until one is ended."""
 
     cpus_per_replica: float = Field(1.0, gt=0)
     """What Ray reserves for each replica; requests slower than a millisecond compute on as many
     threads, rounded up."""
+
+    threads_per_run: int = Field(1, ge=1)
+    """Threads of onnxruntime for one run of a model. 1 gives the most answers per second where
+    requests come in parallel; more make a lone, large request faster."""
+
+    model_memory_mb: float | None = Field(None, gt=0)
+    """Memory that each replica's models may take together, counted by the sizes of their files.
+    Models beyond are loaded when a request asks for them, and the least recently used leave; by
+    default all stay."""
 
     max_ongoing_requests: int = Field(128, ge=1)
     """Requests that a replica takes at once; more wait in the proxy."""
@@ -66,9 +137,19 @@ class ServingConfig(BaseModel):
     """Rows of requests that wait at the same time are computed together, up to this many; 1 lets
     each request compute alone."""
 
+    objective_ms: float | None = Field(None, gt=0)
+    """How long a request may take in a replica. Batches are kept small enough for it, and requests
+    that would take longer are refused at once (503 with Retry-After), so that under overload as
+    many as can be are still answered in time. Requests faster than a millisecond do not queue in
+    the replica, and are not refused."""
+
+    max_queued_requests: int | None = Field(None, ge=0)
+    """Requests that may wait in the proxy until a replica takes them; more are refused (503). By
+    default `max_ongoing_requests` where there is an objective, else any number."""
+
     model_control: bool = False
-    """Let callers load and unload models (`/v2/repository`), with `--engine local` only. Anyone
-    who reaches the port may then take a model away."""
+    """Let callers load and unload models (`/v2/repository`), in all replicas at once. Anyone who
+    reaches the port may then take a model away."""
 
     alias: str = Field("champion", min_length=1)
     """Which registered version is served: the one with this alias."""
@@ -78,6 +159,11 @@ class ServingConfig(BaseModel):
 
     rollout_timeout_s: float = Field(60.0, gt=0)
     """How long a new version may take to load on every replica."""
+
+    comparison: ComparisonConfig = Field(
+        default_factory=lambda: ComparisonConfig.model_validate({})
+    )
+    """How two versions of a model are compared on its traffic."""
 
     fast_ingress: bool = False
     """Let HAProxy take the requests instead of Ray Serve's Python proxy, which answers many times
@@ -121,6 +207,24 @@ class ServingConfig(BaseModel):
                 "a proxy in front end TLS and set no tls_certificate"
             )
 
+    @model_validator(mode="after")
+    def _replicas_have_room(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas = {self.max_replicas} must not be below "
+                f"num_replicas = {self.num_replicas}"
+            )
+        return self
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """How models are kept: the arguments of `minga.inference.repository.ModelRepository`."""
+        megabytes = self.model_memory_mb
+        return {
+            "num_threads": self.threads_per_run,
+            "max_bytes": None if megabytes is None else int(megabytes * 1024 * 1024),
+        }
+
     @property
     def limits(self) -> Limits:
         """What the application grants its callers."""
@@ -128,5 +232,6 @@ class ServingConfig(BaseModel):
             max_body_bytes=int(self.max_body_mb * 1024 * 1024),
             num_threads=math.ceil(self.cpus_per_replica),
             max_batch_rows=self.max_batch_rows,
+            objective_s=None if self.objective_ms is None else self.objective_ms / 1000,
             model_control=self.model_control,
         )

@@ -16,23 +16,18 @@ from typing import Any, Final
 
 import httpx
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.context import _get_global_client  # no public way to deploy a schema in-process
-from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from minga.inference.client import InferenceClient
+from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
 from minga.inference.server import listen, url_host
-from minga.serving.application import (
-    APPLICATION,
-    DEPLOYMENT,
-    IMPORT_PATH,
-    UserConfig,
-    user_config,
-)
+from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
+from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError, VersionRefusedError
+from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
 
 _POLL_S: Final = 0.1
 _START_TIMEOUT_S: Final = 120
@@ -66,19 +61,20 @@ class ServeHost:
         scheme = "grpcs" if self._config.tls_certificate else "grpc"
         return f"{scheme}://{url_host(self._config.host)}:{self._config.grpc_port}"
 
-    def deploy(self, refs: Sequence[ModelRef]) -> None:
+    def deploy(self, refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()) -> None:
         """Serve exactly these versions on every replica, without failing a request.
 
         Returns when every replica answers with them.
 
         Args:
             refs: the versions; of several of one model the first is its default.
+            comparisons: which of them share their model's traffic.
 
         Raises:
             VersionRefusedError: a replica cannot load one; nothing has changed.
             HostError: the replicas do not get there in `rollout_timeout_s`.
         """
-        wanted = user_config(refs)
+        wanted = user_config(refs, comparisons)
         with self._deploying:
             refusals = [reason for reason in self._ask_all("prepare", wanted) if reason]
             if refusals:
@@ -89,6 +85,14 @@ class ServeHost:
                 self._config.rollout_timeout_s,
                 "the new versions do not reach every replica",
             )
+
+    def counts(self) -> list[ReplicaCounts]:
+        """Give what each replica has counted of the comparisons.
+
+        Raises:
+            HostError: no replica is running, or one does not answer.
+        """
+        return self._ask_all("counts")
 
     def wait_ready(self, timeout_s: float = 30) -> None:
         """Wait until a request through the front door is answered by a model.
@@ -117,20 +121,11 @@ class ServeHost:
         """Bring up replicas that serve nothing yet."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(
-            http_options={"host": self._config.host, "port": self._config.port, **self._tls()},
+            http_options=_http_options(self._config),
             logging_config=_QUIET,
         )
         self._declare(user_config([]))
         self._wait(self._is_running, _START_TIMEOUT_S, "the replicas do not start")
-
-    def _tls(self) -> dict[str, str]:
-        """Give the proxy's options of TLS."""
-        if not self._config.tls_certificate:
-            return {}
-        return {
-            "ssl_certfile": self._config.tls_certificate,
-            "ssl_keyfile": self._config.tls_key,
-        }
 
     def _declare(self, config: UserConfig) -> None:
         schema = {"applications": [application_schema(self._config, config)]}
@@ -151,21 +146,7 @@ class ServeHost:
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method on every replica; at least one must answer."""
-        try:
-            response = self._replicas().broadcast(method, *arguments)
-            answers = response.results(timeout_s=self._config.rollout_timeout_s)
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise HostError(f"a replica does not answer: {error}") from error
-        if not answers:
-            raise HostError("no replica is running")
-        return list(answers)
-
-    def _replicas(self) -> Any:
-        handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-        if not handle.is_initialized:
-            # The fast ingress wants its routers on a loop of their owner; this thread has none.
-            handle._init(_run_router_in_separate_loop=True)
-        return handle
+        return ask_all(method, *arguments, timeout_s=self._config.rollout_timeout_s)
 
     def _wait(self, is_done: Callable[[], bool], timeout_s: float, complaint: str) -> None:
         deadline = time.monotonic() + timeout_s
@@ -223,14 +204,16 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
         "import_path": IMPORT_PATH,
         "args": {
             "limits": asdict(config.limits),
+            "models": config.models,
             "grpc": _grpc_address(config),
             "protection": asdict(config.protection),
         },
         "deployments": [
             {
                 "name": DEPLOYMENT,
-                "num_replicas": config.num_replicas,
+                **_scale(config),
                 "max_ongoing_requests": config.max_ongoing_requests,
+                "max_queued_requests": _max_queued(config),
                 # A replica that is replaced at all is replaced by one that runs already.
                 "max_surge_percent": 100,
                 "ray_actor_options": {"num_cpus": config.cpus_per_replica},
@@ -238,6 +221,55 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
                 "user_config": models,
             }
         ],
+    }
+
+
+def serve_config(config: ServingConfig, refs: Sequence[ModelRef]) -> dict[str, Any]:
+    """Write a Serve config file, by which `serve deploy` starts the same application.
+
+    Args:
+        config: how to serve.
+        refs: what to serve, at paths that every node of the cluster can read.
+
+    Raises:
+        AccessError: it would not be protected as it has to be, or as Ray Serve can.
+    """
+    config.require_protected_on_ray()
+    return {
+        "http_options": _http_options(config),
+        "logging_config": _QUIET,
+        "applications": [application_schema(config, user_config(refs))],
+    }
+
+
+def _http_options(config: ServingConfig) -> dict[str, Any]:
+    """Say where the proxy listens, and with which certificate."""
+    options: dict[str, Any] = {"host": config.host, "port": config.port}
+    if config.tls_certificate:
+        options |= {"ssl_certfile": config.tls_certificate, "ssl_keyfile": config.tls_key}
+    return options
+
+
+def _max_queued(config: ServingConfig) -> int:
+    if config.max_queued_requests is not None:
+        return config.max_queued_requests
+    return -1 if config.objective_ms is None else config.max_ongoing_requests
+
+
+def _scale(config: ServingConfig) -> dict[str, Any]:
+    """Say how many replicas there are, or between which numbers they follow the load."""
+    if config.max_replicas is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+            # The mean over a longer time than one waits for would hide what one waits for.
+            "look_back_period_s": min(config.upscale_delay_s, config.downscale_delay_s, 30.0),
+        }
     }
 
 

@@ -5,14 +5,19 @@ import gc
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from minga.inference.app import InferenceApp
+from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
 from minga.inference.grpc_server import GrpcServer
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
+from minga.inference.service import InferenceService
 from minga.serving.config import ServingConfig
+from minga.serving.counting import ReplicaCounts
+from minga.serving.referee import Referee
 from minga.serving.watcher import ModelSource, Watcher
 
 if TYPE_CHECKING:
@@ -26,6 +31,7 @@ async def serve_locally(
     on_ready: Callable[[str, str | None], None],
     *,
     tracking_uri: str = "",
+    referee: Referee | None = None,
 ) -> None:
     """Serve versions and follow their source until cancelled.
 
@@ -37,6 +43,7 @@ async def serve_locally(
         refs: what to serve first.
         on_ready: hears the URL, and gRPC's if there is one, once requests are answered.
         tracking_uri: of MLflow, where it is recorded what is served here; nowhere if empty.
+        referee: says which versions are compared; None if none are.
 
     Raises:
         AccessError: it would not be protected as it has to be.
@@ -46,11 +53,14 @@ async def serve_locally(
     protection = config.protection
     protection.check(config.host)
     access, tls = protection.access(), protection.tls()
-    repository = ModelRepository()
+    if referee is not None:
+        refs = [referee.begin(ref) for ref in refs]
+    repository = ModelRepository(**config.models)
     repository.apply(refs)
     app = InferenceApp(repository, limits=config.limits, access=access)
     stop = threading.Event()
-    watcher = Watcher(source, refs, repository.apply)
+    host = LocalHost(app.service, asyncio.get_running_loop())
+    watcher = Watcher(source, refs, host, referee)
     async with AsyncExitStack() as stack:
         front = Server(app, host=config.host, port=config.port, tls=tls)
         http = await stack.enter_async_context(front)
@@ -72,6 +82,34 @@ async def serve_locally(
             await watching
             if record:
                 await asyncio.to_thread(record.close)
+
+
+class LocalHost:
+    """A `watcher.Host` that is this process.
+
+    Args:
+        service: what serves.
+        loop: where it does; the methods are called from another thread.
+    """
+
+    def __init__(self, service: InferenceService, loop: asyncio.AbstractEventLoop) -> None:
+        self._service = service
+        self._loop = loop
+
+    def deploy(self, refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()) -> None:
+        """See `Host.deploy`."""
+        side_by_side = self._service.side_by_side
+        side_by_side.declare([each for each in side_by_side.declared if each in comparisons])
+        self._service.repository.apply(refs)
+        side_by_side.declare(comparisons)
+
+    def counts(self) -> list[ReplicaCounts]:
+        """See `Host.counts`."""
+        return [asyncio.run_coroutine_threadsafe(self._copy_counts(), self._loop).result()]
+
+    async def _copy_counts(self) -> ReplicaCounts:
+        counts = deepcopy(self._service.side_by_side.counts())
+        return ReplicaCounts(replica="this process", counts=counts)
 
 
 def _record(tracking_uri: str, url: str) -> "ServiceRecord":

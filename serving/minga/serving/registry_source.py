@@ -8,6 +8,7 @@ training data in `profile.json`, by which answers are explained.
 import math
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -23,16 +24,23 @@ import mlflow.artifacts
 import orjson
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_DOES_NOT_EXIST,
+    ErrorCode,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from minga.inference.engine import ModelRef
+from minga.serving.book import RegistryBook
 from minga.serving.errors import NoChampionError, RegistryUnreachableError, ServingError
 
 _MODEL_FILE: Final = "model.onnx"
 _PROFILE_FILE: Final = "profile.json"
 _DIGEST_TAG: Final = "minga.onnx_sha256"
+_BLESSED_TAG: Final = "minga.blessed"
 _MISSING: Final = ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)
+_INVALID: Final = ErrorCode.Name(INVALID_PARAMETER_VALUE)
 
 
 class RegistrySource:
@@ -43,17 +51,28 @@ class RegistrySource:
     Args:
         tracking_uri: of MLflow, such as `sqlite:////path/mlflow.db`.
         alias: which version of a model is meant.
+        pins: for a model of which another is meant: its number, or "@" and an alias.
+        downloads: where files that lie elsewhere are kept; by default for this object's life.
 
     Raises:
         NoChampionError: there is no registry yet.
         RegistryUnreachableError: the registry does not answer.
     """
 
-    def __init__(self, tracking_uri: str, *, alias: str = "champion") -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        *,
+        alias: str = "champion",
+        pins: Mapping[str, str] | None = None,
+        downloads: Path | None = None,
+    ) -> None:
         self._uri = tracking_uri
         self._alias = alias
+        self._pins = dict(pins or {})
         self._refs: dict[tuple[str, str], ModelRef] = {}
-        self._downloads = tempfile.TemporaryDirectory(prefix="minga-models-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="minga-models-")
+        self._downloads = downloads or Path(self._temporary.name)
         database = _sqlite_file(tracking_uri)
         if database is not None and not database.is_file():  # MLflow would make an empty one
             raise NoChampionError(
@@ -77,24 +96,65 @@ class RegistrySource:
         return tuple(sorted(model.name for model in models if self._alias in model.aliases))
 
     def current(self, name: str) -> ModelRef | None:
-        """Give the version that the alias names; None if there is none.
+        """Give the version that the alias, or the model's pin, names; None if there is none.
 
         Raises:
             RegistryUnreachableError: the registry does not answer.
             ServingError: the version has no ONNX model that could be checked.
         """
+        pin = self._pins.get(name, f"@{self._alias}")
         try:
-            model = self._client.get_registered_model(name)
-            version = model.aliases.get(self._alias)
-            if version is None:
+            return self.version(name, pin)
+        except NoChampionError:
+            if pin.startswith("@"):
                 return None
-            if (name, version) not in self._refs:
-                found = self._client.get_model_version(name, version)
-                self._refs[name, version] = self._ref(found)
+            raise
+
+    def version(self, name: str, which: str) -> ModelRef:
+        """Give a version by its number, or by "@" and an alias.
+
+        Raises:
+            NoChampionError: there is none.
+            RegistryUnreachableError: the registry does not answer.
+            ServingError: the version has no ONNX model that could be checked.
+        """
+        try:
+            version: str | None = which
+            if which.startswith("@"):
+                version = self._client.get_registered_model(name).aliases.get(which[1:])
+            if version is not None:
+                return self._version(name, version)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            if getattr(error, "error_code", None) == _MISSING:
-                return None
+            # MLflow says that a version which is no number is an invalid parameter.
+            if getattr(error, "error_code", None) not in (_MISSING, _INVALID):
+                raise self._unreachable(error) from error
+        raise NoChampionError(
+            f"model '{name}' has no version {which}; see what there is with: minga model list"
+        )
+
+    def is_blessed(self, ref: ModelRef) -> bool:
+        """Tell whether a version passed its gates.
+
+        Raises:
+            RegistryUnreachableError: the registry does not answer.
+        """
+        try:
+            tags = self._client.get_model_version(ref.name, ref.version).tags
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise self._unreachable(error) from error
+        return bool(tags.get(_BLESSED_TAG) == "true")
+
+    def book(self) -> RegistryBook:
+        """Give the book of the traffic's plans and stories in this registry."""
+        return RegistryBook(
+            self._client,
+            unreachable=self._unreachable,
+            errors=(MlflowException, SQLAlchemyError, OSError),
+        )
+
+    def _version(self, name: str, version: str) -> ModelRef:
+        if (name, version) not in self._refs:
+            self._refs[name, version] = self._ref(self._client.get_model_version(name, version))
         return self._refs[name, version]
 
     def _ref(self, found: Any) -> ModelRef:
@@ -125,7 +185,7 @@ class RegistrySource:
         folder = _local_path(found.source)
         if folder is not None:
             return folder / file
-        target = Path(self._downloads.name) / found.name / str(found.version)
+        target = self._downloads / found.name / str(found.version)
         return Path(
             mlflow.artifacts.download_artifacts(
                 artifact_uri=f"{found.source.rstrip('/')}/{file}",
@@ -140,6 +200,30 @@ class RegistrySource:
             f"the model registry at {self._uri} does not answer ({reason}): "
             "is MINGA_TRACKING_URI right, and is its server up?"
         )
+
+
+def parse_pins(words: Iterable[str]) -> dict[str, str | None]:
+    """Read which models and versions are meant: `NAME`, `NAME@ALIAS` or `NAME/VERSION`.
+
+    Returns:
+        By model, its pin as `RegistrySource` takes it; None where there is none.
+
+    Raises:
+        ServingError: a word is none of these, or names a model again.
+    """
+    pins: dict[str, str | None] = {}
+    for word in words:
+        name, slash, version = word.partition("/")
+        pin: str | None = version
+        if not slash:
+            name, at, alias = word.partition("@")
+            pin = at + alias if at else None
+        if not name or pin in ("", "@") or name in pins:
+            raise ServingError(
+                f"{word!r} names no model, or one again; write NAME, NAME@ALIAS or NAME/VERSION"
+            )
+        pins[name] = pin
+    return pins
 
 
 def _sqlite_file(uri: str) -> Path | None:

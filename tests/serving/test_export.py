@@ -1,0 +1,134 @@
+"""A Serve config file that `minga serve --export` writes, deployed by Ray's own command."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from minga.inference.client import InferenceClient, ready
+from minga.inference.server import listen
+from tests.serving.test_commands import exit_code, run
+from tests.serving.test_host import replica_pids
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(tmp_path, registry_uri, monkeypatch):
+    """A project whose service follows its load between one replica and two."""
+    monkeypatch.setenv("MINGA_TRACKING_URI", registry_uri)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "minga.toml").write_text(
+        'task = "task.py:T"\n[data]\nsource = "data.csv"\n[serving]\nmax_replicas = 2\n'
+        "cpus_per_replica = 0.5\ntarget_ongoing_requests = 1.0\nupscale_delay_s = 0.5\n"
+        "downscale_delay_s = 1.0\n"
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def exported(project, register, models, tmp_path):
+    """The file, and the port that it names."""
+    register("exported", 2)
+    with listen("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+    file = tmp_path / "serve.yaml"
+    words = ("--project", project, "--port", str(port), "--export", str(file))
+    run("serve", "exported", *words)
+    return file, port
+
+
+def wait_until(is_done, complaint: str) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.1)
+
+
+def wait_for(count: int) -> None:
+    """Wait until so many replicas are alive."""
+    wait_until(lambda: len(replica_pids()) == count, f"there are not {count} replicas")
+
+
+@pytest.fixture
+def deployed(ray_cluster, exported):
+    """What `serve run` makes of the file on the session's Ray; give its URL."""
+    import ray
+    from ray import serve
+
+    file, port = exported
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
+    subprocess.run(
+        [*command, str(file), "--address", address, "--non-blocking"],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        env=os.environ,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: ready(url), f"nothing answers at {url}")
+        yield url
+    finally:
+        serve.shutdown()
+
+
+def test_the_file_deploys_and_follows_the_load(deployed):
+    """Ray's command serves it; a step of load brings a second replica, its end takes it away."""
+    rows = {"input": np.ones((60_000, 3), np.float32)}  # slow enough that callers pile up
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def call() -> None:
+        with InferenceClient(deployed) as client:
+            while not stop.is_set():
+                try:
+                    client.infer("exported", rows)
+                except Exception as error:  # noqa: BLE001 - counted, whatever it is
+                    failures.append(error)
+
+    with InferenceClient(deployed) as client:
+        output = client.infer("exported", {"input": rows["input"][:1]})["output"]
+        assert output.tolist() == [[2, 2, 2]]
+    wait_for(1)
+    callers = [threading.Thread(target=call) for _ in range(6)]
+    for caller in callers:
+        caller.start()
+    try:
+        wait_for(2)
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+    wait_for(1)
+    assert failures == []
+
+
+def test_the_file_names_versions_and_their_digests(exported):
+    """The versions of today are in it, with what their files must be."""
+    file, port = exported
+    config = yaml.safe_load(file.read_text())
+    (application,) = config["applications"]
+    (deployment,) = application["deployments"]
+    (model,) = deployment["user_config"]["models"]
+    assert config["http_options"] == {"host": "127.0.0.1", "port": port}
+    assert (model["name"], len(model["sha256"])) == ("exported", 64)
+    assert deployment["autoscaling_config"]["max_replicas"] == 2
+
+
+def test_a_file_needs_ports_and_a_place(project, register, tmp_path, capsys):
+    """A port that is not chosen, and a folder that is not there, are one line each."""
+    register("placed", 1)
+    words = ("serve", "placed", "--project", project, "--export")
+    assert exit_code(*words, str(tmp_path / "x.yaml"), "--port", "0") == 21
+    assert "not 0" in capsys.readouterr().err
+    assert exit_code(*words, str(tmp_path / "no" / "x.yaml")) == 21
+    assert "cannot write" in capsys.readouterr().err
