@@ -28,3 +28,13 @@ def ray_cluster() -> Iterator[None]:
         os.environ.setdefault(f"RAY_SERVE_{what}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     with local_ray(num_cpus=4):
         yield
+
+
+@pytest.fixture(scope="session")
+def registry_uri(tmp_path_factory):
+    """An empty registry; making its database takes seconds, so there is one for all tests."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models()
+    return uri

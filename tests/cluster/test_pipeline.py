@@ -3,16 +3,14 @@
 import asyncio
 import contextlib
 import hashlib
-import io
 import json
 import shutil
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minga.cluster import pipeline, template
+from minga.cluster import pipeline
 from minga.cluster.checking import check_data
 from minga.cluster.federate import federate, personal_of
 from minga.cluster.learning import picture_of
@@ -39,25 +37,6 @@ num_rounds = 2
 protection = "plain"
 invite_timeout_s = 1
 """
-SMALL = {"num_trials = 8": "num_trials = 3", "max_epochs = 8": "max_epochs = 3"}
-SMALL |= {"num_workers = 2": "num_workers = 1", "epochs = 10": "epochs = 6"}
-
-
-@pytest.fixture(scope="module")
-def finished(ray_cluster, tmp_path_factory):
-    """A project after `minga run --json`, and what that printed."""
-    from minga.cli.app import main
-
-    directory = tmp_path_factory.mktemp("plant") / "plant"
-    template.write(directory)
-    text = (files(template) / "minga.toml").read_text()
-    for old, new in SMALL.items():
-        text = text.replace(old, new)
-    (directory / "minga.toml").write_text(text)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        main(["run", "--project", str(directory), "--json"])
-    return load(directory), json.loads(printed.getvalue())
 
 
 @pytest.fixture

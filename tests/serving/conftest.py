@@ -281,16 +281,6 @@ def load() -> type[Load]:
     return Load
 
 
-@pytest.fixture(scope="session")
-def registry_uri(tmp_path_factory):
-    """An empty registry; making its database takes seconds, so there is one for all tests."""
-    from mlflow import MlflowClient
-
-    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
-    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models()
-    return uri
-
-
 @pytest.fixture
 def register(registry_uri, tmp_path, models):
     """Register a version of a model that scales, as a training run does."""

@@ -42,6 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("minga.cli.audit:app", "Show, verify, export the coordinator's audit log."),
     "federate": ("minga.cli.federate:federate", "Train the champion further on the fleet."),
     "analyse": ("minga.cli.analyse:analyse", "Ask the fleet for statistics of its data."),
+    "observe": ("minga.cli.observe:observe", "Write rules, dashboard, route for Prometheus & Co."),
+    "respond": ("minga.cli.respond:app", "Let alarms retrain the champion; tell the story."),
     "status": ("minga.cli.status:status", "Show what runs, which versions, which devices."),
 }
 

@@ -26,6 +26,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.cluster.errors.StackError": 17,
     "minga.cluster.errors.DemoError": 18,
     "minga.cluster.errors.ReproductionError": 48,
+    "minga.cluster.errors.ResponseError": 52,
     # minga.training.errors
     "minga.training.errors.TaskError": 11,
     "minga.training.errors.ShapeError": 12,

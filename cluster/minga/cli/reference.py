@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings
 from minga.cli.app import COMMANDS, app
 from minga.cli.failures import EXIT_CODES
 from minga.cluster.project import Project, tables_of
+from minga.cluster.response.metrics import Metrics as RespondMetrics
 from minga.cluster.settings import Settings
 from minga.federation.coordinator.metrics import Metrics as CoordinatorMetrics
 from minga.federation.coordinator.settings import CoordinatorSettings
@@ -114,6 +115,9 @@ def metrics_page() -> str:
         "At `/metrics` of every server that answers requests: a device, and `minga serve`, where "
         "with several replicas each scrape reaches one of them.",
         _series(inference),
+        "## Responder",
+        "At `/metrics` of `minga respond run`, port 8070 unless told otherwise.",
+        _series(RespondMetrics().registry),
     ]
     return _NOTE + "\n\n".join(sections) + "\n"
 

@@ -5,6 +5,7 @@
     StackError                   a process of the local stack does not start, or ended
     DemoError                    a step of the demo did not give what it must
     ReproductionError            a run cannot be trained again, or gave other weights
+    ResponseError                the journal of alarms cannot be used, or what is asked of a case
 
 Each message says what is wrong, the value seen, and what to do. The parts below have error trees
 of their own: `minga.training.errors`, `minga.serving.errors`, `minga.federation.errors`.
@@ -29,3 +30,7 @@ class DemoError(Exception):
 
 class ReproductionError(Exception):
     """A run cannot be trained again, or gave other weights."""
+
+
+class ResponseError(Exception):
+    """The journal of alarms cannot be used, or a case is not where it is asked to be."""

@@ -69,29 +69,15 @@ def federate(
         RegistryError: there is no champion to start from.
         CampaignError: the campaign failed or was cancelled, or is of another model.
     """
-    name = project.loaded_task.name
     registry = project.registry(on_progress)
 
     async def rounds() -> tuple[pb.Campaign, Parameters]:
         async with connect(state) as operator:
-            followed = campaign_id or await _start(operator, project, registry)
+            followed = campaign_id or await start(operator, project, registry)
             return await follow_campaign(operator, followed, on_campaign)
 
     campaign, model = asyncio.run(rounds())
-    if campaign.plan.model_name != name:
-        raise CampaignError(
-            f"campaign {campaign.campaign_id} trained {campaign.plan.model_name!r}, this project's "
-            f"model is {name!r}; go to the project that started it"
-        )
-    parent = registry.get(name, campaign.plan.parent_version)
-    registered = pipeline.register_candidate(
-        project,
-        parameters={**personal_of(registry, parent, campaign), **model},
-        params=_params_of(registry, parent),
-        parent_version=parent.version,
-        campaign=_campaign(campaign),
-        on_progress=on_progress,
-    )
+    registered = take_in(project, campaign, model, on_progress)
     if not registered.report.blessed:
         return Federated(
             campaign=campaign, registered=registered, promoted=False, num_devices_told=0
@@ -100,6 +86,37 @@ def federate(
     num_told = publish(project, state, registered.version)
     return Federated(
         campaign=campaign, registered=registered, promoted=True, num_devices_told=num_told
+    )
+
+
+def take_in(
+    project: Project,
+    campaign: pb.Campaign,
+    model: Parameters,
+    on_progress: OnProgress = silent,
+) -> Registered:
+    """Judge and register what a campaign came to, unless that was done already.
+
+    Raises:
+        CampaignError: it is of another model than the project's.
+    """
+    name, registry = project.loaded_task.name, project.registry(on_progress)
+    if campaign.plan.model_name != name:
+        raise CampaignError(
+            f"campaign {campaign.campaign_id} trained {campaign.plan.model_name!r}, this project's "
+            f"model is {name!r}; go to the project that started it"
+        )
+    found = pipeline.find_registered(project, campaign=campaign.campaign_id)
+    if found is not None:
+        return found
+    parent = registry.get(name, campaign.plan.parent_version)
+    return pipeline.register_candidate(
+        project,
+        parameters={**personal_of(registry, parent, campaign), **model},
+        params=params_of(registry, parent),
+        parent_version=parent.version,
+        campaign=_campaign(campaign),
+        on_progress=on_progress,
     )
 
 
@@ -122,10 +139,15 @@ def publish(project: Project, state: Path, which: int | str = CHAMPION) -> int:
     return asyncio.run(offer())
 
 
-async def _start(operator: Operator, project: Project, registry: Registry) -> str:
-    """Start a campaign from the champion; gives its name."""
+async def start(operator: Operator, project: Project, registry: Registry) -> str:
+    """Start a campaign from the champion; gives its name.
+
+    Raises:
+        RegistryError: there is no champion to start from.
+        CampaignError: another one is running, or the plan cannot work.
+    """
     champion = registry.get(project.loaded_task.name, CHAMPION)
-    params = _params_of(registry, champion)
+    params = params_of(registry, champion)
     plan = campaign_plan(
         project.federation,
         model_name=champion.name,
@@ -159,7 +181,7 @@ def _flower_arrays(project: Project, params: dict[str, Scalar]) -> dict[str, Sca
     return {FLOWER_ARRAYS: names_to_text(names)}
 
 
-def _params_of(registry: Registry, version: Version) -> dict[str, Scalar]:
+def params_of(registry: Registry, version: Version) -> dict[str, Scalar]:
     """Read the hyper-parameters that a version's network is built with."""
     folder = registry.fetch(version.name, version.version)
     return dict(Lineage.read(folder / LINEAGE).params)

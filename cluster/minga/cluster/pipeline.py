@@ -24,7 +24,7 @@ from minga.cluster.runtimes import runtimes_for
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
-from minga.training.bundle import LINEAGE, MODEL, SCHEMA, Bundle, read_parameters
+from minga.training.bundle import GATES, LINEAGE, MODEL, SCHEMA, Bundle, read_parameters
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
 from minga.training.evaluate import evaluate as evaluate_network
@@ -47,6 +47,7 @@ __all__ = [
     "Registered",
     "RunReport",
     "evaluate",
+    "find_registered",
     "fingerprint",
     "finished_search",
     "promote",
@@ -195,6 +196,26 @@ def register_candidate(
     return registered
 
 
+def find_registered(project: Project, *, run_id: str = "", campaign: str = "") -> Registered | None:
+    """Give the version of a run, or the product of a campaign; None if it is not registered yet."""
+    registry, name = project.registry(), project.loaded_task.name
+    versions = registry.list_versions(name) if name in registry.names() else ()
+    for version in versions:
+        is_runs = bool(run_id) and version.run_id == run_id
+        if is_runs or (campaign and version.tags.get("minga.campaign") == campaign):
+            folder = registry.fetch(name, version.version)
+            report = GateReport.read(folder / GATES)
+            return Registered(
+                name=name,
+                version=version.version,
+                run_id=version.run_id,
+                report=report,
+                bundle_path=folder,
+                metrics=report.metrics,
+            )
+    return None
+
+
 def judge_anew(project: Project, which: int | str, on_progress: OnProgress = silent) -> Registered:
     """Judge a version against today's champion, data and limits, and register it with that verdict.
 
@@ -292,7 +313,11 @@ def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
             folder,
             run_id=run_id,
             blessed=report.blessed,
-            tags={"minga.origin": lineage.origin, "minga.data_sha256": lineage.data_digest},
+            tags={
+                "minga.origin": lineage.origin,
+                "minga.data_sha256": lineage.data_digest,
+                **({"minga.campaign": lineage.campaign.name} if lineage.campaign else {}),
+            },
         )
     test_metrics = {f"test_{name}": value for name, value in report.metrics.items()}
     tags = {"minga.version": str(version.version)}

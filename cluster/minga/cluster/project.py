@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from minga.cluster.errors import ProjectError
+from minga.cluster.response.config import RespondConfig
 from minga.cluster.settings import Settings
 from minga.federation.config import FederationConfig
 from minga.serving.config import ServingConfig
@@ -54,6 +55,7 @@ class Project(BaseModel):
     serving: ServingConfig = Field(default_factory=lambda: ServingConfig.model_validate({}))
     federation: FederationConfig = FederationConfig()
     simulation: SimulationConfig = SimulationConfig()
+    respond: RespondConfig = RespondConfig()
 
     _directory: Path = PrivateAttr()
     _checked: "DataReport | None" = PrivateAttr(default=None)

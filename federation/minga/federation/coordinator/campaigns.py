@@ -466,7 +466,7 @@ class Campaigns:
         self._drop_unused({*updates, *given_up, round_.order.model_digest})
         self._herald.forget(but=going)
         self._uploads = {name: d for name, d in self._uploads.items() if name in going}
-        self._metrics.observe_round(record)
+        self._metrics.observe_round(record, campaign.plan)
         self._fire()
 
     def _end(self, campaign: Campaign, state: int, reason: str, by: str = "") -> None:

@@ -1,5 +1,7 @@
 """What the coordinator tells Prometheus."""
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from minga.federation.v1 import federation_pb2 as pb
@@ -15,6 +17,11 @@ class Metrics:
         self.connected = Gauge(
             "minga_coordinator_connected_devices",
             "Devices with an open control stream.",
+            registry=self.registry,
+        )
+        self.enrolled = Gauge(
+            "minga_coordinator_enrolled_devices",
+            "Devices that are enrolled and not revoked, connected or away.",
             registry=self.registry,
         )
         self.certificate_end = Gauge(
@@ -34,6 +41,8 @@ class Metrics:
             ["result"],
             registry=self.registry,
         )
+        for result in ("committed", "aborted"):  # a rate needs the zero before the first one
+            self._rounds.labels(result=result)
         self._duration = Histogram(
             "minga_coordinator_round_duration_seconds",
             "Time from invitation to commit of committed rounds.",
@@ -57,8 +66,31 @@ class Metrics:
             registry=self.registry,
         )
 
-    def observe_round(self, record: pb.Round) -> None:
-        """Count a round that ended."""
+        self._privacy_spent = Gauge(
+            "minga_coordinator_privacy_spent_epsilon",
+            "Epsilon that the fleet's privacy ledger had spent after the newest private round.",
+            registry=self.registry,
+        )
+        self._privacy_budget = Gauge(
+            "minga_coordinator_privacy_budget_epsilon",
+            "Epsilon that the ledger may spend in all, of the campaign of that round.",
+            registry=self.registry,
+        )
+
+    def recall(self, campaigns: Iterable[pb.Campaign]) -> None:
+        """Take up what outlives the process: the privacy that earlier rounds spent."""
+        for campaign in campaigns:
+            for record in campaign.rounds:
+                self._observe_privacy(record, campaign.plan)
+
+    def _observe_privacy(self, record: pb.Round, plan: pb.CampaignPlan) -> None:
+        if record.HasField("privacy"):
+            self._privacy_spent.set(record.privacy.epsilon)
+            self._privacy_budget.set(plan.privacy.epsilon)
+
+    def observe_round(self, record: pb.Round, plan: pb.CampaignPlan) -> None:
+        """Count a round that ended, of a campaign with this plan."""
+        self._observe_privacy(record, plan)
         committed = record.stage == pb.ROUND_STAGE_COMMITTED
         self._rounds.labels(result="committed" if committed else "aborted").inc()
         self._bytes.labels(direction="received").inc(record.bytes_received)

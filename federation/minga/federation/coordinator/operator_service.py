@@ -15,6 +15,7 @@ from minga.federation.coordinator.access import principal_of_call
 from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub
+from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import DeviceRow, Store
 from minga.federation.errors import CampaignError, MissingDeviceError, PrivacyError
@@ -37,6 +38,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         hub: Hub,
         campaigns: Campaigns,
         models: PublishedModels,
+        metrics: Metrics,
         audit: AuditLog,
         mint_token: Callable[[str, float, str], tuple[str, float]],
         clock: Callable[[], float],
@@ -46,6 +48,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self._hub = hub
         self._campaigns = campaigns
         self._models = models
+        self._metrics = metrics
         self._audit = audit
         self._mint_token = mint_token
         self._clock = clock
@@ -100,6 +103,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
                 f"device/{request.device_id}",
                 by=principal_of_call(context).path,
             )
+        self._metrics.enrolled.set(self._store.num_enrolled())
         self._hub.drop(request.device_id)
         self._campaigns.lose(request.device_id, "revoked by an operator")
         return pb.RevokeDeviceResponse()

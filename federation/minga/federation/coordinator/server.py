@@ -142,6 +142,7 @@ class Coordinator:
         self._hub = Hub(self._clock)
         self._metrics = Metrics()
         self._metrics.connected.set_function(self._hub.__len__)
+        self._metrics.enrolled.set(self._store.num_enrolled())
         self._metrics.authority_end.set(self._authority.certificate.not_valid_after_utc.timestamp())
         self._campaigns = Campaigns(
             store=self._store,
@@ -157,6 +158,7 @@ class Coordinator:
             strategies=settings.strategies,
             apply_masks=self._apply_masks,
         )
+        self._metrics.recall(self._campaigns.describe())
         self._models = PublishedModels(
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
         )
@@ -327,6 +329,7 @@ class Coordinator:
             hub=self._hub,
             campaigns=self._campaigns,
             models=self._models,
+            metrics=self._metrics,
             audit=self._audit,
             mint_token=partial(self._mint, tokens),
             clock=self._clock,
@@ -354,6 +357,7 @@ class Coordinator:
             self._audit.append_limited(
                 Kind.DEVICE_ENROLLED, f"device/{device_id}", group=group, key=key_digest.hex()
             )
+        self._metrics.enrolled.set(self._store.num_enrolled())
 
     def _key_on_record(self, device_id: str) -> bytes | None:
         device = self._store.device(device_id)

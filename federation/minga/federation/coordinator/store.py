@@ -206,6 +206,11 @@ class Store:
         (count,) = self._execute("SELECT count(*) FROM devices").fetchone()
         return int(count)
 
+    def num_enrolled(self) -> int:
+        """Count the devices that are not revoked."""
+        (count,) = self._execute("SELECT count(*) FROM devices WHERE revoked_at IS NULL").fetchone()
+        return int(count)
+
     def _devices(
         self, where: str, values: Sequence[str | bytes], most: int = _ALL
     ) -> list[DeviceRow]:

@@ -1,0 +1,190 @@
+"""The service of `minga respond run`: listens, decides, and runs the work of the open case."""
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+
+from minga.cluster.errors import BusyError
+from minga.cluster.project import Project
+from minga.cluster.response.alarms import Alarm
+from minga.cluster.response.journal import Journal
+from minga.cluster.response.metrics import Metrics
+from minga.cluster.response.policy import MAX_ATTEMPTS, Hold, Kind, Open, decide, is_ours
+from minga.cluster.response.receiver import Receiver, token_of
+from minga.inference.server import Server
+
+_log = logging.getLogger(__name__)
+
+JOURNAL_FILE = "journal.db"
+STOP_GRACE_S = 30.0
+_TICK_S = 0.5
+_PAUSE_S = 10.0
+"""Between two attempts at the work of a case."""
+
+
+def folder_of(project: Project) -> Path:
+    """Where a project keeps its journal, the webhook's token, and the files of cases."""
+    return project.work_folder / "respond"
+
+
+def open_journal(project: Project) -> Journal:
+    """Open a project's journal."""
+    return Journal(folder_of(project) / JOURNAL_FILE)
+
+
+class Responder:
+    """Decides what alarms lead to and runs it, until cancelled.
+
+    Args:
+        project: whose `[respond]` table counts.
+        journal: is read again at each tick, since people and the work write into it too.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, project: Project, journal: Journal, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.metrics = Metrics()
+        self._project = project
+        self._config = project.respond
+        self._model = project.loaded_task.name
+        self._journal = journal
+        self._clock = clock
+        self._child: asyncio.subprocess.Process | None = None
+        self._not_before = 0.0
+
+    async def hear(self, alarms: tuple[Alarm, ...]) -> int:
+        """Take alarms in; those that may not act are not kept. Gives how many may."""
+        ours = tuple(alarm for alarm in alarms if is_ours(alarm, self._model, self._config))
+        if ours:
+            self._journal.hear(ours)
+        return len(ours)
+
+    async def run(self) -> None:
+        """Decide and work until cancelled; the work then goes on at the next start."""
+        try:
+            while True:
+                await self.tick()
+                await asyncio.sleep(_TICK_S)
+        finally:
+            await self._stop_child()
+
+    async def tick(self) -> None:
+        """Look at everything once."""
+        now = self._clock()
+        cases, firing = self._journal.cases(), self._journal.firing()
+        self.metrics.observe(len(firing), cases, self._config, now)
+        decision = decide(firing, cases, self._config, now)
+        if isinstance(decision, Open):
+            number = self._journal.open_case(tuple(decision.alarms), self._config.action)
+            names = ", ".join(sorted({alarm.name for alarm in decision.alarms}))
+            _log.info("case %d is opened: %s", number, names)
+            cases = self._journal.cases()
+        elif isinstance(decision, Hold):
+            self._journal.hold(decision.reason, decision.until)
+        if cases and cases[-1].end is None:
+            await self._go_on(cases[-1].number, now)
+        elif cases and cases[-1].end is Kind.DISMISSED:
+            await self._stop_child()
+
+    async def _go_on(self, number: int, now: float) -> None:
+        """See to it that the work of the open case runs, unless a person is waited for."""
+        child = self._child
+        if child is not None and child.returncode is None:
+            return
+        if child is not None:
+            self._child = None
+            _log.info("the work of case %d ended with %s", number, child.returncode)
+            self._not_before = now + (_PAUSE_S if child.returncode else 0)
+            return
+        case = self._journal.case(number)
+        if case.end is not None or case.awaited(self._config) or now < self._not_before:
+            return
+        if case.attempts >= MAX_ATTEMPTS:
+            reason = f"its work ended {MAX_ATTEMPTS} times without a result; see its log.txt"
+            self._journal.tell(Kind.FAILED, number, reason=reason)
+            return
+        self._child = await self._start(number)
+
+    async def _start(self, number: int) -> asyncio.subprocess.Process:
+        log = case_folder(self._project, number) / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "minga.cluster.response.work"),
+                *(str(self._project.directory), str(number)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                # Ctrl-C is for the responder, which ends its work.
+                start_new_session=True,
+            )
+
+    async def _stop_child(self) -> None:
+        child = self._child
+        if child is None or child.returncode is not None:
+            return
+        child.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_GRACE_S):
+                await child.wait()
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+
+def case_folder(project: Project, number: int) -> Path:
+    """Where the files of a case are: its log, the weights that it trained."""
+    return folder_of(project) / "cases" / str(number)
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold a file for this process; the hold ends with it, however that ends.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BusyError(f"{what} is process {file.read().strip()}; there is one") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+async def respond(project: Project, on_ready: Callable[[str], None]) -> None:
+    """Receive alarms and let them act until cancelled.
+
+    Args:
+        project: whose `[respond]` table counts.
+        on_ready: hears the webhook's URL once messages are taken.
+
+    Raises:
+        BusyError: another process responds for this project.
+        PortInUseError: the port is taken.
+        ResponseError: the journal cannot be used.
+    """
+    folder, config = folder_of(project), project.respond
+    async with AsyncExitStack() as stack:
+        stack.enter_context(alone(folder / "lock", f"the responder of {project.directory}"))
+        journal = open_journal(project)
+        stack.callback(journal.close)
+        responder = Responder(project, journal)
+        receiver = Receiver(token_of(folder), responder.hear, responder.metrics)
+        server = Server(receiver, host=config.host, port=config.port)
+        await stack.enter_async_context(server)
+        on_ready(f"{server.url}/alerts")
+        await responder.run()

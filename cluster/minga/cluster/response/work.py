@@ -1,0 +1,254 @@
+"""The work of one case, in a process: `python -m minga.cluster.response.work PROJECT CASE`.
+
+    train | campaign -> judge and register -> promote -> tell the devices
+
+Each step is in the journal once it is done, and is not done again by whoever comes after a crash;
+what the crash left between a step and its entry is found again: a finished training by its weights
+in the case's folder, a registered version by its run or campaign, a campaign by its being new at
+the coordinator. A second process for the same case waits for the first one.
+"""
+
+import asyncio
+import fcntl
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minga.cluster import pipeline
+from minga.cluster.errors import BusyError, ResponseError, StackError
+from minga.cluster.federate import params_of, publish, start, take_in
+from minga.cluster.fleet import follow_campaign
+from minga.cluster.pipeline import Registered
+from minga.cluster.project import Project, load
+from minga.cluster.response.journal import Journal
+from minga.cluster.response.policy import Case, Kind
+from minga.cluster.response.responder import case_folder, open_journal
+from minga.federation.durable import replace_file
+from minga.federation.errors import UnreachableError
+from minga.federation.operator import Operator, connect
+from minga.federation.parameters import Parameters, from_bytes, to_bytes
+from minga.federation.v1 import federation_pb2 as pb
+from minga.training.registry import CHAMPION, Version
+from minga.training.uris import redacted
+
+_log = logging.getLogger(__name__)
+
+WEIGHTS = "weights.safetensors"
+T = TypeVar("T")
+
+_BUSY_PAUSE_S = 5.0
+_PASSING = (UnreachableError, StackError)
+"""Errors that another attempt may not meet."""
+
+
+def work(project: Project, journal: Journal, number: int) -> None:
+    """Take a case as far as it goes without a person.
+
+    Raises:
+        UnreachableError: the coordinator is away; try again.
+        StackError: Ray is away; try again.
+    """
+    with _turn(case_folder(project, number) / "lock"):
+        case = journal.case(number)
+        if case.end is not None or case.awaited(project.respond):
+            return
+        journal.tell(Kind.STARTED, number, attempt=case.attempts + 1)
+        try:
+            _Work(project, journal, case).run()
+        except _PASSING:
+            raise
+        except ResponseError as error:  # a person has dismissed it meanwhile
+            _log.info("%s", error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the story tells it
+            _log.exception("case %d has failed", number)
+            journal.tell(Kind.FAILED, number, reason=f"{type(error).__name__}: {error}")
+
+
+class _Work:
+    """One attempt at a case."""
+
+    def __init__(self, project: Project, journal: Journal, case: Case) -> None:
+        self._project = _with_window(project, case)
+        self._journal = journal
+        self._case = case
+        self._registry = project.registry()
+        self._name = project.loaded_task.name
+
+    def run(self) -> None:
+        champion = self._registry.get(self._name, CHAMPION)
+        judged = self._case.done.get(Kind.JUDGED)
+        if judged is None:
+            versions = {alarm["version"] for alarm in self._case.opening["alarms"]} - {""}
+            if versions and str(champion.version) not in versions:
+                self._tell(Kind.OVERTAKEN, champion=champion.version)
+                return
+            judged = self._judge(champion)
+        if not judged["blessed"]:
+            self._tell(Kind.REFUSED, version=judged["version"], gates=judged["refused"])
+            return
+        now = self._journal.case(self._case.number)
+        if now.end is None and not now.awaited(self._project.respond):
+            self._promote(judged)
+
+    def _judge(self, champion: Version) -> dict[str, Any]:
+        """Make a candidate, and note what the gates say of it."""
+        make = self._federate if self._case.opening["action"] == "federate" else self._retrain
+        found = make(champion)
+        report = found.report
+        refused = {gate.name: f"{gate.seen}; goal {gate.goal}" for gate in report.refused}
+        judged = {
+            "version": found.version,
+            "blessed": report.blessed,
+            "champion": champion.version,
+            "metrics": dict(found.metrics),
+            "against": [g.seen for g in report.gates if g.name.endswith("against champion")],
+            "refused": refused,
+        }
+        self._tell(Kind.JUDGED, **judged)
+        return judged
+
+    def _promote(self, judged: Mapping[str, Any]) -> None:
+        version = int(judged["version"])
+        decisions = self._registry.decisions(self._name)
+        if not any(d.version == version and d.kind == "promoted" for d in decisions):
+            pipeline.promote(self._project, version)  # else an attempt before has done it
+        state = _state_of(self._project)
+        told = publish(self._project, state, version) if state else 0
+        self._tell(Kind.PROMOTED, version=version, before=judged["champion"], devices_told=told)
+
+    # --- central ---
+
+    def _retrain(self, champion: Version) -> Registered:
+        params = params_of(self._registry, champion)
+        weights = case_folder(self._project, self._case.number) / WEIGHTS
+        trained = self._case.done.get(Kind.TRAINED)
+        if trained is None:
+            made = _when_free(lambda: pipeline.train_model(self._project, params))
+            replace_file(weights, to_bytes(made.parameters))
+            tags = {"minga.case": str(self._case.number)}
+            self._project.tracker().log(made.run_id, tags=tags)
+            trained = {"run_id": made.run_id, "source": redacted(self._project.source)}
+            self._tell(Kind.TRAINED, **trained)
+        found = pipeline.find_registered(self._project, run_id=trained["run_id"])
+        return found or pipeline.register_candidate(
+            self._project,
+            parameters=from_bytes(weights.read_bytes()),
+            params=params,
+            run_id=trained["run_id"],
+        )
+
+    # --- on devices ---
+
+    def _federate(self, champion: Version) -> Registered:
+        state = _state_of(self._project)
+        assert state is not None, "the settings require it"
+
+        async def rounds() -> tuple[pb.Campaign, Parameters]:
+            async with connect(state) as operator:
+                known = self._case.done.get(Kind.CAMPAIGN)
+                name = known["campaign"] if known else await self._call(operator, champion)
+                return await follow_campaign(operator, name, lambda _: None)
+
+        return take_in(self._project, *asyncio.run(rounds()))
+
+    async def _call(self, operator: Operator, champion: Version) -> str:
+        """Start the case's campaign, or find the one that an attempt before has started."""
+        called = self._case.done.get(Kind.CALLED)
+        name = ""
+        if called is not None:
+            name = next((c.campaign_id for c in await _new(operator, called, self._name)), "")
+        else:
+            campaigns = (await operator.status()).campaigns
+            self._tell(Kind.CALLED, known=[campaign.campaign_id for campaign in campaigns])
+        if not name:
+            await _until_none_runs(operator)
+            name = await start(operator, self._project, self._registry)
+        self._tell(Kind.CAMPAIGN, campaign=name, parent=champion.version)
+        return name
+
+    def _tell(self, kind: Kind, **detail: Any) -> None:
+        self._journal.tell(kind, self._case.number, **detail)
+
+
+def _with_window(project: Project, case: Case) -> Project:
+    """Let the project's data be the new window."""
+    source = project.respond.source
+    if not source or case.opening["action"] == "federate":
+        return project
+    times = {
+        "{since}": min(alarm["since"] for alarm in case.opening["alarms"]),
+        "{until}": case.opened_at,
+    }
+    for word, moment in times.items():
+        source = source.replace(word, datetime.fromtimestamp(moment, UTC).strftime("%FT%TZ"))
+    data = project.data.model_copy(update={"source": source, "sha256": ""})
+    changed = project.model_copy(update={"data": data})
+    changed._directory = project.directory
+    return changed
+
+
+def _state_of(project: Project) -> Path | None:
+    state = project.respond.coordinator
+    return project.directory / state if state else None
+
+
+async def _new(operator: Operator, called: Any, model: str) -> list[pb.Campaign]:
+    """Give the campaigns of a model that were not there when one was called for."""
+    campaigns = (await operator.status()).campaigns
+    return [
+        campaign
+        for campaign in campaigns
+        if campaign.campaign_id not in called["known"] and campaign.plan.model_name == model
+    ]
+
+
+async def _until_none_runs(operator: Operator) -> None:
+    """Wait until the coordinator is free: it runs one campaign at a time."""
+    for campaign in (await operator.status()).campaigns:
+        if campaign.state == pb.CAMPAIGN_STATE_RUNNING:
+            async for _ in operator.watch(campaign.campaign_id):
+                pass
+
+
+def _when_free(call: Callable[[], T]) -> T:
+    """Wait for whoever else searches or trains in the project, then call."""
+    while True:
+        try:
+            return call()
+        except BusyError as error:
+            _log.info("%s", error)
+            time.sleep(_BUSY_PAUSE_S)
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Wait until no other process works on the case; ends with this process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> None:
+    """Do the work of the case that the command line names."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    project = load(Path(sys.argv[1]))
+    journal = open_journal(project)
+    try:
+        work(project, journal, int(sys.argv[2]))
+    except _PASSING as error:
+        _log.warning("this attempt ends: %s", error)
+        sys.exit(1)
+    finally:
+        journal.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What tests of the whole loop share."""
+
+import contextlib
+import io
+import json
+from importlib.resources import files
+
+import pytest
+
+from minga.cluster import template
+from minga.cluster.project import load
+
+SMALL = {"num_trials = 8": "num_trials = 3", "max_epochs = 8": "max_epochs = 3"}
+SMALL |= {"num_workers = 2": "num_workers = 1", "epochs = 10": "epochs = 6"}
+
+
+@pytest.fixture(scope="session")
+def finished(ray_cluster, tmp_path_factory):
+    """A project after `minga run --json`, and what that printed."""
+    from minga.cli.app import main
+
+    directory = tmp_path_factory.mktemp("plant") / "plant"
+    template.write(directory)
+    text = (files(template) / "minga.toml").read_text()
+    for old, new in SMALL.items():
+        text = text.replace(old, new)
+    (directory / "minga.toml").write_text(text)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main(["run", "--project", str(directory), "--json"])
+    return load(directory), json.loads(printed.getvalue())

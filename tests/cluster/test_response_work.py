@@ -1,0 +1,268 @@
+"""From an alarm to the next champion, in real processes that are killed on the way."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from sklearn.metrics import average_precision_score
+
+from minga.cli.app import main
+from minga.cluster.federate import start
+from minga.cluster.project import load
+from minga.cluster.response.alarms import Alarm
+from minga.cluster.response.policy import Kind
+from minga.cluster.response.receiver import token_of
+from minga.cluster.response.responder import folder_of, open_journal
+from minga.cluster.response.work import work
+from minga.inference.client import InferenceClient
+from tests.cluster.watched import Processes, until
+from tests.federation.fleet import Fleet
+
+pytestmark = pytest.mark.slow
+
+MODEL = "shuttle-anomaly"
+READY = r"ready at (http[^;]+)"
+RESPOND = """
+[respond]
+alarms = ["InputsMoved"]
+source = "data/new/central.csv"
+port = 0
+"""
+FEDERATE = """
+[respond]
+alarms = ["InputsMoved"]
+action = "federate"
+coordinator = "../coordinator"
+
+[federation]
+num_rounds = 1
+invite_timeout_s = 1
+"""
+
+
+def moved(table: np.ndarray) -> np.ndarray:
+    """Give readings of sensors that were replaced: another zero, another scale, upside down."""
+    return np.column_stack([200 - 2 * table[:, :-1], table[:, -1]])
+
+
+def write_new_window(directory: Path) -> None:
+    """Write the readings of the new sensors beside the old ones."""
+    (directory / "data" / "new").mkdir()
+    for name in ("central.csv", "test.csv"):
+        table = np.loadtxt(directory / "data" / name, np.float32, delimiter=",", skiprows=1)
+        title = (directory / "data" / name).read_text().partition("\n")[0]
+        file = directory / "data" / "new" / name
+        np.savetxt(file, moved(table), fmt="%g", delimiter=",", header=title, comments="")
+
+
+@pytest.fixture
+def plant(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project with a champion of its own, whose work joins the session's Ray."""
+    import ray
+
+    directory = tmp_path / "plant"
+    shutil.copytree(finished[0].directory, directory)
+    write_new_window(directory)
+    settings = directory / "minga.toml"
+    settings.write_text(settings.read_text().replace("port = 8000\n", "poll_interval_s = 0.2\n"))
+    monkeypatch.setenv("MINGA_RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    yield directory
+    for process in working(directory):
+        process.kill()
+
+
+def working(directory: Path) -> list[psutil.Process]:
+    """Give the processes that work on a case of a project."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "minga.cluster.response.work" in (process.info["cmdline"] or ())
+        and str(directory) in process.info["cmdline"]
+    ]
+
+
+def configure(directory: Path, table: str) -> None:
+    """Add tables to a project's settings, in the place of those of the same name."""
+    settings = directory / "minga.toml"
+    text = settings.read_text()
+    if "[federation]" in table:
+        text = text.replace("[federation]\nnum_rounds = 5\n", table)
+        table = ""
+    settings.write_text(text + table)
+
+
+def alarm(**changes) -> Alarm:
+    """Give an alarm of the monitor."""
+    values = {"fingerprint": "a", "name": "InputsMoved", "model": MODEL, "version": "1"}
+    values |= {"summary": "", "since": 1000.0, "is_firing": True, "origin": "monitor"}
+    return Alarm(**values | changes)
+
+
+def told(directory: Path) -> list[str]:
+    """Name what a project's story tells, in order."""
+    journal = open_journal(load(directory))
+    try:
+        return [str(entry.kind) for entry in journal.story()]
+    finally:
+        journal.close()
+
+
+def precision(url: str, table: np.ndarray) -> tuple[str, float]:
+    """Ask a served model about readings; give its version and its average precision."""
+    from minga.inference.protocol import InferRequest
+
+    request = InferRequest(inputs={"input": table[:, :-1]}, binary_outputs=True)
+    with InferenceClient(url) as client:
+        answer = client.request(MODEL, request)
+    return answer.model_version, average_precision_score(table[:, -1], answer.outputs["output"])
+
+
+def start_responder(processes: Processes, name: str, directory: Path) -> str:
+    """Run the responder; give the webhook's URL."""
+    processes.minga(name, "respond", "run", "--project", str(directory))
+    return processes.said(name, READY)
+
+
+def tell(url: str, directory: Path) -> None:
+    """Send an alert as Alertmanager does."""
+    alert = {
+        "status": "firing",
+        "labels": {"alertname": "InputsMoved", "model": MODEL, "version": "1"},
+        "annotations": {"summary": "every sensor reads otherwise"},
+        "startsAt": "2026-11-23T14:00:00Z",
+        "fingerprint": "0123456789abcdef",
+    }
+    token = token_of(folder_of(load(directory)))
+    headers = {"authorization": f"Bearer {token}"}
+    message = {"version": "4", "alerts": [alert]}
+    assert httpx.post(url, json=message, headers=headers).json() == {"heard": 1, "kept": 1}
+
+
+def test_a_model_recovers_from_drift_without_a_hand(plant: Path, tmp_path: Path) -> None:
+    """Sensors are replaced; the alarm trains, judges, promotes; the server swaps, and is right.
+
+    Responder and work are killed in the middle of training. Nothing is started twice.
+    """
+    configure(plant, RESPOND)
+    new = np.loadtxt(plant / "data/new/test.csv", np.float32, delimiter=",", skiprows=1)
+    registry = load(plant).registry()
+    num_versions = len(registry.list_versions(MODEL))
+    with Processes(tmp_path / "logs") as processes:
+        local = ("--port", "0", "--engine", "local")
+        processes.minga("serving", "serve", MODEL, "--project", str(plant), *local)
+        url = start_responder(processes, "respond", plant)
+        served = processes.said("serving", READY)
+        version, before = precision(served, new)
+        assert before < 0.7
+        tell(url, plant)
+        until(lambda: list((plant / ".minga" / "ray").glob("train-*.run")), "training begins")
+        processes.stop("respond", signal.SIGKILL)
+        for process in working(plant):
+            process.kill()
+        url = start_responder(processes, "respond again", plant)
+        tell(url, plant)
+        until(lambda: precision(served, new)[0] != version, "the server swaps")
+        until(lambda: told(plant)[-1] == "promoted", "the story ends")
+        _, after = precision(served, new)
+    assert after > 0.9
+    story = ["alarm", "opened", "started", "started", "trained", "judged", "promoted"]
+    assert told(plant) == story
+    assert len(registry.list_versions(MODEL)) == num_versions + 1
+    tracker = load(plant).tracker()
+    runs = tracker.client.search_runs([tracker.experiment_id], "tags.`minga.case` = '1'")
+    assert len(runs) == 1
+
+
+def test_an_alarm_about_a_former_champion_trains_nothing(plant: Path) -> None:
+    """Between an alarm and its case somebody else may have promoted what helps."""
+    configure(plant, RESPOND)
+    project = load(plant)
+    journal = open_journal(project)
+    number = journal.open_case((alarm(version="7"),), "retrain")
+    work(project, journal, number)
+    assert journal.case(number).end is Kind.OVERTAKEN
+    journal.close()
+
+
+def test_work_that_cannot_be_done_says_why(plant: Path, capsys) -> None:
+    """A window that is not there ends the case as failed, with the reason in the story."""
+    configure(plant, RESPOND.replace("data/new", "data/nowhere"))
+    project = load(plant)
+    journal = open_journal(project)
+    number = journal.open_case((alarm(),), "retrain")
+    work(project, journal, number)
+    work(project, journal, number)
+    journal.close()
+    with contextlib.suppress(SystemExit):
+        main(["respond", "story", "--project", str(plant), "--case", str(number), "--json"])
+    *_, last = json.loads(capsys.readouterr().out)
+    assert last["kind"] == "failed"
+    assert "nowhere" in last["reason"]
+    assert told(plant).count("started") == 1
+
+
+def test_people_are_asked(plant: Path, capsys) -> None:
+    """Work that waits for a person begins once that person agrees, and not if it is dismissed."""
+    configure(plant, RESPOND + 'approval = "start"\n')
+    project = load(plant)
+    journal = open_journal(project)
+    number = journal.open_case((alarm(version="7"),), "retrain")
+    work(project, journal, number)
+    assert journal.case(number).attempts == 0
+
+    def run(*words: str) -> int:
+        with pytest.raises(SystemExit) as ending:
+            main(["respond", *words, "--project", str(plant)])
+        return ending.value.code or 0
+
+    assert run("approve", "9") == 52
+    assert run("approve", str(number)) == 0
+    assert run("approve", str(number)) == 52
+    work(project, journal, number)
+    assert journal.case(number).end is Kind.OVERTAKEN
+    second = journal.open_case((alarm(),), "retrain")
+    assert run("dismiss", str(second), "--reason", "the sensors were put back") == 0
+    work(project, journal, second)
+    assert journal.case(second).end is Kind.DISMISSED
+    journal.close()
+    capsys.readouterr()
+
+
+async def test_a_campaign_is_started_once(plant: Path, tmp_path: Path) -> None:
+    """A campaign that was started before a crash is found again; its product is judged once."""
+    configure(plant, FEDERATE)
+    project = load(plant)
+    journal = open_journal(project)
+    number = journal.open_case((alarm(),), "federate")
+    journal.tell(Kind.STARTED, number, attempt=1)
+    journal.tell(Kind.CALLED, number, known=[])
+    registry = project.registry()
+    num_versions = len(registry.list_versions(MODEL))
+    async with Fleet(tmp_path) as fleet:
+        for site in range(3):
+            options = {"project": str(plant), "source": project.source}
+            trainer = "minga.training.federated:trainer_from_options"
+            await fleet.add(f"site-{site}", options, trainer=trainer)
+        name = await start(fleet.operator, project, registry)  # and then the power went
+        await asyncio.to_thread(_work, plant, number)
+        assert [each.campaign_id for each in (await fleet.operator.status()).campaigns] == [name]
+    case = journal.case(number)
+    journal.close()
+    assert case.done[Kind.CAMPAIGN]["campaign"] == name
+    assert case.end in (Kind.PROMOTED, Kind.REFUSED), case
+    assert len(registry.list_versions(MODEL)) == num_versions + 1
+
+
+def _work(plant: Path, number: int) -> None:
+    project = load(plant)
+    journal = open_journal(project)
+    work(project, journal, number)
+    journal.close()
