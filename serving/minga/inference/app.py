@@ -9,6 +9,11 @@ Every answer that is no success is `{"error": "..."}`, which is where clients lo
 import asyncio
 import logging
 import math
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
 import orjson
 from prometheus_client import CollectorRegistry
 
