@@ -29,7 +29,7 @@ from tests.cluster.watched import (
     until,
 )
 from tests.federation.fleet import campaign_plan, toy_model
-from tests.serving.conftest import scaling_model
+from tests.serving.watched import rows, watched_model
 
 PACKAGE = Path(observability.__file__).parent
 DEVICES = ("press-1", "press-2", "press-3")
@@ -40,6 +40,10 @@ RESPOND = """
 alarms = ["MingaServingDown"]
 approval = "start"
 port = 0
+
+[serving.monitor]
+window_rows = 50
+flush_s = 0.2
 """
 
 
@@ -121,11 +125,11 @@ def test_dashboard_is_the_one_that_is_built() -> None:
 
 
 def register(uri: str, folder: Path) -> bytes:
-    """Register a model that scales as champion; gives it."""
+    """Register a model that can be watched as champion; gives it."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    content = scaling_model(2.0)
+    content = watched_model()
     bundle = folder / "bundle"
     bundle.mkdir(parents=True)
     (bundle / "model.onnx").write_bytes(content)
@@ -190,8 +194,12 @@ def watched(registry_uri, tmp_path_factory):
         prometheus = Prometheus(processes, folder / "observe")
         alertmanager(processes, folder / "observe", port)
         askable = {name: url for name, url in minga.urls.items() if name != "coordinator"}
-        with asked(askable, MODEL, columns=3):
-            until(lambda: list(prometheus.targets().values()) == ["up"] * 6, "all are scraped")
+        with asked(askable, MODEL, rows(50, seed=7)):
+            until(
+                lambda: list(prometheus.targets().values()) == ["up"] * 6,
+                "all are scraped",
+                seen=prometheus.targets,
+            )
             model = to_bytes(toy_model(200_000))
             name = minga.operate(lambda o: o.start_campaign(private_campaign(), model))
             minga.operate(lambda operator: _finished(operator, name))

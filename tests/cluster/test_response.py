@@ -12,12 +12,16 @@ import httpx
 import pytest
 
 from minga.cluster.errors import ResponseError
-from minga.cluster.response.alarms import MAX_ALERTS, Alarm, read_webhook
+from minga.cluster.response.alarms import MAX_ALERTS, Alarm, read_log, read_webhook
 from minga.cluster.response.config import RespondConfig
 from minga.cluster.response.journal import Journal
 from minga.cluster.response.metrics import Metrics
 from minga.cluster.response.policy import Case, Heard, Hold, Kind, Open, decide, is_ours
 from minga.cluster.response.receiver import Receiver, token_of
+from minga.inference.monitor.alarms import Alarm as MonitorAlarm
+from minga.inference.monitor.alarms import AlarmLog
+from minga.inference.monitor.judgement import AlarmKind
+from minga.inference.monitor.store import Store
 
 HOUR = 3600.0
 CONFIG = RespondConfig(alarms=("Drift",), cooldown_s=HOUR, max_cases=2, period_days=1.0)
@@ -236,6 +240,40 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
         connection.execute("PRAGMA user_version = 9")
     with pytest.raises(ResponseError, match="later Minga"):
         Journal(later)
+
+
+# --- the monitor's log ---
+
+
+def test_each_record_of_the_monitors_log_is_heard_once(
+    journal: Journal, tmp_path: Path, clock: Clock
+) -> None:
+    """What is new since the last look becomes alarms; a look that was written down is not lost."""
+    store = Store(tmp_path / "monitor")
+    values = {"at": 1.0, "model": "plant", "version": "3", "kind": AlarmKind.DRIFT}
+    values |= {"subject": "f1", "window": 2, "since": 500.0, "until": 600.0, "rows": 500}
+    values |= {"statistic": "psi", "value": 0.4, "limit": 0.2, "p_value": 0.0}
+    store.append(MonitorAlarm(is_raised=True, **values))
+    store.append(MonitorAlarm(is_raised=True, **values | {"model": "other"}))
+
+    def look() -> None:
+        folder = tmp_path / "monitor"
+        alarms, last = read_log(AlarmLog(folder), "plant", journal.read_to(folder))
+        journal.hear(alarms, read_to=(folder, last))
+
+    for _ in range(2):
+        look()
+    (heard,) = journal.firing()
+    assert (heard.alarm.name, heard.alarm.version, heard.alarm.since) == ("drift", "3", 500.0)
+    assert "f1" in heard.alarm.summary
+    store.append(MonitorAlarm(is_raised=False, **values))
+    look()
+    assert kinds(journal) == ["alarm", "resolved"]
+    store.append(MonitorAlarm(is_raised=True, **values))
+    look()
+    journal.forget_versions(but=4)
+    assert journal.firing() == ()
+    store.close()
 
 
 # --- what is received ---

@@ -10,13 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import orjson
 import pytest
+from numpy.typing import NDArray
 
 from minga.cluster import observability
 from minga.federation.device.enrolment import enrol
@@ -44,11 +48,16 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def until(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Wait until something is true, and give it."""
+def until(
+    holds: Callable[[], Any],
+    what: str,
+    patience_s: float = PATIENCE_S,
+    seen: Callable[[], Any] = str,
+) -> Any:
+    """Wait until something is true, and give it; else tell what was seen instead."""
     deadline = time.monotonic() + patience_s
     while not (found := holds()):
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        assert time.monotonic() < deadline, f"waited in vain: {what} {seen()}"
         time.sleep(0.05)
     return found
 
@@ -109,7 +118,7 @@ class Processes(contextlib.AbstractContextManager["Processes"]):
 def fast(folder: Path) -> None:
     """Let what `minga observe` wrote scrape, alert and tell within a second."""
     for name, changes in {
-        "prometheus.yml": {"15s": "250ms"},
+        "prometheus.yml": {"15s": "1s"},
         "rules/alerts.yml": {"for: 1m\n": "for: 0s\n"},
         "alertmanager.yml": {
             "group_wait: 10s": "group_wait: 100ms",
@@ -149,10 +158,11 @@ class Prometheus:
         return [(labels, value) for labels, value in samples if value == value]  # noqa: PLR0124
 
     def targets(self) -> dict[str, str]:
-        """Tell the health of what is scraped: job/instance -> up, down or unknown."""
+        """Tell what is scraped and how that goes: job/instance -> `up`, or what is wrong."""
         answer = httpx.get(f"{self.url}/api/v1/targets").json()
         return {
-            f"{each['labels']['job']}/{each['labels']['instance']}": each["health"]
+            f"{each['labels']['job']}/{each['labels']['instance']}": each["lastError"]
+            or each["health"]
             for each in answer["data"]["activeTargets"]
         }
 
@@ -222,24 +232,19 @@ def observe(folder: Path, minga: LocalMinga, *, url: str, token_file: Path) -> i
 
 
 @contextlib.contextmanager
-def asked(urls: Mapping[str, str], model: str, columns: int) -> Iterator[None]:
-    """Ask servers for predictions, again and again, for as long as the context lasts."""
-    import threading
-
+def asked(urls: Mapping[str, str], model: str, table: NDArray[np.float32]) -> Iterator[None]:
+    """Ask servers about rows, rightly and wrongly in turn, for as long as the context lasts."""
     stop = threading.Event()
-    request = {
-        "inputs": [
-            {"name": "input", "shape": [1, columns], "datatype": "FP32", "data": [0.5] * columns}
-        ]
-    }
+    tensor = {"name": "input", "shape": table.shape, "datatype": "FP32", "data": table.tolist()}
+    bodies = [orjson.dumps({"inputs": [tensor]}), b"{}"]
 
     def ask() -> None:
         with httpx.Client() as client:
             while not stop.wait(0.05):
                 for url in urls.values():
-                    for body in (request, {}):
+                    for body in bodies:
                         with contextlib.suppress(httpx.TransportError):
-                            client.post(f"{url}/v2/models/{model}/infer", json=body)
+                            client.post(f"{url}/v2/models/{model}/infer", content=body)
 
     thread = threading.Thread(target=ask)
     thread.start()

@@ -18,11 +18,12 @@ app = App(name="respond", help="Let alarms retrain the champion, within limits; 
 def run(*, project: Path = Path()) -> None:
     """Listen for alarms until Ctrl-C, and let those act that [respond] names.
 
-    Alarms come from Alertmanager's webhook (`minga observe` writes its configuration). An alarm
-    opens a case: the champion is trained anew, or a campaign is started, and what comes out takes
-    the gates and is promoted if it passes. There is one case at a time, a cool-down after each, a
-    budget, and the approval of a person where `[respond] approval` says so. Stopped or killed at
-    any moment, a case goes on at the next start, and nothing in it happens twice.
+    Alarms come from the monitor of what `minga serve` answers, and from Alertmanager's webhook
+    (`minga observe` writes its configuration). An alarm opens a case: the champion is trained
+    anew, or a campaign is started, and what comes out takes the gates and is promoted if it passes.
+    There is one case at a time, a cool-down after each, a budget, and the approval of a person
+    where `[respond] approval` says so. Stopped or killed at any moment, a case goes on at the next
+    start, and nothing in it happens twice.
 
     Example: minga respond run --project plant
 
@@ -39,7 +40,7 @@ def run(*, project: Path = Path()) -> None:
     if not loaded.respond.alarms:
         raise ProjectError(
             "[respond] names no alarm that may act; name some in minga.toml, such as: "
-            'alarms = ["MingaServingErrors"]'
+            'alarms = ["performance"]'
         )
 
     def announce(url: str) -> None:

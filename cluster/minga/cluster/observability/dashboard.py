@@ -141,6 +141,63 @@ SERVING: Final = (
     ),
 )
 
+MODELS: Final = (
+    Panel(
+        "Standing alarms",
+        "What the monitor has found in two windows in a row, and not cleared since.",
+        [Query("count(minga_monitor_standing_alarm) or vector(0)")],
+        stat.Panel,
+    ),
+    Panel(
+        "Performance, estimated",
+        "Measures of the newest window without labels (CBPE), beside those of the test split.",
+        [
+            Query(
+                "max by (model, version, metric)"
+                ' (minga_monitor_estimated_performance{model=~"$model"})',
+                "{{model}} {{version}} {{metric}}",
+            ),
+            Query(
+                "max by (model, version, metric)"
+                ' (minga_monitor_reference_performance{model=~"$model"})',
+                "{{model}} {{version}} {{metric}}, test split",
+            ),
+        ],
+    ),
+    Panel(
+        "Drift by column",
+        "Population stability index of the newest window.",
+        [
+            Query(
+                "max by (model, version, column)"
+                ' (minga_monitor_drift{statistic="psi",model=~"$model"})',
+                "{{model}} {{version}} {{column}}",
+            )
+        ],
+    ),
+    Panel(
+        "Far from the training data",
+        "Share of rows that are outliers as a whole.",
+        [
+            Query(
+                'max by (model, version) (minga_monitor_outlier_share{model=~"$model"})',
+                "{{model}} {{version}}",
+            )
+        ],
+        unit="percentunit",
+    ),
+    Panel(
+        "Windows",
+        "Windows of traffic that were judged.",
+        [
+            Query(
+                'max by (model, version) (minga_monitor_windows_total{model=~"$model"})',
+                "{{model}} {{version}}",
+            )
+        ],
+    ),
+)
+
 FLEET: Final = (
     Panel(
         "Devices",
@@ -254,7 +311,13 @@ RESPONSES: Final = (
     ),
 )
 
-ROWS: Final = {"Serving": SERVING, "Fleet": FLEET, "Devices": DEVICES, "Responses": RESPONSES}
+ROWS: Final = {
+    "Serving": SERVING,
+    "Models": MODELS,
+    "Fleet": FLEET,
+    "Devices": DEVICES,
+    "Responses": RESPONSES,
+}
 
 
 def build() -> str:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from minga.inference.monitor.alarms import AlarmLog
+
 MAX_ALERTS = 1000
 """In one message of Alertmanager."""
 
@@ -40,6 +42,37 @@ class Alarm:
     since: float
     is_firing: bool
     origin: str
+
+
+def read_log(log: AlarmLog, model: str, after: int) -> tuple[tuple[Alarm, ...], int]:
+    """Read what is new in the monitor's log.
+
+    Args:
+        log: the monitor's.
+        model: whose alarms.
+        after: the last record that is known.
+
+    Returns:
+        the alarms, oldest first, and the last record that is known now.
+
+    Raises:
+        MonitorError: the log cannot be read.
+    """
+    records = log.read(after=after, model=model)
+    alarms = tuple(
+        Alarm(
+            fingerprint=f"monitor/{one.model}/{one.version}/{one.kind}/{one.subject}",
+            name=one.kind.value,
+            model=one.model,
+            version=one.version,
+            summary=str(one),
+            since=one.since,
+            is_firing=one.is_raised,
+            origin="monitor",
+        )
+        for one in records
+    )
+    return alarms, records[-1].sequence if records else after
 
 
 class _Alert(BaseModel):

@@ -16,9 +16,14 @@ class RespondConfig(BaseModel):
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
 
-    alarms: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Names of the alarms that act: of Alertmanager's alerts, or of the monitor's. Others are not
-    kept. An alarm that names another model than the project's does not act."""
+    alarms: Annotated[tuple[str, ...], Field(strict=False)] = (
+        "estimated-performance",
+        "performance",
+        "concept-drift",
+    )
+    """The alarms that act: kinds of the monitor's, names of Alertmanager's. Others are not kept. An
+    alarm that names another model than the project's does not act. By default a model that has
+    become worse acts; that its inputs have drifted need not hurt."""
 
     action: Literal["retrain", "federate"] = "retrain"
     """retrain: train centrally with the champion's hyper-parameters, on `source`. federate: start a

@@ -26,6 +26,7 @@ CREATE TABLE alarms (
     fingerprint TEXT PRIMARY KEY, name TEXT NOT NULL, model TEXT NOT NULL, version TEXT NOT NULL,
     summary TEXT NOT NULL, since REAL NOT NULL, origin TEXT NOT NULL, heard_at REAL NOT NULL
 );
+CREATE TABLE logs (folder TEXT PRIMARY KEY, read_to INTEGER NOT NULL);
 """
 _WAIT_S = 30.0
 
@@ -146,9 +147,25 @@ class Journal:
 
     # --- alarms ---
 
-    def hear(self, alarms: tuple[Alarm, ...]) -> None:
-        """Take alarms in: new ones and ends are entries, repetitions only say when."""
+    def read_to(self, folder: Path) -> int:
+        """Give the last record of a monitor's log that was taken in; 0 for none."""
+        row = self._connection.execute(
+            "SELECT read_to FROM logs WHERE folder = ?", (str(folder),)
+        ).fetchone()
+        return int(row[0]) if row else 0
+
+    def hear(self, alarms: tuple[Alarm, ...], read_to: tuple[Path, int] | None = None) -> None:
+        """Take alarms in: new ones and ends are entries, repetitions only say when.
+
+        Args:
+            alarms: in the order in which they came.
+            read_to: the monitor's log that they are of, and its last record.
+        """
         with self._writing() as connection:
+            if read_to is not None:
+                connection.execute(
+                    "INSERT OR REPLACE INTO logs VALUES (?, ?)", (str(read_to[0]), read_to[1])
+                )
             for alarm in alarms:
                 row = connection.execute(
                     "SELECT since FROM alarms WHERE fingerprint = ?", (alarm.fingerprint,)
@@ -162,6 +179,11 @@ class Journal:
                     connection.execute(
                         "DELETE FROM alarms WHERE fingerprint = ?", (alarm.fingerprint,)
                     )
+
+    def forget_versions(self, *, but: int) -> None:
+        """Drop alarms about versions that are champion no more: nobody will say that they ended."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM alarms WHERE version NOT IN ('', ?)", (str(but),))
 
     def firing(self) -> tuple[Heard, ...]:
         """Give the alarms that are not over, and when each was last told."""

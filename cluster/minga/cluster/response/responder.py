@@ -13,11 +13,12 @@ from pathlib import Path
 
 from minga.cluster.errors import BusyError
 from minga.cluster.project import Project
-from minga.cluster.response.alarms import Alarm
+from minga.cluster.response.alarms import Alarm, read_log
 from minga.cluster.response.journal import Journal
 from minga.cluster.response.metrics import Metrics
 from minga.cluster.response.policy import MAX_ATTEMPTS, Hold, Kind, Open, decide, is_ours
 from minga.cluster.response.receiver import Receiver, token_of
+from minga.inference.monitor.alarms import AlarmLog
 from minga.inference.server import Server
 
 _log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Responder:
 
     async def tick(self) -> None:
         """Look at everything once."""
+        self._read_monitor()
         now = self._clock()
         cases, firing = self._journal.cases(), self._journal.firing()
         self.metrics.observe(len(firing), cases, self._config, now)
@@ -93,6 +95,15 @@ class Responder:
             await self._go_on(cases[-1].number, now)
         elif cases and cases[-1].end is Kind.DISMISSED:
             await self._stop_child()
+
+    def _read_monitor(self) -> None:
+        """Take in what the monitor of this project's servers has noticed."""
+        folder = self._project.monitor_folder
+        known = self._journal.read_to(folder)
+        alarms, last = read_log(AlarmLog(folder), self._model, known)
+        if last != known:
+            ours = tuple(alarm for alarm in alarms if is_ours(alarm, self._model, self._config))
+            self._journal.hear(ours, read_to=(folder, last))
 
     async def _go_on(self, number: int, now: float) -> None:
         """See to it that the work of the open case runs, unless a person is waited for."""

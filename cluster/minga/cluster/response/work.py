@@ -88,6 +88,7 @@ class _Work:
             versions = {alarm["version"] for alarm in self._case.opening["alarms"]} - {""}
             if versions and str(champion.version) not in versions:
                 self._tell(Kind.OVERTAKEN, champion=champion.version)
+                self._journal.forget_versions(but=champion.version)
                 return
             judged = self._judge(champion)
         if not judged["blessed"]:
@@ -122,6 +123,7 @@ class _Work:
         state = _state_of(self._project)
         told = publish(self._project, state, version) if state else 0
         self._tell(Kind.PROMOTED, version=version, before=judged["champion"], devices_told=told)
+        self._journal.forget_versions(but=version)
 
     # --- central ---
 
