@@ -244,8 +244,11 @@ def serve_config(config: ServingConfig, refs: Sequence[ModelRef]) -> dict[str, A
 
 
 def _http_options(config: ServingConfig) -> dict[str, Any]:
-    tls = {"ssl_certfile": config.tls_certificate, "ssl_keyfile": config.tls_key}
-    return {"host": config.host, "port": config.port} | (tls if config.tls_certificate else {})
+    """Say where the proxy listens, and with which certificate."""
+    options: dict[str, Any] = {"host": config.host, "port": config.port}
+    if config.tls_certificate:
+        options |= {"ssl_certfile": config.tls_certificate, "ssl_keyfile": config.tls_key}
+    return options
 
 
 def _max_queued(config: ServingConfig) -> int:
