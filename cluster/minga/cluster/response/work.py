@@ -134,7 +134,8 @@ class _Work:
     def _canary(self, version: str) -> Story | None:
         """Ask the service for a canary and wait for its end; None if the case ends before."""
         book = RegistrySource(self._project.tracking_uri).book()
-        plan = Plan(id=f"case {self._case.opened_at:.3f}", mode=Mode.CANARY, version=version)
+        name = f"case {self._case.opened_at:.3f}"
+        plan = Plan(id=name, mode=Mode.CANARY, version=version, share=1.0)
         if Kind.CANARY not in self._case.done:
             book.plan(self._name, plan)
             self._tell(Kind.CANARY, version=int(version), plan=plan.id)
