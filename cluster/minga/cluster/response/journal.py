@@ -48,12 +48,13 @@ class Journal:
         self._path = path
         self._connection = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None)
         try:
-            with self._writing() as connection:
-                (version,) = connection.execute("PRAGMA user_version").fetchone()
-                if version == 0:
-                    for statement in filter(str.strip, _TABLES.split(";")):
-                        connection.execute(statement)
-                    connection.execute(f"PRAGMA user_version = {_VERSION}")
+            if self._version() == 0:  # who only reads does not wait for who writes
+                with self._writing() as connection:
+                    if self._version() == 0:
+                        for statement in filter(str.strip, _TABLES.split(";")):
+                            connection.execute(statement)
+                        connection.execute(f"PRAGMA user_version = {_VERSION}")
+            version = self._version()
         except sqlite3.DatabaseError as error:
             raise ResponseError(f"{path} is no journal: {error}; move it away") from error
         if version > _VERSION:
@@ -219,6 +220,9 @@ class Journal:
             self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
+
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
 
     def _add(self, kind: Kind, case: int | None, detail: Any) -> None:
         self._connection.execute(
