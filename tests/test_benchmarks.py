@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -175,3 +176,35 @@ def test_batching_is_measured(tmp_path: Path) -> None:
     assert all(case["limit_rows_per_s"] > 0 for case in written["cases"])
     rates = {name: median["rows_per_s"] for name, median in written["cases"][-1]["medians"].items()}
     assert rates["batched"] > rates["single"]
+
+
+FEW_SERVERS = """
+import serving
+serving.OWN = tuple(one for one in serving.OWN if one.name != "minga on Ray")
+serving.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("wrk") and shutil.which("h2load")),
+    reason="wrk and h2load (nghttp2-client) are not installed",
+)
+def test_serving_is_measured(tmp_path: Path) -> None:
+    """Our server and the bare ones answer right on every wire, with a rate, times and a cost."""
+    report = tmp_path / "serving.json"
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_SERVERS, "--quick", "--ours-only", "--json", report],
+        check=True,
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+    )
+    (case,) = json.loads(report.read_text())["cases"]
+    measured = {(row["server"], row["wire"]) for row in case["runs"]}
+    assert {("minga", wire) for wire in ("json", "binary", "grpc")} <= measured
+    assert {("bare starlette", "json"), ("bare grpc.aio", "grpc")} <= measured
+    for row in case["runs"]:
+        assert 0 < row["median"]["p50_ms"] <= row["median"]["p99_ms"]
+        assert min(row["median"].values()) > 0
+    assert "TARGET serving.local_http_to_bare" in done.stdout

@@ -16,12 +16,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
+from minga.inference.credentials import Credentials
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ClientError
 from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
+from tests.serving.certificates import Files, issue
 
 Shape = list[int | str]
 
@@ -227,6 +229,7 @@ class Load:
     url: str
     model: str = "scaling"
     num_callers: int = 4
+    credentials: Credentials | None = None
     factors: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -252,7 +255,7 @@ class Load:
 
     def _call(self) -> None:
         rows = np.ones((1, 3), np.float32)
-        with InferenceClient(self.url) as client:
+        with InferenceClient(self.url, credentials=self.credentials) as client:
             while not self._stop.is_set():
                 try:
                     output = client.infer(self.model, {"input": rows})["output"]
@@ -260,6 +263,16 @@ class Load:
                     self.failures.append(str(error))
                 else:
                     self.factors.append(float(output[0, 0]))
+
+
+@pytest.fixture(scope="session")
+def pem(tmp_path_factory) -> Files:
+    """Certificates of one authority, for a server on this machine and for a client."""
+    folder = tmp_path_factory.mktemp("pem")
+    ca, _, issuer = issue(folder, "ca")
+    server, server_key, _ = issue(folder, "server", issuer)
+    client, client_key, _ = issue(folder, "client", issuer)
+    return Files(ca=ca, server=server, server_key=server_key, client=client, client_key=client_key)
 
 
 @pytest.fixture

@@ -1,15 +1,20 @@
 """A replica without Ray around it: what it declares, swaps, and leaves to the registry."""
 
 import asyncio
+import contextlib
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from minga.inference.access import Protection
+from minga.inference.credentials import Credentials
+from minga.inference.errors import RejectedError
 from minga.inference.grpc_client import GrpcClient
 from minga.inference.limits import Limits
 from minga.inference.server import listen
+from minga.serving.key_store import KeyStore
 from tests.serving.test_app import GOOD, assert_refused, connect, decoded
 
 pytestmark = pytest.mark.slow  # for Ray, which is imported
@@ -80,6 +85,30 @@ async def test_a_replica_does_not_load_or_unload_for_its_callers(replica, models
             assert_refused(response, 403)
             assert "registry" in response.json()["error"]
         assert (await client.get("/v2/models/scaling/ready")).status_code == 200
+
+
+async def test_a_replica_lets_in_who_has_a_key(models, write_model, tmp_path):
+    """Each replica checks keys itself, on both wires: there are ways to it around the proxy."""
+    from minga.serving.application import InferenceReplica
+
+    key, _ = KeyStore(tmp_path / "keys.json").create("shop")
+    with listen("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+    protection = Protection(keys=str(tmp_path / "keys.json"))
+    replica = InferenceReplica(Limits(), {"host": "127.0.0.1", "port": port}, protection)
+    await configure(replica, write_model(models["scaling"](2)))
+    for shown, status in ((key, 200), ("", 401)):
+        headers = {"authorization": f"Bearer {shown}"}
+        async with connect(replica.__serve_build_asgi_app__()) as client:
+            response = await client.post("/v2/models/scaling/infer", content=GOOD, headers=headers)
+        assert response.status_code == status
+        url = f"grpc://127.0.0.1:{port}"
+        with (
+            GrpcClient(url, credentials=Credentials(key=shown)) as client,
+            contextlib.nullcontext() if shown else pytest.raises(RejectedError),
+        ):
+            await asyncio.to_thread(client.infer, "scaling", {"input": ROWS})
+    await end(replica)
 
 
 async def test_a_replica_that_ends_closes_its_grpc_port(replica, models, write_model):

@@ -15,6 +15,8 @@ import pytest
 
 from minga.cli.app import main
 from minga.inference.client import InferenceClient
+from minga.inference.credentials import Credentials
+from minga.inference.errors import RejectedError
 from minga.inference.grpc_client import GrpcClient
 from minga.inference.server import listen
 
@@ -194,8 +196,8 @@ def running_serve(*words: str):
                 break
         else:
             pytest.fail(f"serve ended with {process.wait()} before it was ready")
-        grpc_url = re.search(r"grpc://\S+", printed)
-        url = re.search(r"ready at (http://[^;]+)", printed)[1]
+        grpc_url = re.search(r"grpcs?://\S+", printed)
+        url = re.search(r"ready at (https?://[^;]+)", printed)[1]
         yield process, url, grpc_url and grpc_url.group()
     finally:
         if process.poll() is None:
@@ -205,27 +207,35 @@ def running_serve(*words: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "words", "serving"),
+    ("name", "words", "serving", "tls"),
     [
-        ("on-local", ["--engine", "local"], {}),
-        ("on-ray", [], {"cpus_per_replica": 0.5}),
-        ("on-haproxy", [], {"cpus_per_replica": 0.5, "fast_ingress": True}),
+        ("on-local", ["--engine", "local"], {}, True),
+        ("on-ray", [], {"cpus_per_replica": 0.5}, True),
+        ("on-haproxy", [], {"cpus_per_replica": 0.5, "fast_ingress": True}, False),
     ],
 )
 def test_serve_follows_the_champion_and_stops_cleanly(
-    *, name, words, serving, project, register, load
+    *, name, words, serving, tls, project, register, load, pem, capsys
 ):
-    """The command serves the champion, swaps to the next one under load, and ends on SIGTERM."""
+    """The command serves the champion to who has a key, swaps under load, and ends on SIGTERM."""
     register(name, 1)
     folder = project(port=0, poll_interval_s=0.1, **serving)
+    run("key", "create", "test", "--project", folder)
+    shown = Credentials(key=capsys.readouterr().out.strip(), ca=pem.ca)
     words = ["--project", folder, "--grpc-port", "0", *words]
+    if tls:
+        words += ["--tls-certificate", str(pem.server), "--tls-key", str(pem.server_key)]
     rows = np.ones((1, 3), np.float32)
     with running_serve(name, *words) as (process, url, grpc_url):
-        with load(url, model=name) as callers:
+        assert url.startswith("https:" if tls else "http:")
+        stranger = InferenceClient(url, credentials=Credentials(ca=pem.ca))
+        with stranger, pytest.raises(RejectedError, match="wants an API key"):
+            stranger.infer(name, {"input": rows})
+        with load(url, model=name, credentials=shown) as callers:
             callers.wait_for(1.0)
             register(name, 2)
             callers.wait_for(2.0)
-        with GrpcClient(grpc_url) as client:
+        with GrpcClient(grpc_url, credentials=shown) as client:
             assert client.infer(name, {"input": rows})["output"].tolist() == [[2, 2, 2]]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

@@ -136,10 +136,11 @@ def test_schemathesis_finds_nothing(third_party, make_app, models, serve, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_description_is_valid_openapi(third_party, tmp_path):
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "with-keys"])
+def test_the_description_is_valid_openapi(is_open, third_party, tmp_path):
     """A validator of the standard finds no fault in the description."""
     file = tmp_path / "openapi.json"
-    file.write_text(json.dumps(description()))
+    file.write_text(json.dumps(description(is_open=is_open)))
     validator = third_party / "openapi-spec-validator"
     done = subprocess.run([validator, file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lineage": ("minga.cli.lineage:lineage", "Show what came from what: data, versions, services."),
     "serve": ("minga.cli.serve:serve", "Serve registered models over the Open Inference Protocol."),
     "predict": ("minga.cli.predict:predict", "Send one request to a served model."),
+    "key": ("minga.cli.key:app", "Make, list, revoke API keys of served models."),
     "coordinator": ("minga.cli.coordinator:app", "Run the federation's server, make tokens."),
     "root": ("minga.cli.root:app", "Keep a federation's root authority on an offline machine."),
     "device": ("minga.cli.device:app", "Enrol and run an edge device; list and revoke devices."),

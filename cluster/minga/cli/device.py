@@ -60,6 +60,10 @@ def run(
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
     port: Annotated[int, _set_by("PORT")] = 8080,
     grpc_port: Annotated[int | None, _set_by("GRPC_PORT")] = None,
+    keys: Annotated[Path | None, _set_by("KEYS")] = None,
+    tls_certificate: Annotated[Path | None, _set_by("TLS_CERTIFICATE")] = None,
+    tls_key: Annotated[Path | None, _set_by("TLS_KEY")] = None,
+    allow_anonymous: Annotated[bool, _set_by("ALLOW_ANONYMOUS")] = False,
 ) -> None:
     """Run this device until Ctrl-C: join rounds, fetch models, answer predictions on site.
 
@@ -87,9 +91,13 @@ def run(
             many devices alone; may be given several times.
         compress: When models and plain updates travel as Zstandard frames: auto does so while
             the link is measured to be slower than 5 MB/s.
-        host: Address of the local inference server.
+        host: Address of the local inference server. Beyond 127.0.0.1 its callers must be known.
         port: Port of the local inference server and of /metrics; 0 takes a free one.
         grpc_port: Port of the local inference server for gRPC, which is off unless it is given.
+        keys: The file of API keys that it wants, as `minga key create --file` makes it.
+        tls_certificate: Its certificate chain, PEM; both wires then speak TLS.
+        tls_key: The certificate's private key, PEM.
+        allow_anonymous: Answer everyone, also beyond this machine.
     """
     from minga.cli.services import run_service
     from minga.federation.device.server import run as serve
@@ -116,6 +124,10 @@ def run(
         host=host,
         port=port,
         grpc_port=grpc_port,
+        keys=keys,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        allow_anonymous=allow_anonymous,
         **given,
     )
     run_service(serve(settings))

@@ -47,6 +47,7 @@ EXIT_CODES: dict[str, int] = {
     "minga.inference.errors.RejectedError": 24,
     "minga.inference.errors.BadRequestError": 25,
     "minga.inference.errors.ModelError": 26,
+    "minga.inference.errors.AccessError": 50,
     "minga.serving.errors.VersionRefusedError": 26,
     "minga.serving.errors.NoChampionError": 27,
     "minga.serving.errors.RegistryUnreachableError": 28,

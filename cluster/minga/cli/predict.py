@@ -1,6 +1,7 @@
 """`minga predict`: one request to a served model, from a file."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from minga.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from minga.inference.client import InferenceClient
+    from minga.inference.credentials import Credentials
     from minga.inference.grpc_client import GrpcClient
     from minga.inference.protocol import InferResponse
     from minga.inference.tensors import Array
@@ -25,6 +27,8 @@ def predict(
     csv: File | None = None,
     url: str | None = None,
     grpc: Annotated[bool, Parameter(negative=())] = False,
+    key_file: Path | None = None,
+    ca: Path | None = None,
     model_version: str | None = None,
     explain: Annotated[bool, Parameter(negative=())] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -41,6 +45,12 @@ def predict(
 
     Example: minga predict machine-failure --csv new.csv --url grpc://127.0.0.1:8001
 
+    An API key comes from a file or from MINGA_API_KEY, never from the command line, where other
+    users of the machine would see it. MINGA_API_KEY_FILE and MINGA_API_CA stand for the options;
+    MINGA_API_CERTIFICATE and MINGA_API_CERTIFICATE_KEY name a client certificate.
+
+    Example: minga predict machine-failure --csv new.csv --url https://models.plant --ca ca.pem
+
     Args:
         model: The model's name.
         input: A JSON file; - reads standard input.
@@ -48,6 +58,8 @@ def predict(
         url: The server, as `minga serve` or `minga device run` prints it; by default
             http://127.0.0.1:8000.
         grpc: Ask over gRPC; without a URL at grpc://127.0.0.1:8001.
+        key_file: A file whose first line is the API key.
+        ca: Who signs the server's certificate, PEM; by default whom this machine trusts.
         model_version: The version to ask; by default the server's.
         explain: Show what each feature adds to the outputs instead of the outputs: the output
             minus the output with that feature alone at its mean in the training data. HTTP only.
@@ -60,9 +72,9 @@ def predict(
 
     if (input is None) == (csv is None):
         raise BadRequestError("give the rows with either --input FILE or --csv FILE")
-    if explain and (grpc or (url or "").startswith("grpc://")):
+    if explain and (grpc or (url or "").startswith(("grpc://", "grpcs://"))):
         raise BadRequestError("--explain is asked over HTTP: the protocol has no gRPC call for it")
-    with _client(url, grpc=grpc) as client:
+    with _client(url, grpc=grpc, credentials=_credentials(key_file, ca)) as client:
         metadata = client.metadata(model, version=model_version)
         if input is not None:
             inputs = read_json(read_file(input), metadata)
@@ -81,21 +93,33 @@ def predict(
         _print(response)
 
 
-def _client(url: str | None, *, grpc: bool) -> "InferenceClient | GrpcClient":
+def _credentials(key_file: Path | None, ca: Path | None) -> "Credentials":
+    """Take from the environment what no option gives."""
+    from minga.inference.credentials import Credentials, read_key
+
+    found = Credentials.from_environment()
+    if key_file is not None:
+        found = replace(found, key=read_key(key_file))
+    return found if ca is None else replace(found, ca=ca)
+
+
+def _client(
+    url: str | None, *, grpc: bool, credentials: "Credentials"
+) -> "InferenceClient | GrpcClient":
     """Open a client of the kind that the URL's scheme, or the flag, asks for."""
     from minga.inference.errors import ClientError
 
     if url is None:
         url = "grpc://127.0.0.1:8001" if grpc else "http://127.0.0.1:8000"
-    if url.startswith("grpc://"):
+    if url.startswith(("grpc://", "grpcs://")):
         from minga.inference.grpc_client import GrpcClient
 
-        return GrpcClient(url)
+        return GrpcClient(url, credentials=credentials)
     if grpc:
         raise ClientError(f"{url!r} is no gRPC server's URL; write one like grpc://127.0.0.1:8001")
     from minga.inference.client import InferenceClient
 
-    return InferenceClient(url)
+    return InferenceClient(url, credentials=credentials)
 
 
 def read_file(file: Path) -> bytes:

@@ -30,6 +30,10 @@ def serve(
     host: str | None = None,
     port: Port = None,
     grpc_port: Port = None,
+    keys: Path | None = None,
+    tls_certificate: Path | None = None,
+    tls_key: Path | None = None,
+    allow_anonymous: Annotated[bool, Parameter(negative=())] = False,
     engine: Literal["ray", "local"] = "ray",
 ) -> None:
     """Serve registered models over the Open Inference Protocol v2 until Ctrl-C.
@@ -40,6 +44,9 @@ def serve(
 
     Example: minga serve
 
+    Beyond 127.0.0.1 callers must be known: `minga key create` makes keys, and a project that has
+    some wants one with each request, except for the server's health.
+
     Example: minga serve machine-failure --port 9000 --grpc-port 9001 --engine local
 
     Args:
@@ -48,10 +55,21 @@ def serve(
         host: The address to listen on, instead of the configured one.
         port: The port to listen on, instead of the configured one; 0 takes a free one.
         grpc_port: The port to listen on for gRPC, which is off unless it is configured or given.
+        keys: The file of API keys; by default the project's, if it has one.
+        tls_certificate: The server's certificate chain, PEM; both wires then speak TLS.
+        tls_key: Its private key, PEM.
+        allow_anonymous: Answer everyone, also beyond this machine.
         engine: `ray` serves from replicas on Ray Serve, `local` from this process alone, which
             starts in a second and needs a tenth of the memory.
     """
-    chosen = {"host": host, "port": port, "grpc_port": grpc_port}
+    files = {"keys": keys, "tls_certificate": tls_certificate, "tls_key": tls_key}
+    chosen = {
+        "host": host,
+        "port": port,
+        "grpc_port": grpc_port,
+        "allow_anonymous": allow_anonymous or None,
+        **{name: str(file.absolute()) for name, file in files.items() if file is not None},
+    }
     config, tracking_uri = _configured(project, chosen)
     from minga.serving.registry_source import RegistrySource
     from minga.serving.watcher import current_versions
@@ -62,7 +80,8 @@ def serve(
         from minga.serving.local import serve_locally
 
         announce = partial(_announce, refs)
-        run_service(serve_locally(config, source, refs, announce, tracking_uri=tracking_uri))
+        service = serve_locally(config, source, refs, announce, tracking_uri=tracking_uri)
+        run_service(service, fast=True)
     else:
         _serve_on_ray(config, source, refs, tracking_uri)
 
@@ -78,7 +97,7 @@ def _configured(
     config, uri = ServingConfig.model_validate({}), Settings().tracking_uri
     if project is not None or not uri or Path(FILE).is_file():
         loaded = load(project or Path())
-        config, uri = loaded.serving, loaded.tracking_uri
+        config, uri = loaded.protected_serving, loaded.tracking_uri
     given = {name: value for name, value in chosen.items() if value is not None}
     return config.model_copy(update=given), uri
 
@@ -94,6 +113,7 @@ def _serve_on_ray(
     from minga.inference.server import listen
     from minga.serving.ingress import fast_ingress, plain_ingress
 
+    config.require_protected_on_ray()
     listen(config.host, config.port).close()  # before Ray takes its seconds to start
     log_to_stderr()
     cpus = max(os.cpu_count() or 1, math.ceil(config.num_replicas * config.cpus_per_replica))

@@ -62,7 +62,7 @@ def following(
 @contextmanager
 def following_champion(project: Project) -> Iterator[str]:
     """Serve a project's champion at a free port; see `following`."""
-    config = project.serving.model_copy(update={"port": 0, "grpc_port": None})
+    config = project.protected_serving.model_copy(update={"port": 0, "grpc_port": None})
     source = RegistrySource(project.tracking_uri, alias=config.alias)
     refs = current_versions(source, [project.loaded_task.name])
     with following(config, source, refs, tracking_uri=project.tracking_uri) as host:

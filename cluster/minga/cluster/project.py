@@ -119,6 +119,21 @@ class Project(BaseModel):
         return self._directory / SCHEMA_FILE
 
     @property
+    def keys_file(self) -> Path:
+        """Where the API keys of what the project serves are, if there are any."""
+        if self.serving.keys:
+            return self._directory / self.serving.keys
+        return self.work_folder / "keys.json"
+
+    @property
+    def protected_serving(self) -> ServingConfig:
+        """How the project's models are served, with absolute names of files."""
+        config = self.serving.anchored(self._directory)
+        if not config.keys and self.keys_file.exists():
+            return config.model_copy(update={"keys": str(self.keys_file.resolve())})
+        return config
+
+    @property
     def tracking_uri(self) -> str:
         """MLflow's database: MINGA_TRACKING_URI, or a file in the project."""
         return Settings().tracking_uri or f"sqlite:///{self.work_folder / 'mlflow.db'}"

@@ -12,7 +12,9 @@ from minga.cluster.project import Project
 from minga.federation.errors import FederationError, IdentityError
 from minga.federation.operator import connect
 from minga.inference.client import InferenceClient
+from minga.inference.credentials import Credentials
 from minga.inference.errors import ClientError
+from minga.inference.server import url_host
 from minga.training.errors import TrainingError
 from minga.training.registry import Registry
 
@@ -27,9 +29,10 @@ def gather(project: Project, state: Path) -> dict[str, Any]:
         state: the coordinator's state folder, or an operator's identity folder.
     """
     serving = project.serving
+    scheme = "https" if serving.tls_certificate else "http"
     return {
         "registry": _registry(project),
-        "serving": _serving(f"http://{serving.host}:{serving.port}"),
+        "serving": _serving(f"{scheme}://{url_host(serving.host)}:{serving.port}"),
         "federation": asyncio.run(_federation(state)),
     }
 
@@ -56,7 +59,8 @@ def _registry(project: Project) -> dict[str, Any]:
 
 def _serving(url: str) -> dict[str, Any]:
     part: dict[str, Any] = {"url": url, "ready": False, "models": [], "note": ""}
-    with InferenceClient(url, timeout_s=_TIMEOUT_S) as client:
+    credentials = Credentials.from_environment()
+    with InferenceClient(url, timeout_s=_TIMEOUT_S, credentials=credentials) as client:
         part["ready"] = client.ready()
         if not part["ready"]:
             return part | {"note": "nothing is served here; start it with: minga serve"}

@@ -16,6 +16,7 @@ from typing import Any, Final
 import orjson
 from prometheus_client import CollectorRegistry
 
+from minga.inference.access import Access
 from minga.inference.bodies import (
     DisconnectedError,
     Receive,
@@ -30,6 +31,7 @@ from minga.inference.errors import (
     HeadersTooLargeError,
     InferenceError,
     MethodNotAllowedError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownPathError,
 )
@@ -80,6 +82,7 @@ class InferenceApp:
         limits: what callers are granted.
         registry: where the Prometheus series live; `GET /metrics` writes all of it.
         control: see `InferenceService`.
+        access: who is let in; by default everyone.
     """
 
     def __init__(
@@ -89,9 +92,10 @@ class InferenceApp:
         limits: Limits | None = None,
         registry: CollectorRegistry | None = None,
         control: ModelControl | None = None,
+        access: Access | None = None,
     ) -> None:
         self.service = InferenceService(
-            repository, limits=limits, registry=registry, control=control
+            repository, limits=limits, registry=registry, control=control, access=access
         )
         self._before_shutdown: Callable[[], Awaitable[None]] | None = None
 
@@ -150,12 +154,18 @@ class InferenceApp:
         match = find(path)
         if match is None:
             raise UnknownPathError(f"there is no {path[:80]!r} here; the protocol begins at /v2")
-        if scope["method"] not in match.route.allowed.split(", "):
+        if scope["method"] not in match.route.methods:
             raise MethodNotAllowedError(
                 f"{path[:80]} answers {match.route.allowed}, not {scope['method'][:20]}",
                 allowed=match.route.allowed,
             )
         headers = dict(fields)
+        if match.route.permission is not None:
+            self.service.access.admit(
+                match.route.permission,
+                headers.get(b"authorization", b"").decode("latin-1"),
+                certified="tls" in scope.get("extensions", ()),
+            )
         if match.route.method == "GET":
             return self._describe(match)
         call = _HttpCall(headers, receive, share)
@@ -187,7 +197,7 @@ class InferenceApp:
                 exposition = self.service.metrics.exposition()
                 return _Answer(200, exposition, ((b"content-type", CONTENT_TYPE.encode()),))
             case Operation.DESCRIPTION:
-                return _json(description())
+                return _json(description(is_open=self.service.access.is_open))
         assert match.model is not None, "the path names it"
         model = self.service.repository.get(match.model, match.version)
         if match.route.operation is Operation.MODEL_READY:
@@ -310,5 +320,9 @@ def _refusal(error: InferenceError) -> _Answer:
     if isinstance(error, MethodNotAllowedError):
         return _Answer(answer.status, answer.body, (_JSON, (b"allow", error.allowed.encode())))
     if isinstance(error, UnavailableError):
-        return _Answer(answer.status, answer.body, (_JSON, (b"retry-after", b"1")))
+        retry_after = (b"retry-after", str(error.retry_after_s).encode())
+        return _Answer(answer.status, answer.body, (_JSON, retry_after))
+    if isinstance(error, UnauthenticatedError):
+        challenge = (b"www-authenticate", b'Bearer realm="minga"')
+        return _Answer(answer.status, answer.body, (_JSON, challenge))
     return answer

@@ -128,8 +128,17 @@ class Batcher:
         return None
 
     def _finish(self, batch: _Batch, done: asyncio.Future["_Outcome"]) -> None:
-        """Hand out what a thread has computed, and give the thread its next batch."""
-        self._num_idle += 1
+        """Hand out what a thread has computed, and give the thread its next batch.
+
+        That is made after those who get their answers now have had their turn: who asks again at
+        once then joins it, instead of waiting for it to end.
+        """
+        try:
+            self._hand_out(batch, done)
+        finally:
+            asyncio.get_running_loop().call_soon(self._take_back)
+
+    def _hand_out(self, batch: _Batch, done: asyncio.Future["_Outcome"]) -> None:
         error = done.exception()
         if error is None:
             outcome = done.result()
@@ -140,6 +149,9 @@ class Batcher:
         else:
             for request in batch.requests:
                 _settle(request, error, queue_s=0)
+
+    def _take_back(self) -> None:
+        self._num_idle += 1
         self._start_idle()
 
 

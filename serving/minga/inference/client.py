@@ -13,6 +13,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 
+from minga.inference.credentials import Credentials, is_loopback
 from minga.inference.errors import (
     ClientError,
     RejectedError,
@@ -30,7 +31,6 @@ from minga.inference.protocol import (
 from minga.inference.tensors import Array
 
 _TIMEOUT_S: Final = 30.0
-_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 
 
 class InferenceClient:
@@ -40,9 +40,10 @@ class InferenceClient:
         url: the server, as in `http://127.0.0.1:8000`.
         timeout_s: how long one request may take.
         transport: what carries the requests, by default the network.
+        credentials: what the server wants to see, and whose servers are trusted.
 
     Raises:
-        ClientError: `url` is no URL.
+        ClientError: `url` is no URL, or the credentials are unusable or unsafe with it.
     """
 
     def __init__(
@@ -51,11 +52,19 @@ class InferenceClient:
         *,
         timeout_s: float = _TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self._url = url.rstrip("/")
-        # A proxy from the environment knows nothing of this machine's loopback.
-        is_local = _host_of(self._url) in _LOOPBACK
-        self._http = httpx.Client(timeout=timeout_s, transport=transport, trust_env=not is_local)
+        shown = credentials or Credentials()
+        host, is_secure = _host_of(self._url), self._url.startswith("https:")
+        self._http = httpx.Client(
+            timeout=timeout_s,
+            transport=transport,
+            verify=shown.context() if is_secure else True,
+            headers=shown.headers(host=host, is_secure=is_secure),
+            # A proxy from the environment knows nothing of this machine's loopback.
+            trust_env=not is_loopback(host),
+        )
 
     def infer(
         self,

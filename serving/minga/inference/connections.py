@@ -1,13 +1,15 @@
 """What one connection may cost, whoever is at its other end.
 
-uvicorn bounds neither how long a request's headers may take nor, with httptools, how long they
-may be, and it keeps an answer for a caller who does not read it. `guarded` adds to uvicorn's
-protocols, whichever is installed:
+uvicorn bounds neither how long a request's headers may take nor how long they may be, and it
+keeps an answer for a caller who does not read it. `guarded` adds to uvicorn's protocol:
 
 - A request's headers come within `_HEADERS_S` of the connection or of their first byte, and
   within `_MAX_HEADER_BYTES`; else the connection is closed (431 for their length).
-- What is left of an answer `_UNREAD_S` after its end is thrown away with the connection.
+- A caller who does not read has `_UNREAD_S` from when its answers fill the server's buffer, or
+  from the end of one that does not; then what is left is thrown away with the connection.
 - Over `_MAX_CONNECTIONS` a new connection is told 503 and closed.
+
+It also tells the application of a verified client certificate, by ASGI's TLS extension.
 """
 
 from asyncio import TimerHandle
@@ -27,7 +29,7 @@ _REFUSALS: Final = {
 
 @cache
 def guarded(protocol: type[Any]) -> type[Any]:
-    """Give a kind of uvicorn's HTTP protocol whose connections keep these bounds."""
+    """Give a kind of uvicorn's httptools protocol whose connections keep these bounds."""
     return type(f"Guarded{protocol.__name__}", (_Guard, protocol), {})
 
 
@@ -37,13 +39,17 @@ class _Guard:
     connections: set[Any]
     cycle: Any
     loop: Any
+    scope: Any
     transport: Any
-    _patience: TimerHandle | None = None
-    _in_headers = False  # told by httptools; h11 bounds headers itself
+    _patience: TimerHandle | None = None  # for the caller's headers
+    _reader_patience: TimerHandle | None = None  # for the caller to read
+    _in_headers = False
     _num_header_bytes = 0
+    _client: str | None = None  # the certificate's name
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)  # type: ignore[misc]
+        self._client = _certified(transport)
         if len(self.connections) > _MAX_CONNECTIONS:
             self._refuse(503)
         else:
@@ -51,14 +57,15 @@ class _Guard:
 
     def connection_lost(self, error: Exception | None) -> None:
         self._be_patient()
+        self._be_patient_with_reader()
         super().connection_lost(error)  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
-        if self._patience is None and self._is_between_requests():
-            self._lose_patience_after(_HEADERS_S)
         super().data_received(data)  # type: ignore[misc]
-        if not self._is_between_requests():
+        if self.cycle is not None and not self.cycle.response_complete:
             self._be_patient()
+        elif self._patience is None:
+            self._lose_patience_after(_HEADERS_S)
         if self._in_headers:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > _MAX_HEADER_BYTES:
@@ -68,6 +75,8 @@ class _Guard:
         self._in_headers = True
         self._num_header_bytes = 0
         super().on_message_begin()  # type: ignore[misc]
+        if self._client is not None:
+            self.scope["extensions"] = {"tls": {"client_cert_name": self._client}}
 
     def on_headers_complete(self) -> None:
         self._in_headers = False
@@ -78,8 +87,15 @@ class _Guard:
         if self.transport.get_write_buffer_size():
             self.loop.call_later(_UNREAD_S, self._forget_answer, self.cycle)
 
-    def _is_between_requests(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+    # A full buffer is bounded here and not at an answer's end: the application that gives up has
+    # uvicorn close the connection, and a close waits, without a bound, for the buffer to empty.
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self._reader_patience = self.loop.call_later(_UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()  # type: ignore[misc]
+        self._be_patient_with_reader()
 
     def _lose_patience_after(self, seconds: float) -> None:
         self._patience = self.loop.call_later(seconds, self.transport.abort)
@@ -88,6 +104,11 @@ class _Guard:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _be_patient_with_reader(self) -> None:
+        if self._reader_patience is not None:
+            self._reader_patience.cancel()
+            self._reader_patience = None
 
     def _forget_answer(self, cycle: Any) -> None:
         if self.cycle is cycle and self.transport.get_write_buffer_size():
@@ -101,3 +122,13 @@ class _Guard:
             b"content-length: %d\r\n\r\n%b" % (line, len(body), body)
         )
         self.transport.close()
+
+
+def _certified(transport: Any) -> str | None:
+    """Give the subject of a certificate that TLS has verified; None if none was shown."""
+    connection = transport.get_extra_info("ssl_object")
+    certificate = connection.getpeercert() if connection is not None else None
+    if not certificate:
+        return None
+    subject = certificate.get("subject", ())
+    return ",".join(f"{name}={value}" for part in subject for name, value in part)

@@ -4,7 +4,8 @@
 InferenceError
 ├── RequestError                the caller must change the request
 │   ├── BadRequestError         400  malformed, or does not fit the model (also a ValueError)
-│   ├── ForbiddenError          403  this server does not grant it to anyone
+│   ├── UnauthenticatedError    401  no key that counts
+│   ├── ForbiddenError          403  this server does not grant it to anyone, or not to this key
 │   ├── UnknownModelError       404  no such model or version
 │   ├── UnknownPathError        404  no such path
 │   ├── MethodNotAllowedError   405  the path knows other methods
@@ -13,9 +14,11 @@ InferenceError
 │   ├── UnsupportedCodingError  415  a content coding other than gzip and deflate
 │   └── HeadersTooLargeError    431  the headers are over the limit
 ├── UnavailableError            503  the same request may succeed later: nothing is loaded yet
-│   └── OverloadedError         503  or too many bytes of requests are in memory
+│   ├── OverloadedError         503  or too many bytes of requests are in memory
+│   └── RateLimitedError        429  or the key has made its requests for now
 ├── ModelError                  a model cannot be loaded or fails its self-test
 ├── PortInUseError              the server's port is taken
+├── AccessError                 the server would not be protected, or its keys or TLS are unusable
 └── ClientError                 what the client of a server meets
     ├── ServerUnreachableError  nobody answers at the URL
     └── RejectedError           the server answered with an error, whose status it keeps
@@ -39,8 +42,14 @@ class BadRequestError(RequestError, ValueError):
     """A request that is malformed or does not fit the model."""
 
 
+class UnauthenticatedError(RequestError):
+    """A request without an API key that counts, to a server that wants one."""
+
+    status = 401
+
+
 class ForbiddenError(RequestError):
-    """Something that this server was not told to let its callers do."""
+    """Something that this server was not told to let its callers, or this key, do."""
 
     status = 403
 
@@ -100,10 +109,26 @@ class UnavailableError(InferenceError):
     """The server runs but cannot answer now, as when it has no model yet."""
 
     status = 503
+    retry_after_s = 1
 
 
 class OverloadedError(UnavailableError):
     """The requests that are being answered take all the memory that they may."""
+
+
+class RateLimitedError(UnavailableError):
+    """A key has made the requests that it may make for now.
+
+    Args:
+        message: which limit that is.
+        retry_after_s: when the next request will be let in.
+    """
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ModelError(InferenceError):
@@ -112,6 +137,10 @@ class ModelError(InferenceError):
 
 class PortInUseError(InferenceError):
     """The address that the server was told to listen on is taken."""
+
+
+class AccessError(InferenceError):
+    """A server that would not be protected as it has to be, or whose keys or TLS are unusable."""
 
 
 class ClientError(InferenceError):

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import grpc
 import numpy as np
 
+from minga.inference.credentials import Credentials
 from minga.inference.errors import (
     BadRequestError,
     ClientError,
@@ -55,25 +56,34 @@ class GrpcClient:
     """Talks to one server; may be shared by threads.
 
     Args:
-        url: the server, as in `grpc://127.0.0.1:8001`.
+        url: the server, as in `grpc://127.0.0.1:8001`, or `grpcs://...` for TLS.
         timeout_s: how long one request may take.
+        credentials: what the server wants to see, and whose servers are trusted.
 
     Raises:
-        ClientError: `url` is no such URL.
+        ClientError: `url` is no such URL, or the credentials are unusable or unsafe with it.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = _TIMEOUT_S) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float = _TIMEOUT_S, credentials: Credentials | None = None
+    ) -> None:
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(
-            _target_of(self._url),
-            options=[
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_send_message_length", -1),
-                # A proxy from the environment speaks HTTP/1.1, and knows no loopback.
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-            ],
+        shown = credentials or Credentials()
+        host, target = _target_of(self._url)
+        is_secure = self._url.startswith("grpcs:")
+        self._metadata = tuple(shown.headers(host=host, is_secure=is_secure).items())
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            # A proxy from the environment speaks HTTP/1.1, and knows no loopback.
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ]
+        self._channel = (
+            grpc.secure_channel(target, shown.channel_credentials(), options)
+            if is_secure
+            else grpc.insecure_channel(target, options)
         )
 
     def infer(
@@ -180,7 +190,7 @@ class GrpcClient:
             response_deserializer=answer.FromString,
         )
         try:
-            return call(request, timeout=self._timeout_s)
+            return call(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _translated(self._url, error) from error
 
@@ -200,15 +210,16 @@ def _translated(url: str, error: Any) -> ClientError:
     )
 
 
-def _target_of(url: str) -> str:
+def _target_of(url: str) -> tuple[str, str]:
+    """Give a URL's host, and what gRPC dials."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         host = None
-    if host is None or port is None or parts.scheme != "grpc":
+    if host is None or port is None or parts.scheme not in ("grpc", "grpcs"):
         raise ClientError(f"{url!r} is no gRPC server's URL; write one like grpc://127.0.0.1:8001")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return host, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _spec(spec: Any) -> dict[str, Any]:

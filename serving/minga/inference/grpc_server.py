@@ -6,9 +6,10 @@ from typing import Any, Final, Self
 import grpc
 
 from minga.inference.errors import PortInUseError
-from minga.inference.grpc_service import GrpcService
+from minga.inference.grpc_service import Doorkeeper, GrpcService
 from minga.inference.server import listen, url_host
 from minga.inference.service import InferenceService
+from minga.inference.tls import ServerTls
 
 _DRAIN_S: Final = 10
 _MAX_METADATA_BYTES: Final = 16 * 1024
@@ -19,7 +20,7 @@ _PING_S: Final = 60
 
 
 class GrpcServer:
-    """Serves one `InferenceService` over gRPC, without TLS.
+    """Serves one `InferenceService` over gRPC.
 
     Args:
         service: what answers; shared with an `InferenceApp`, which ends it.
@@ -27,6 +28,7 @@ class GrpcServer:
         port: the port to listen on; 0 lets the system choose one.
         shared: let other processes listen on the same port; the system then gives each
             connection to one of them.
+        tls: what the server shows; None means none.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class GrpcServer:
         host: str = "127.0.0.1",
         port: int = 8001,
         shared: bool = False,
+        tls: ServerTls | None = None,
     ) -> None:
         self._host = host
+        self._tls = tls
         self._wanted_port = port
         self._port = 0
         self._shared = shared
@@ -47,7 +51,7 @@ class GrpcServer:
     @property
     def url(self) -> str:
         """Where clients reach the server, as `grpc://host:port`; only after `start`."""
-        return f"grpc://{url_host(self._host)}:{self._port}"
+        return f"{'grpcs' if self._tls else 'grpc'}://{url_host(self._host)}:{self._port}"
 
     @property
     def is_started(self) -> bool:
@@ -59,14 +63,25 @@ class GrpcServer:
 
         Raises:
             PortInUseError: the port is taken.
+            AccessError: TLS cannot be set up.
         """
+        credentials = self._tls.credentials() if self._tls else None
         if not self._shared:
             listen(self._host, self._wanted_port).close()  # its errors say what to do
-        server = grpc.aio.server(options=self._options(), maximum_concurrent_rpcs=_MAX_RPCS)
+        server = grpc.aio.server(
+            interceptors=self._interceptors(),
+            options=self._options(),
+            maximum_concurrent_rpcs=_MAX_RPCS,
+        )
         server.add_generic_rpc_handlers((GrpcService(self._service).handlers(),))
         try:
             host = f"[{self._host}]" if ":" in self._host else self._host
-            self._port = server.add_insecure_port(f"{host}:{self._wanted_port}")
+            address = f"{host}:{self._wanted_port}"
+            self._port = (
+                server.add_secure_port(address, credentials)
+                if credentials
+                else server.add_insecure_port(address)
+            )
         except RuntimeError as error:
             raise PortInUseError(
                 f"cannot listen for gRPC on {self._host}:{self._wanted_port}; "
@@ -92,6 +107,13 @@ class GrpcServer:
         traceback: TracebackType | None,
     ) -> None:
         await self.stop()
+
+    def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        access = self._service.access
+        if access.is_open:
+            return []
+        # With a client CA the handshake lets nobody through without a certificate.
+        return [Doorkeeper(access, certified=bool(self._tls and self._tls.client_ca))]
 
     def _options(self) -> list[tuple[str, Any]]:
         return [

@@ -11,8 +11,9 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 
+from minga.inference.access import Access
 from minga.inference.engine import PLATFORM, OnnxModel
-from minga.inference.errors import BadRequestError, InferenceError
+from minga.inference.errors import BadRequestError, InferenceError, UnavailableError
 from minga.inference.grpc_wire import (
     SERVICE,
     STATUS_KEY,
@@ -21,6 +22,7 @@ from minga.inference.grpc_wire import (
     write_response,
     write_statistics,
 )
+from minga.inference.keys import Permission
 from minga.inference.limits import Limits
 from minga.inference.protocol import InferRequest, InferResponse
 from minga.inference.service import EXTENSIONS, SERVER_NAME, InferenceService, server_version
@@ -28,6 +30,15 @@ from minga.inference.tensors import TensorSpec
 from minga.inference.v2 import open_inference_pb2 as pb
 
 _LOG: Final = logging.getLogger(__name__)
+
+# What is not here needs leave to ask.
+_PERMISSIONS: Final[dict[str, Permission | None]] = {
+    "ServerLive": None,
+    "ServerReady": None,
+    "ModelStatistics": Permission.WATCH,
+    "RepositoryModelLoad": Permission.MANAGE,
+    "RepositoryModelUnload": Permission.MANAGE,
+}
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -77,8 +88,7 @@ class GrpcService:
                 response: bytes = (await method(message)).SerializeToString()
                 share.take(len(response))
             except InferenceError as error:
-                trailers = ((STATUS_KEY, str(error.status)),)
-                await context.abort(status_of(error), str(error), trailers)
+                await _refuse(context, error)
             except Exception as error:
                 if isinstance(error, grpc.aio.AbortError):
                     raise
@@ -192,3 +202,46 @@ def _spec(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
     return pb.ModelMetadataResponse.TensorMetadata(
         name=spec.name, datatype=spec.datatype, shape=spec.shape
     )
+
+
+async def _refuse(context: Any, error: InferenceError) -> None:
+    trailers = [(STATUS_KEY, str(error.status))]
+    if isinstance(error, UnavailableError):
+        trailers.append(("retry-after", str(error.retry_after_s)))
+    await context.abort(status_of(error), str(error), tuple(trailers))
+
+
+class Doorkeeper(grpc.aio.ServerInterceptor):
+    """Refuses calls before their messages are received, so that strangers cannot fill the memory.
+
+    Args:
+        access: who is let in.
+        certified: whether every connection has shown a certificate that was verified.
+    """
+
+    def __init__(self, access: Access, *, certified: bool) -> None:
+        self._access = access
+        self._certified = certified
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Let a call through, or give what refuses it."""
+        method = handler_call_details.method.rpartition("/")[2]
+        permission = _PERMISSIONS.get(method, Permission.ASK)
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        try:
+            if permission is not None:
+                self._access.admit(
+                    permission, metadata.get("authorization"), certified=self._certified
+                )
+        except InferenceError as error:
+            return _refusal(error)
+        return await continuation(handler_call_details)
+
+
+def _refusal(error: InferenceError) -> Any:
+    """Make a method that refuses; one that takes a stream need not receive any of it."""
+
+    async def refuse(_: Any, context: Any) -> None:
+        await _refuse(context, error)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)

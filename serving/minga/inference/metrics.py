@@ -46,18 +46,28 @@ class InferenceMetrics:
             "Inference requests that have begun and not ended.",
             registry=registry,
         )
+        self._num_in_progress = 0
+        self._in_progress.set_function(lambda: self._num_in_progress)
+        # Finding a series by its labels takes longer than counting in it.
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram | None]] = {}
         registry.register(_ServedModels(repository))
 
     def begin(self) -> None:
         """Count a request that has begun."""
-        self._in_progress.inc()
+        self._num_in_progress += 1
 
     def end(self, *, model: str, version: str, status: int, duration_s: float) -> None:
         """Count a request that has ended; `model` and `version` are empty if it named none."""
-        self._in_progress.dec()
-        self._requests.labels(model, version, str(status)).inc()
-        if model:
-            self._seconds.labels(model).observe(duration_s)
+        self._num_in_progress -= 1
+        series = self._series.get((model, version, status))
+        if series is None:
+            requests = self._requests.labels(model, version, str(status))
+            series = requests, self._seconds.labels(model) if model else None
+            self._series[model, version, status] = series
+        requests, seconds = series
+        requests.inc()
+        if seconds is not None:
+            seconds.observe(duration_s)
 
     def exposition(self) -> bytes:
         """Write all series in Prometheus' text format."""

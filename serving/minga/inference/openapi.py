@@ -40,25 +40,36 @@ _REFUSALS: Final[dict[Operation, tuple[int, ...]]] = {
     Operation.UNLOAD: (400, 403, 404, 408, 413, 415, 503),
 }
 """Which statuses an operation may refuse with, beside 405 for its method and 431 for headers."""
+_KEPT_OUT: Final = (401, 403, 429)
+"""With which statuses callers may be refused who need leave."""
+_SECURITY: Final = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
 _REASONS: Final = {
     400: "The request is malformed or does not fit the model",
-    403: "The server does not let its callers do this",
+    401: "The server wants an API key, and there is none that counts",
+    403: "The server does not let its callers, or this key, do this",
     404: "There is no such model or version",
     408: "The body did not arrive in time",
     413: "The body is over the limit",
     415: "The body's content coding is neither gzip nor deflate",
+    429: "The key has made its requests for now; Retry-After says when it may again",
     431: "The headers are over the limit",
     503: "Not now; the same request may succeed later",
 }
 
 
 @cache
-def description() -> dict[str, Any]:
-    """Give the description as a JSON object; not to be changed."""
+def description(*, is_open: bool = True) -> dict[str, Any]:
+    """Give the description as a JSON object; not to be changed.
+
+    Args:
+        is_open: the server lets everyone in; else callers need keys.
+    """
     paths: dict[str, Any] = {}
     for route in ROUTES:
         if route.template != "/v2/":  # the same as /v2
-            paths.setdefault(route.template, {})[route.method.lower()] = _operation(route)
+            paths.setdefault(route.template, {})[route.method.lower()] = _operation(
+                route, is_open=is_open
+            )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -68,11 +79,11 @@ def description() -> dict[str, Any]:
             "repository extensions.",
         },
         "paths": paths,
-        "components": {"schemas": _schemas()},
+        "components": {"schemas": _schemas()} | ({} if is_open else _SECURITY),
     }
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Route, *, is_open: bool) -> dict[str, Any]:
     name = route.operation.name.lower()
     if "{version}" in route.template:
         name += "_of_version"
@@ -84,13 +95,17 @@ def _operation(route: Route) -> dict[str, Any]:
         if f"{{{part}}}" in route.template
     ]
     responses: dict[str, Any] = {"200": _success(route.operation)}
-    for status in (*_REFUSALS.get(route.operation, ()), 431):
+    needs_leave = route.permission is not None and not is_open
+    kept_out = _KEPT_OUT if needs_leave else ()
+    for status in sorted({*_REFUSALS.get(route.operation, ()), *kept_out, 431}):
         responses[str(status)] = {"description": _REASONS[status], "content": _json("Error")}
     operation: dict[str, Any] = {
         "operationId": name,
         "summary": _SUMMARIES[route.operation],
         "responses": responses,
     }
+    if needs_leave:
+        operation["security"] = [{"key": []}]
     if route.operation in (Operation.INFER, Operation.EXPLAIN):
         parameters.append(
             {

@@ -17,6 +17,7 @@ import uvicorn
 
 from minga.inference.connections import guarded
 from minga.inference.errors import InferenceError, PortInUseError
+from minga.inference.tls import ServerTls
 
 _BACKLOG: Final = 2048
 _IDLE_CONNECTION_S: Final = 75  # longer than common clients keep one: they close, we do not
@@ -30,12 +31,22 @@ class Server:
         app: the application.
         host: the address to listen on.
         port: the port to listen on; 0 lets the system choose one.
+        tls: what the server shows; None means plain HTTP.
+
+    Raises:
+        AccessError: TLS cannot be set up.
     """
 
     def __init__(
-        self, app: Callable[..., Awaitable[None]], *, host: str = "127.0.0.1", port: int = 8000
+        self,
+        app: Callable[..., Awaitable[None]],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        tls: ServerTls | None = None,
     ) -> None:
         self._host = host
+        self._scheme = "https" if tls else "http"
         self._wanted_port = port
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
@@ -45,11 +56,13 @@ class Server:
             log_level="error",  # what callers do wrong is counted, not logged
             access_log=False,
             server_header=False,
+            http="httptools",
             ws="none",
             timeout_keep_alive=_IDLE_CONNECTION_S,
             timeout_graceful_shutdown=_DRAIN_S,
         )
         config.load()
+        config.ssl = tls.context() if tls else None
         config.http_protocol_class = guarded(config.http_protocol_class)  # type: ignore[arg-type]
         self._uvicorn = _Uvicorn(config)
 
@@ -63,7 +76,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where clients reach the server; only after `start`."""
-        return f"http://{url_host(self._host)}:{self.port}"
+        return f"{self._scheme}://{url_host(self._host)}:{self.port}"
 
     async def start(self) -> None:
         """Listen, and return once requests are answered.

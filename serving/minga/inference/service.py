@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from minga.inference.access import Access
 from minga.inference.batching import Batcher
 from minga.inference.bodies import Budget, DisconnectedError, Share
 from minga.inference.engine import OnnxModel
@@ -129,6 +130,7 @@ class InferenceService:
         registry: where the Prometheus series live.
         control: what loads and unloads models where `limits.model_control` lets callers; by
             default in `repository` alone.
+        access: who is let in; what brings requests here asks it. By default everyone is.
     """
 
     def __init__(
@@ -138,8 +140,10 @@ class InferenceService:
         limits: Limits | None = None,
         registry: CollectorRegistry | None = None,
         control: ModelControl | None = None,
+        access: Access | None = None,
     ) -> None:
         self.repository = repository
+        self.access = access or Access()
         self.limits = limits or Limits()
         self.metrics = InferenceMetrics(repository, registry or CollectorRegistry())
         self._control = control or LocalControl(repository)

@@ -67,7 +67,7 @@ class Datatype(StrEnum):
         if array.dtype.kind in "OUS":
             return cls.BYTES
         try:
-            return _DATATYPES[array.dtype.newbyteorder("<")]
+            return _DATATYPES.get(array.dtype) or _DATATYPES[array.dtype.newbyteorder("<")]
         except KeyError:
             raise BadRequestError(
                 f"arrays of {array.dtype} have no datatype in the protocol: "

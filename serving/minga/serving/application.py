@@ -18,6 +18,7 @@ from typing import Any, Final, TypedDict
 from ray import serve
 from ray.serve import Application
 
+from minga.inference.access import Protection
 from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ForbiddenError, ModelError
@@ -75,12 +76,22 @@ class InferenceReplica:
     Args:
         limits: what callers are granted.
         grpc: where to listen for gRPC; None means nowhere.
+        protection: who is let in, and gRPC's TLS; that of HTTP is Ray Serve's proxy's.
     """
 
-    def __init__(self, limits: Limits, grpc: GrpcAddress | None = None) -> None:
+    def __init__(
+        self, limits: Limits, grpc: GrpcAddress | None = None, protection: Protection | None = None
+    ) -> None:
+        protection = protection or Protection()
         self._repository = ModelRepository()
-        self._app = InferenceApp(self._repository, limits=limits, control=RegistryControl())
-        self._grpc = GrpcServer(self._app.service, **grpc, shared=True) if grpc else None
+        self._app = InferenceApp(
+            self._repository, limits=limits, control=RegistryControl(), access=protection.access()
+        )
+        self._grpc = (
+            GrpcServer(self._app.service, **grpc, shared=True, tls=protection.tls())
+            if grpc
+            else None
+        )
 
     def __serve_build_asgi_app__(self) -> InferenceApp:
         """Give the application that takes this replica's requests."""
@@ -119,12 +130,13 @@ def build(options: dict[str, Any]) -> Application:
     """Make the application from the options of a Serve config file.
 
     Args:
-        options: `limits`, the fields of `minga.inference.limits.Limits`, and `grpc`, those of
-            `GrpcAddress` or None.
+        options: `limits`, the fields of `minga.inference.limits.Limits`, `grpc`, those of
+            `GrpcAddress` or None, and `protection`, those of `minga.inference.access.Protection`.
     """
     ingress = serve.ingress()(InferenceReplica)
     replica = serve.deployment(name=DEPLOYMENT)(ingress)
-    return replica.bind(Limits(**options["limits"]), options["grpc"])
+    protection = Protection(**options.get("protection", {}))
+    return replica.bind(Limits(**options["limits"]), options["grpc"], protection)
 
 
 def _refs(config: UserConfig) -> list[ModelRef]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+import httpx
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client  # no public way to deploy a schema in-process
@@ -54,14 +55,16 @@ class ServeHost:
     @property
     def url(self) -> str:
         """Where clients on this machine reach the models."""
-        return f"http://{url_host(self._config.host)}:{self._config.port}"
+        scheme = "https" if self._config.tls_certificate else "http"
+        return f"{scheme}://{url_host(self._config.host)}:{self._config.port}"
 
     @property
     def grpc_url(self) -> str | None:
         """Where clients on this machine reach the models over gRPC."""
         if self._config.grpc_port is None:
             return None
-        return f"grpc://{url_host(self._config.host)}:{self._config.grpc_port}"
+        scheme = "grpcs" if self._config.tls_certificate else "grpc"
+        return f"{scheme}://{url_host(self._config.host)}:{self._config.grpc_port}"
 
     def deploy(self, refs: Sequence[ModelRef]) -> None:
         """Serve exactly these versions on every replica, without failing a request.
@@ -93,7 +96,9 @@ class ServeHost:
         Raises:
             HostError: it is not within the time.
         """
-        with InferenceClient(self.url, timeout_s=timeout_s) as client:
+        # Nothing is sent that is secret, and the certificate need not name this machine.
+        transport = httpx.HTTPTransport(verify=False)
+        with InferenceClient(self.url, timeout_s=timeout_s, transport=transport) as client:
             self._wait(client.ready, timeout_s, f"no model answers at {self.url}")
 
     def drain(self) -> None:
@@ -112,11 +117,20 @@ class ServeHost:
         """Bring up replicas that serve nothing yet."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(
-            http_options={"host": self._config.host, "port": self._config.port},
+            http_options={"host": self._config.host, "port": self._config.port, **self._tls()},
             logging_config=_QUIET,
         )
         self._declare(user_config([]))
         self._wait(self._is_running, _START_TIMEOUT_S, "the replicas do not start")
+
+    def _tls(self) -> dict[str, str]:
+        """Give the proxy's options of TLS."""
+        if not self._config.tls_certificate:
+            return {}
+        return {
+            "ssl_certfile": self._config.tls_certificate,
+            "ssl_keyfile": self._config.tls_key,
+        }
 
     def _declare(self, config: UserConfig) -> None:
         schema = {"applications": [application_schema(self._config, config)]}
@@ -170,10 +184,12 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
             `ServeHost.deploy` follow.
 
     Raises:
+        AccessError: it would not be protected as it has to be, or as Ray Serve can.
         PortInUseError: the port is taken.
         VersionRefusedError: one of the versions cannot be loaded.
         HostError: the replicas do not start.
     """
+    config.require_protected_on_ray()
     grpc_port = config.grpc_port
     if grpc_port is not None:
         grpc_port = claim_port(config.host, grpc_port)
@@ -205,7 +221,11 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": {"limits": asdict(config.limits), "grpc": _grpc_address(config)},
+        "args": {
+            "limits": asdict(config.limits),
+            "grpc": _grpc_address(config),
+            "protection": asdict(config.protection),
+        },
         "deployments": [
             {
                 "name": DEPLOYMENT,

@@ -1,6 +1,7 @@
 """Serving from this process alone, without Ray: one machine, 60 MB instead of 1 GB."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -38,20 +39,26 @@ async def serve_locally(
         tracking_uri: of MLflow, where it is recorded what is served here; nowhere if empty.
 
     Raises:
+        AccessError: it would not be protected as it has to be.
         PortInUseError: the port is taken.
         ModelError: one of the versions cannot be loaded.
     """
+    protection = config.protection
+    protection.check(config.host)
+    access, tls = protection.access(), protection.tls()
     repository = ModelRepository()
     repository.apply(refs)
-    app = InferenceApp(repository, limits=config.limits)
+    app = InferenceApp(repository, limits=config.limits, access=access)
     stop = threading.Event()
     watcher = Watcher(source, refs, repository.apply)
     async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(Server(app, host=config.host, port=config.port))
+        front = Server(app, host=config.host, port=config.port, tls=tls)
+        http = await stack.enter_async_context(front)
         grpc_url = None
         if config.grpc_port is not None:
-            server = GrpcServer(app.service, host=config.host, port=config.grpc_port)
+            server = GrpcServer(app.service, host=config.host, port=config.grpc_port, tls=tls)
             grpc_url = (await stack.enter_async_context(server)).url
+        gc.freeze()  # what is loaded stays; looking through it again costs requests their time
         on_ready(http.url, grpc_url)
         record = _record(tracking_uri, http.url) if tracking_uri else None
         note = record.note if record else None

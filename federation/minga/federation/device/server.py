@@ -34,7 +34,11 @@ async def run(settings: DeviceSettings) -> None:
     Raises:
         IdentityError: the folder holds no identity, or the coordinator refuses it.
         PortInUseError: one of the ports is taken.
+        AccessError: the local server would not be protected as it has to be.
     """
+    protection = settings.protection
+    protection.check(settings.host)
+    access, tls = protection.access(), protection.tls()
     keep_freed_memory()
     models = ModelRepository()
     metrics = Metrics()
@@ -60,13 +64,13 @@ async def run(settings: DeviceSettings) -> None:
         compress=settings.compress,
     )
     async with AsyncExitStack() as stack:
-        app = InferenceApp(models, registry=metrics.registry)
+        app = InferenceApp(models, registry=metrics.registry, access=access)
         server = await stack.enter_async_context(
-            Server(app, host=settings.host, port=settings.port)
+            Server(app, host=settings.host, port=settings.port, tls=tls)
         )
         endpoints = {"inference": server.url, "metrics": f"{server.url}/metrics"}
         if settings.grpc_port is not None:
-            grpc = GrpcServer(app.service, host=settings.host, port=settings.grpc_port)
+            grpc = GrpcServer(app.service, host=settings.host, port=settings.grpc_port, tls=tls)
             endpoints["grpc"] = (await stack.enter_async_context(grpc)).url
         replace_file(settings.folder / ENDPOINTS_FILE, json.dumps(endpoints).encode())
         _log.info("models: %s", server.url)

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from minga.federation.device.capacity import Compress
 from minga.federation.limits import QUERY_MIN_COHORT
 from minga.federation.trainer import Scalar
+from minga.inference.access import Protection
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -55,5 +56,35 @@ class DeviceSettings(BaseSettings):
     port: Port = 8080
     """Port of the local inference server (Open Inference Protocol, and `/metrics`)."""
 
+    keys: Path | None = None
+    """The file of API keys that the local inference server wants (`minga key create --file`)."""
+
+    tls_certificate: Path | None = None
+    """The local inference server's certificate chain, PEM; both wires then speak TLS."""
+
+    tls_key: Path | None = None
+    """The certificate's private key, PEM, not encrypted."""
+
+    client_ca: Path | None = None
+    """Who signs the certificates that clients of the local inference server may show, PEM."""
+
+    open_metrics: bool = False
+    """Let `/metrics` be read without a key."""
+
+    allow_anonymous: bool = False
+    """Let the local inference server answer everyone, also beyond this machine."""
+
     grpc_port: Port | None = None
     """Port of the local inference server for gRPC; without one there is no gRPC."""
+
+    @property
+    def protection(self) -> Protection:
+        """Whom the local inference server lets in, and its TLS."""
+        return Protection(
+            keys=str(self.keys or ""),
+            certificate=str(self.tls_certificate or ""),
+            certificate_key=str(self.tls_key or ""),
+            client_ca=str(self.client_ca or ""),
+            open_metrics=self.open_metrics,
+            allow_anonymous=self.allow_anonymous,
+        )

@@ -1,0 +1,61 @@
+"""Our server for `serving.py`: `local` from one process, or `ray` from one replica on Ray Serve.
+
+Both are what `minga serve` runs, over HTTP and gRPC; only the registry is left out, and the model
+comes from a file.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from rivals.serve_work import GRPC_PORT, HTTP_PORT, MODEL, NAME
+
+from minga.cli.services import run_service
+from minga.inference.engine import ModelRef
+from minga.serving.config import ServingConfig
+from minga.serving.watcher import MemorySource
+
+
+def main(engine: str) -> None:
+    """Serve until ended."""
+    digest = hashlib.sha256(MODEL.read_bytes()).hexdigest()
+    refs = [ModelRef(name=NAME, version="1", path=str(MODEL), sha256=digest)]
+    config = ServingConfig.model_validate(
+        {
+            "port": HTTP_PORT,
+            "grpc_port": GRPC_PORT,
+            "fast_ingress": engine == "ray",
+        }
+    )
+    if engine == "local":
+        from minga.serving.local import serve_locally
+
+        run_service(serve_locally(config, MemorySource(refs), refs, lambda *_: None), fast=True)
+    else:
+        on_ray(config, refs)
+
+
+def on_ray(config: ServingConfig, refs: list[ModelRef]) -> None:
+    """Serve as `minga serve` does, with HAProxy in front."""
+    from minga.cluster.stack import local_ray
+    from minga.serving.ingress import fast_ingress
+
+    with tempfile.TemporaryDirectory(prefix="minga-ingress-") as folder:
+        os.environ.update(fast_ingress(Path(folder)))
+        with local_ray(num_cpus=4):
+            from minga.serving.host import start
+
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            host = start(config, refs)
+            try:
+                threading.Event().wait()
+            finally:
+                host.drain()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
