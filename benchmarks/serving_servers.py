@@ -22,11 +22,11 @@ from harness import HERE, STOP_TIMEOUT_S, RivalError, rival_python
 from rivals.serve_work import NAME
 from serving_load import METHOD, Request, floats
 
-from minga.inference.grpc_wire import read_response, write_request
+from minga.inference.grpc_wire import write_request
 from minga.inference.protocol import JSON_SIZE_HEADER, InferRequest, encode_request
 from minga.inference.v2 import open_inference_pb2 as pb
 
-START_TIMEOUT_S: Final = 120.0
+START_TIMEOUT_S: Final = 60.0
 V2: Final = f"/v2/models/{NAME}/infer"
 JSON_HEADERS: Final = (("content-type", "application/json"),)
 WIRES: Final = ("json", "binary", "grpc")
@@ -150,8 +150,12 @@ def answer_of(port: int, wire: str, request: Request) -> list[float]:
             call = channel.unary_unary(
                 METHOD, response_deserializer=pb.ModelInferResponse.FromString
             )
-            response = read_response(call(request.body, timeout=5))
-        return [float(number) for number in response.outputs["output"].ravel()]
+            response = call(request.body, timeout=5)
+        if response.raw_output_contents:
+            return [
+                float(number) for number in np.frombuffer(response.raw_output_contents[0], "<f4")
+            ]
+        return list(response.outputs[0].contents.fp32_contents)
     url = f"http://127.0.0.1:{port}{request.path}"
     asked = urllib.request.Request(url, request.body, dict(request.headers))
     with urllib.request.urlopen(asked, timeout=5) as response:

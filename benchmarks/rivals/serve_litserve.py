@@ -14,7 +14,7 @@ class Net(litserve.LitAPI):
         """Open the network, in the worker."""
         self.session = session()
 
-    def decode_request(self, request: Any, **_: Any) -> Any:
+    def decode_request(self, request, **_):  # a type would be taken for a form of the request
         """Read the one row of a request."""
         return np.asarray(request["rows"][0], np.float32)
 

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Final
 
@@ -186,7 +185,7 @@ class Access:
             raise RateLimitedError(
                 f"the key '{record.name}' may make {record.requests_per_s:g} requests a second; "
                 f"try again in {wait_s:.1f} s",
-                retry_after_s=ceil(wait_s),
+                retry_after_s=wait_s,
             )
 
 

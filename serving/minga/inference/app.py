@@ -8,6 +8,7 @@ Every answer that is no success is `{"error": "..."}`, which is where clients lo
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -345,7 +346,7 @@ def _refusal(error: InferenceError) -> _Answer:
     if isinstance(error, MethodNotAllowedError):
         return _Answer(answer.status, answer.body, (_JSON, (b"allow", error.allowed.encode())))
     if isinstance(error, UnavailableError):
-        retry_after = (b"retry-after", str(error.retry_after_s).encode())
+        retry_after = (b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode())
         return _Answer(answer.status, answer.body, (_JSON, retry_after))
     if isinstance(error, UnauthenticatedError):
         challenge = (b"www-authenticate", b'Bearer realm="minga"')

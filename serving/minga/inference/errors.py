@@ -110,7 +110,7 @@ class UnavailableError(InferenceError):
     """The server runs but cannot answer now, as when it has no model yet."""
 
     status = 503
-    retry_after_s = 1
+    retry_after_s = 1.0
 
 
 class AsleepError(UnavailableError):
@@ -125,7 +125,7 @@ class OverloadedError(UnavailableError):
         retry_after_s: after how many seconds it should be less.
     """
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
@@ -140,7 +140,7 @@ class RateLimitedError(UnavailableError):
 
     status = 429
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 

@@ -5,6 +5,7 @@ error (INVALID_ARGUMENT) with a reason, and long messages are parsed beside the 
 """
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -213,7 +214,7 @@ def _spec(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
 async def _refuse(context: Any, error: InferenceError) -> None:
     trailers = [(STATUS_KEY, str(error.status))]
     if isinstance(error, UnavailableError):
-        trailers.append(("retry-after", str(error.retry_after_s)))
+        trailers.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
     await context.abort(status_of(error), str(error), tuple(trailers))
 
 
