@@ -27,7 +27,7 @@ from minga.federation.device.enrolment import enrol
 from minga.federation.operator import Operator, connect
 from tests.federation.fleet import TRAINERS
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 def program(name: str) -> str:

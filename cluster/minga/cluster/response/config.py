@@ -42,6 +42,11 @@ class RespondConfig(BaseModel):
     """What waits for `minga respond approve`: nothing, the start of the work, or the promotion of a
     version that passed its gates."""
 
+    rollout: Literal["at once", "canary"] = "at once"
+    """at once: a version that passed its gates is promoted. canary: it takes growing shares of the
+    traffic first, as `[serving.comparison]` says, and is promoted if that ends well. A repair
+    answers otherwise than what it repairs, so `max_drift` there may have to be larger."""
+
     cooldown_s: Seconds = 6 * 3600.0
     """How long after the end of a case no other one is opened."""
 

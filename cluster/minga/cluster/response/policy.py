@@ -2,9 +2,11 @@
 
 A case is the fold of its entries in the journal:
 
-    opened -> [approved] -> started -> trained | campaign -> judged -> [approved] -> promoted
-                   |            |                              |            |
-               dismissed      failed                        refused     dismissed
+    opened -> [approved] -> started -> trained | campaign -> judged -> [approved] -> [canary]
+                   |           |                               |           |            |
+               dismissed     failed                         refused    dismissed    rolled-back
+
+and, where none of these ends comes, promoted.
 
 `started` comes again after each crash; what is behind it is not done again.
 """
@@ -37,13 +39,24 @@ class Kind(StrEnum):
     CAMPAIGN = "campaign"
     TRAINED = "trained"
     JUDGED = "judged"
+    CANARY = "canary"
+    ROLLED_BACK = "rolled-back"
     PROMOTED = "promoted"
     REFUSED = "refused"
     OVERTAKEN = "overtaken"
     FAILED = "failed"
 
 
-ENDS = frozenset({Kind.DISMISSED, Kind.PROMOTED, Kind.REFUSED, Kind.OVERTAKEN, Kind.FAILED})
+ENDS = frozenset(
+    {
+        Kind.DISMISSED,
+        Kind.PROMOTED,
+        Kind.REFUSED,
+        Kind.ROLLED_BACK,
+        Kind.OVERTAKEN,
+        Kind.FAILED,
+    }
+)
 FREE = frozenset({Kind.DISMISSED, Kind.OVERTAKEN})
 """Ends of cases that trained nothing and do not count against the budget."""
 

@@ -1,6 +1,6 @@
 """The work of one case, in a process: `python -m minga.cluster.response.work PROJECT CASE`.
 
-    train | campaign -> judge and register -> promote -> tell the devices
+    train | campaign -> judge and register -> [canary] -> promote -> tell the devices
 
 Each step is in the journal once it is done, and is not done again by whoever comes after a crash;
 what the crash left between a step and its entry is found again: a finished training by its weights
@@ -34,6 +34,10 @@ from minga.federation.errors import UnreachableError
 from minga.federation.operator import Operator, connect
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.v1 import federation_pb2 as pb
+from minga.inference.comparing import Mode
+from minga.serving.book import Plan, Status, Story
+from minga.serving.errors import RegistryUnreachableError, ServingError
+from minga.serving.registry_source import RegistrySource
 from minga.training.registry import CHAMPION, Version
 from minga.training.space import is_network
 from minga.training.uris import redacted
@@ -44,7 +48,8 @@ WEIGHTS = "weights.safetensors"
 T = TypeVar("T")
 
 _BUSY_PAUSE_S = 5.0
-_PASSING = (UnreachableError, StackError)
+_LOOK_AGAIN_S = 1.0
+_PASSING = (UnreachableError, StackError, RegistryUnreachableError)
 """Errors that another attempt may not meet."""
 
 
@@ -96,7 +101,7 @@ class _Work:
             return
         now = self._journal.case(self._case.number)
         if now.end is None and not now.awaited(self._project.respond):
-            self._promote(judged)
+            self._roll_out(judged)
 
     def _judge(self, champion: Version) -> dict[str, Any]:
         """Make a candidate, and note what the gates say of it."""
@@ -114,6 +119,35 @@ class _Work:
         }
         self._tell(Kind.JUDGED, **judged)
         return judged
+
+    def _roll_out(self, judged: Mapping[str, Any]) -> None:
+        """Promote a version, after live traffic has spoken for it if that is wanted."""
+        if self._project.respond.rollout == "canary":
+            story = self._canary(str(judged["version"]))
+            if story is None:
+                return  # a person has ended the case
+            if story.status is not Status.PASSED:
+                self._tell(Kind.ROLLED_BACK, version=judged["version"], reason=story.reason)
+                return
+        self._promote(judged)
+
+    def _canary(self, version: str) -> Story | None:
+        """Ask the service for a canary and wait for its end; None if the case ends before."""
+        book = RegistrySource(self._project.tracking_uri).book()
+        name = f"case {self._case.opened_at:.3f}"
+        plan = Plan(id=name, mode=Mode.CANARY, version=version, share=1.0)
+        if Kind.CANARY not in self._case.done:
+            book.plan(self._name, plan)
+            self._tell(Kind.CANARY, version=int(version), plan=plan.id)
+        while self._journal.case(self._case.number).end is None:
+            asked, story = book.read(self._name)
+            if story is not None and story.plan == plan.id and story.status is not Status.RUNNING:
+                return story
+            if asked is None or asked.id != plan.id:
+                raise ServingError(f"somebody else compares versions of {self._name} now")
+            time.sleep(_LOOK_AGAIN_S)
+        book.plan(self._name, None)
+        return None
 
     def _promote(self, judged: Mapping[str, Any]) -> None:
         version = int(judged["version"])
