@@ -26,7 +26,7 @@ from minga.inference.grpc_wire import write_request
 from minga.inference.protocol import JSON_SIZE_HEADER, InferRequest, encode_request
 from minga.inference.v2 import open_inference_pb2 as pb
 
-START_TIMEOUT_S: Final = 60.0
+START_TIMEOUT_S: Final = 180.0
 V2: Final = f"/v2/models/{NAME}/infer"
 JSON_HEADERS: Final = (("content-type", "application/json"),)
 WIRES: Final = ("json", "binary", "grpc")

@@ -17,9 +17,14 @@ from minga.cli.project import _show_selection
 from minga.cluster import pipeline
 from minga.cluster.project import load
 from minga.cluster.reproduction import reproduce
+from minga.cluster.response.alarms import Alarm
+from minga.cluster.response.policy import Kind
+from minga.cluster.response.responder import open_journal
+from minga.cluster.response.work import work
 from minga.cluster.selecting import select_model
 from minga.training.bundle import LINEAGE, WEIGHTS
 from minga.training.lineage import Lineage
+from minga.training.signing import Keyring
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "how-to" / "start-from-your-csv.md"
@@ -201,3 +206,60 @@ def test_columns_are_proposed_and_left_out(after_run, capsys):
     finally:
         file.write_text(before)
     assert metrics["roc_auc"] > 0.8
+
+
+def test_trees_need_a_second_person_and_are_retrained_on_an_alarm(
+    after_run, capsys, monkeypatch, tmp_path
+):
+    """Approvals at the command line, and an alarm about a champion that is no network.
+
+    Who registered a version cannot approve it, a second person can, and then it is promoted. The
+    version that an alarm makes waits for people too, and says so.
+    """
+    project = load(after_run)
+    bob = Keyring.open(tmp_path / "bob.pem")
+    keys = json.dumps([project.keyring.public_key, bob.public_key])
+    file = after_run / "minga.toml"
+    before = file.read_text()
+    rule = f"[gates]\napprovals = 1\ntrusted_keys = {keys}\n\n[gates.floors]"
+    alarms = '\n[respond]\nalarms = ["InputsMoved"]\nport = 0\n'
+    file.write_text(before.replace("[gates.floors]", rule) + alarms)
+    words = ("--project", after_run)
+    try:
+        project = load(after_run)
+        made = pipeline.train(project, {"architecture": "boosting"})
+        registered = pipeline.register_trained(project, made)
+        assert not pipeline.promote_if_allowed(project, registered)
+        which = registered.version
+        assert run("model", "promote", which, *words) == 53
+        assert run("model", "approve", which, *words) == 53
+        monkeypatch.setenv("MINGA_SIGNING_KEY", str(tmp_path / "bob.pem"))
+        assert run("model", "approve", which, "--comment", "saw it", *words) == 0
+        monkeypatch.delenv("MINGA_SIGNING_KEY")
+        assert run("model", "promote", which, *words) == 0
+        capsys.readouterr()
+        run("model", "show", which, *words, "--json")
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["aliases"], len(shown["approved_by"])) == (["champion"], 1)
+        journal = open_journal(project)
+        heard = Alarm(
+            fingerprint="a",
+            name="InputsMoved",
+            model="machine-failure",
+            version=str(which),
+            summary="",
+            since=1000.0,
+            is_firing=True,
+            origin="monitor",
+        )
+        number = journal.open_case((heard,), "retrain")
+        work(project, journal, number)
+        told = [(one.kind, one.detail) for one in journal.story(number)]
+        journal.close()
+    finally:
+        file.write_text(before)
+    judged = next(detail for kind, detail in told if kind is Kind.JUDGED)
+    assert judged["blessed"], judged
+    assert judged["version"] == which + 1
+    assert told[-1][0] is Kind.FAILED
+    assert "has 0 of 1 approvals" in told[-1][1]["reason"]

@@ -34,7 +34,7 @@ def program(name: str) -> str:
     """Find one of Debian's programs; without it the test is skipped, in CI it fails."""
     found = shutil.which(name)
     if found is None:
-        words = f"{name} is not installed; .ci/install-prometheus does that"
+        words = f"{name} is not installed; .ci/install-programs does that"
         if os.environ.get("CI"):
             pytest.fail(words)
         pytest.skip(words)

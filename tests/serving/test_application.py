@@ -95,8 +95,9 @@ async def test_a_replica_lets_in_who_has_a_key(models, write_model, tmp_path):
     with listen("127.0.0.1", 0) as probe:
         port = probe.getsockname()[1]
     protection = Protection(keys=str(tmp_path / "keys.json"))
-    grpc = {"host": "127.0.0.1", "port": port}
-    replica = InferenceReplica(Limits(), grpc=grpc, protection=protection)
+    replica = InferenceReplica(
+        Limits(), grpc={"host": "127.0.0.1", "port": port}, protection=protection
+    )
     await configure(replica, write_model(models["scaling"](2)))
     for shown, status in ((key, 200), ("", 401)):
         headers = {"authorization": f"Bearer {shown}"}

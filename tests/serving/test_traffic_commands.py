@@ -4,7 +4,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from minga.inference.client import InferenceClient
@@ -97,18 +96,3 @@ def test_what_cannot_be_compared_is_said(*, words, code, message, register, proj
         register(words[1], 2, alias=None)
     assert exit_code("traffic", *words, "--project", folder) == code
     assert message in capsys.readouterr().err
-
-
-def test_a_split_answers_keys(candidate, project, capsys):
-    """A running service divides callers by their key."""
-    candidate("divided")
-    words = ("--project", project(port=0, poll_interval_s=0.1))
-    rows = {"input": np.ones((1, 3), np.float32)}
-    with running_serve("divided", *words, "--engine", "local") as (_, url, _):
-        run("traffic", "split", "divided", "2", *words)
-        with InferenceClient(url) as client:
-            while client.metadata("divided")["versions"] != ["1", "2"]:
-                client.infer("divided", rows)
-            outputs = {float(client.infer("divided", rows)["output"][0, 0]) for _ in range(20)}
-    assert outputs == {1.0}, "who gives no key gets the champion"
-    assert status(capsys, *words)["divided"]["mode"] == "split"

@@ -22,6 +22,7 @@ from minga.training.data.measures import (
 from minga.training.data.report import render
 from minga.training.data.tables import matrix
 from minga.training.schema import infer_schema
+from minga.training.selection.features import Feature, FeatureReport
 
 CREDIT = Path(__file__).parents[3] / "shared" / "data" / "credit_default_tw.csv.gz"
 
@@ -150,6 +151,27 @@ def report_of(task, splits):
         reference="itself",
     )
     return found, measure_split(splits.train, task.columns)
+
+
+def test_page_shows_the_columns_that_models_need(blobs, splits):
+    """A proposal is a table of its own on the page; without one there is none."""
+    found = report_of(blobs, splits)
+    feature = Feature(
+        name="x0", information_bits=0.1, worth=0.25, num_useful=5, proposed=True, note="<i>"
+    )
+    proposal = FeatureReport(
+        metric="accuracy",
+        num_folds=5,
+        features=(feature,),
+        with_all=0.9,
+        with_proposed=0.91,
+        behind=-0.01,
+        error=0.02,
+    )
+    page = render(*found, splits, proposal)
+    assert "Columns that models need" in page
+    assert "<td>+0.2500</td><td>5 of 5</td><td>yes, &lt;i&gt;</td>" in page
+    assert "Columns that models need" not in render(*found, splits)
 
 
 def test_page_is_whole_and_loads_nothing(blobs, splits):

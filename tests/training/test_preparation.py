@@ -23,6 +23,7 @@ from minga.training.federated import TaskTrainer
 from minga.training.models import NetworkModel, largest_gap
 from minga.training.network import build_network, parameters_of
 from minga.training.preparation import PrepareTable, Standardize, default_preparation
+from minga.training.texts import numbers_of, texts_of
 from minga.training.tracking import save_mlflow_model
 
 AI4I = Path(__file__).parents[3] / "shared" / "data" / "ai4i2020.csv.gz"
@@ -206,3 +207,15 @@ def test_same_split_gives_the_same_parameters(tmp_path):
         "preparation.mean",
         "preparation.scale",
     }
+
+
+def test_texts_and_numbers_are_translated_both_ways():
+    """What clients send is read as the numbers that it stands for, as the model reads it."""
+    texts = {1: ("a", "b")}
+    numbers = np.array([[1.5, 0], [np.nan, 1], [-2, np.nan]], np.float32)
+    cells = texts_of(numbers, texts)
+    assert cells.tolist() == [["1.5", "a"], ["", "b"], ["-2.0", ""]]
+    assert np.array_equal(numbers_of(cells, texts), numbers, equal_nan=True)
+    assert numbers_of(np.array([[b"3", b"z"]], object), texts).tolist() == [[3.0, -1.0]]
+    with pytest.raises(ValueError, match="could not convert"):
+        numbers_of(np.array([["high", "a"]], object), texts)

@@ -150,7 +150,8 @@ def report(
         proposal = propose_features(loaded.loaded_task, loaded.splits.train, seed=loaded.seed)
     out.write_text(render(found, measures, splits, proposal), encoding="utf-8")
     if json:
-        print_json({"check": found, "measures": measures, "features": proposal})
+        proposed = {"features": proposal} if proposal else {}
+        print_json({"check": found, "measures": measures, **proposed})
         return
     _show_measures(measures)
     print_line(f"written to {out}")

@@ -24,7 +24,6 @@ Everything here happens on the event loop, except `_compute`, which runs on a th
 """
 
 import asyncio
-import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping
@@ -150,7 +149,7 @@ class Batcher:
             raise OverloadedError(
                 f"what waits already takes about {ahead_s:.2g} s, and a request may take "
                 f"{objective_s:g} s here; try again later",
-                retry_after_s=max(1, math.ceil(ahead_s)),
+                retry_after_s=ahead_s,
             )
 
     def _start_idle(self) -> None:

@@ -126,7 +126,7 @@ class OverloadedError(UnavailableError):
         retry_after_s: after how many seconds it should be less.
     """
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 

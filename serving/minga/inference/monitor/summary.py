@@ -134,7 +134,7 @@ def _summary(
     labelled = next(iter(store.windows(labels, last=1)), None) if labels else None
     streaks = {**state.streaks, **(labels.streaks if labels else {})}
     mine = (state.model, state.version)
-    summary = ModelSummary(
+    return ModelSummary(
         model=state.model,
         version=state.version,
         windows=state.number - 1,
@@ -145,13 +145,17 @@ def _summary(
         outlier_share=newest.judgement["outlier_share"] if newest else 0.0,
         findings=(findings_of(newest) if newest else ())
         + (findings_of(labelled) if labelled else ()),
-        estimates=newest.judgement["measures"] if newest else {},
-        performance=labelled.judgement["measures"] if labelled else {},
+        estimates=_measures_of(newest),
+        performance=_measures_of(labelled),
         label_windows=labels.number - 1 if labels else 0,
         standing=tuple(sorted(key for key, streak in streaks.items() if streak.is_raised)),
         alarms={kind: count for (*key, kind), count in counts.items() if tuple(key) == mine},
     )
-    return ModelSummary.from_json(summary.to_json())
+
+
+def _measures_of(window: WindowRow | None) -> dict[str, tuple[float, float]]:
+    measures = window.judgement["measures"] if window else {}
+    return {name: (now, then) for name, (now, then) in measures.items()}
 
 
 def _short(value: float) -> float:
