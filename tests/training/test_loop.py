@@ -141,11 +141,13 @@ def test_batch_normalisation_survives_a_lone_last_example(blobs, splits, monkeyp
 
 
 def test_best_record_follows_the_objective():
-    """The best epoch is the objective's, and one without a value is none."""
+    """The best epoch is the objective's, of ties the last; one without a value is none."""
     history = [{"epoch": 1, "m": 0.5}, {"epoch": 2, "m": float("nan")}, {"epoch": 3, "m": 0.7}]
     assert best_record(history, Maximize("m"))["epoch"] == 3
     assert best_record(history, Minimize("m"))["epoch"] == 1
     assert best_record(history, Maximize("other")) == {}
+    tied = [{"epoch": 1, "m": 0.7}, *history]
+    assert best_record(tied, Maximize("m")) is history[-1], "the one that has learned longest"
 
 
 def test_prediction_does_not_depend_on_the_batch(blobs, splits):

@@ -17,9 +17,12 @@ def unheard(record: Record) -> None:
 
 
 def best_record(history: Sequence[Record], objective: Objective) -> Record:
-    """Give the record of the best epoch; an empty one if no epoch has the metric."""
+    """Give the record of the best epoch; an empty one if no epoch has the metric.
+
+    Of several the last: a metric that can get no better hides what else is learned meanwhile.
+    """
     found = [record for record in history if math.isfinite(record.get(objective.metric, math.nan))]
-    return max(found, key=lambda record: objective.gain(record[objective.metric], 0.0), default={})
+    return max(reversed(found), key=lambda record: objective.gain(record[objective.metric], 0.0), default={})
 
 
 def is_stalled(

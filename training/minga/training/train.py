@@ -217,9 +217,9 @@ class _Best:
             self._value = record.get(objective.metric, math.nan)
 
     def note(self, record: Record) -> None:
-        """Keep an epoch's weights if it is better than all before it."""
+        """Keep an epoch's weights if none before it is better; see `history.best_record`."""
         value = record.get(self._objective.metric, math.nan)
-        is_better = math.isfinite(value) and not self._objective.gain(value, self._value) <= 0
+        is_better = math.isfinite(value) and not self._objective.gain(value, self._value) < 0
         if not is_better and math.isfinite(self._value):
             return
         self._value = value if math.isfinite(value) else math.nan
