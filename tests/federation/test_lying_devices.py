@@ -25,7 +25,15 @@ TRAINS = pb.Hello(trains=True)
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    """A coordinator with short heartbeats, and one enrolled device."""
+    """A coordinator and one enrolled device."""
+    async with Fleet(tmp_path) as fleet:
+        await fleet.enrol("mallory")
+        yield fleet
+
+
+@pytest.fixture
+async def quick_fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+    """The same, with short heartbeats: for tests in which nobody is busy when he should beat."""
     async with Fleet(tmp_path, heartbeat_interval_s=0.2) as fleet:
         await fleet.enrol("mallory")
         yield fleet
@@ -174,27 +182,27 @@ async def test_hello_is_cut(fleet: Fleet) -> None:
 # --- streams that hang ---
 
 
-async def test_stream_without_a_hello(fleet: Fleet) -> None:
+async def test_stream_without_a_hello(quick_fleet: Fleet) -> None:
     """Who opens a stream and says nothing is turned away."""
-    async with fleet.stream("mallory") as stream:
+    async with quick_fleet.stream("mallory") as stream:
         with pytest.raises(PeerError, match="silent"), transport.calling("here"):
             await stream.read()
 
 
-async def test_silent_device_is_away(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+async def test_silent_device_is_away(quick_fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     """A device that says nothing for three heartbeats is closed; one that beats stays."""
     caplog.set_level(logging.INFO)
-    await fleet.add("site-0")
-    async with fleet.stream("mallory", TRAINS) as stream:
+    await quick_fleet.add("site-0")
+    async with quick_fleet.stream("mallory", TRAINS) as stream:
         assert await asyncio.wait_for(stream.read(), PATIENCE_S) is grpc.aio.EOF
-    await fleet.until(lambda devices: [d.connected for d in devices] == [False, True])
+    await quick_fleet.until(lambda devices: [d.connected for d in devices] == [False, True])
     assert caplog.text.count("connected to") == 1
 
 
-async def test_beats_of_a_large_fleet(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_beats_of_a_large_fleet(quick_fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """The more devices there are, the less often each is told to beat, also on an open stream."""
     monkeypatch.setattr(federation_service, "HEARTBEATS_PER_S", 0.1)
-    async with fleet.stream("mallory", TRAINS) as stream:
+    async with quick_fleet.stream("mallory", TRAINS) as stream:
         answers = []
         for _ in range(2):
             await stream.write(pb.SessionRequest(heartbeat=pb.Heartbeat()))
