@@ -32,6 +32,7 @@ from minga.training.federated import TaskTrainer
 from minga.training.lineage import trace
 from minga.training.models import ExportedModel, exported, largest_gap
 from minga.training.network import build_network, parameters_of
+from minga.training.reference import with_reference
 from minga.training.selection.boosting import Boosting
 from minga.training.selection.contenders import contender_of, contenders_of, params_of
 from minga.training.selection.graphs import exact_thresholds
@@ -349,7 +350,8 @@ def tree_bundle_once(keyring, tmp_path_factory):
         data_digest="d" * 64,
         num_examples=300,
     )
-    assert exported(blobs, model) == found.onnx
+    graphs = [onnx.load_from_string(each).graph for each in (exported(blobs, model), found.onnx)]
+    assert graphs[0] == graphs[1], "only its reference was added"
     folder = tmp_path_factory.mktemp("trees") / "bundle"
     Bundle(
         onnx=found.onnx,
@@ -405,3 +407,9 @@ def test_exported_models_are_judged_anew_as_they_are(blobs, splits, tree_bundle)
     assert exported(blobs, model) == content
     assert parameters_of(build_network(blobs, blobs.defaults, splits.train, seed=1))
     assert model.predict(splits.test.inputs).shape == (200,)
+    schema, profile = blobs.schema(splits.train), profile_of(blobs, splits.train)
+    outputs = model.predict(splits.test.inputs)
+    again = with_reference(
+        content, blobs, schema=schema, profile=profile, test=splits.test, outputs=outputs
+    )
+    assert again == content, "one reference takes the place of the other"

@@ -22,7 +22,11 @@ def best_record(history: Sequence[Record], objective: Objective) -> Record:
     Of several the last: a metric that can get no better hides what else is learned meanwhile.
     """
     found = [record for record in history if math.isfinite(record.get(objective.metric, math.nan))]
-    return max(reversed(found), key=lambda record: objective.gain(record[objective.metric], 0.0), default={})
+    return max(
+        reversed(found),
+        key=lambda record: objective.gain(record[objective.metric], 0.0),
+        default={},
+    )
 
 
 def is_stalled(

@@ -59,7 +59,7 @@ def with_reference(
     test: Split,
     outputs: NDArray[Any],
 ) -> bytes:
-    """Put a model's reference into its file; what it computes stays the same.
+    """Put a model's reference into its file, in the place of an older one; the rest stays.
 
     Args:
         model: the ONNX file.
@@ -70,10 +70,10 @@ def with_reference(
         outputs: the model's, for the test split.
     """
     loaded = onnx.load_from_string(model)
-    entry = loaded.metadata_props.add()
-    entry.key = METADATA_KEY
+    others = {entry.key: entry.value for entry in loaded.metadata_props}
     given = describe(task, schema=schema, profile=profile, test=test, outputs=outputs)
-    entry.value = json.dumps(given, allow_nan=False, separators=(",", ":"))
+    reference = json.dumps(given, allow_nan=False, separators=(",", ":"))
+    onnx.helper.set_model_props(loaded, {**others, METADATA_KEY: reference})
     return bytes(loaded.SerializeToString(deterministic=True))
 
 
