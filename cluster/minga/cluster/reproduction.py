@@ -33,6 +33,7 @@ from minga.training.errors import DataError
 from minga.training.history import Record
 from minga.training.lineage import Environment, Lineage, environment_of, installed_packages
 from minga.training.progress import OnProgress, Progress, silent
+from minga.training.reference import without_reference
 from minga.training.registry import Version
 
 _SHOWN_PACKAGES = 5
@@ -173,7 +174,8 @@ class _Made:
     @classmethod
     def read(cls, folder: Path) -> Self:
         if not has_weights(folder):
-            return cls(None, hashlib.sha256((folder / MODEL).read_bytes()).hexdigest())
+            model = without_reference((folder / MODEL).read_bytes())
+            return cls(None, hashlib.sha256(model).hexdigest())
         parameters = from_bytes((folder / WEIGHTS).read_bytes())
         ordered = to_bytes(dict(sorted(parameters.items())))
         return cls(parameters, hashlib.sha256(ordered).hexdigest())
