@@ -3,12 +3,16 @@
 import contextlib
 import io
 import json
+import shutil
 from importlib.resources import files
 
 import pytest
 
 from minga.cluster import template
 from minga.cluster.project import load
+
+UNTOUCHED = "untouched"
+"""A copy beside the finished project, in which no test has promoted anything."""
 
 SMALL = {"num_trials = 8": "num_trials = 3", "max_epochs = 8": "max_epochs = 3"}
 SMALL |= {"num_workers = 2": "num_workers = 1", "epochs = 10": "epochs = 6"}
@@ -28,4 +32,5 @@ def finished(ray_cluster, tmp_path_factory):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main(["run", "--project", str(directory), "--json"])
+    shutil.copytree(directory, directory.with_name(UNTOUCHED))
     return load(directory), json.loads(printed.getvalue())

@@ -26,6 +26,7 @@ from minga.cluster.traffic import Traffic
 from minga.inference.client import InferenceClient
 from minga.serving.book import Status, Story
 from minga.serving.registry_source import RegistrySource
+from tests.cluster.conftest import UNTOUCHED
 from tests.cluster.watched import Processes, until
 from tests.federation.fleet import Fleet
 
@@ -79,7 +80,7 @@ def plant(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     import ray
 
     directory = tmp_path / "plant"
-    shutil.copytree(finished[0].directory, directory)
+    shutil.copytree(finished[0].directory.with_name(UNTOUCHED), directory)
     write_new_window(directory)
     settings = directory / "minga.toml"
     settings.write_text(settings.read_text().replace("port = 8000\n", "poll_interval_s = 0.2\n"))

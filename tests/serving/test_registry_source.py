@@ -52,6 +52,15 @@ def test_models_without_the_alias_have_no_version(register, source):
     assert "candidate" not in source.names()
 
 
+def test_many_models_are_all_found(register, source, monkeypatch):
+    """MLflow tells of a limited number at a time; none is left out."""
+    names = {f"many-{number}" for number in range(3)}
+    for name in names:
+        register(name, 1)
+    monkeypatch.setattr("minga.serving.registry_source._PAGE", 2)
+    assert names <= set(source.names())
+
+
 def test_a_version_without_a_digest_is_refused(register, source):
     """What Minga did not register is not served, for it cannot be checked."""
     register("foreign", 1, tags={})

@@ -365,3 +365,14 @@ def test_run_that_fails_is_recorded_as_failed(tracking_uri, tmp_path):
         with pytest.raises(error), tracker.run("test") as run_id:
             raise error
         assert tracker.client.get_run(run_id).info.status == status
+
+
+def test_many_models_are_all_named(registry, tracking_uri, monkeypatch):
+    """MLflow tells of a limited number at a time; none is left out."""
+    from mlflow import MlflowClient
+
+    names = tuple(f"model-{number}" for number in range(5))
+    for name in names:
+        MlflowClient(tracking_uri, tracking_uri).create_registered_model(name)
+    monkeypatch.setattr("minga.training.registry._PAGE", 2)
+    assert registry.names() == names

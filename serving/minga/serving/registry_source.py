@@ -39,6 +39,7 @@ _MODEL_FILE: Final = "model.onnx"
 _PROFILE_FILE: Final = "profile.json"
 _DIGEST_TAG: Final = "minga.onnx_sha256"
 _BLESSED_TAG: Final = "minga.blessed"
+_PAGE: Final = 1000  # models that MLflow is asked for at a time, its most
 _MISSING: Final = ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)
 _INVALID: Final = ErrorCode.Name(INVALID_PARAMETER_VALUE)
 
@@ -89,11 +90,16 @@ class RegistrySource:
         Raises:
             RegistryUnreachableError: the registry does not answer.
         """
+        found: list[str] = []
+        token: str | None = None
         try:
-            models = self._client.search_registered_models()
+            while token is None or token:
+                page = self._client.search_registered_models(max_results=_PAGE, page_token=token)
+                found += (model.name for model in page if self._alias in model.aliases)
+                token = page.token or ""
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise self._unreachable(error) from error
-        return tuple(sorted(model.name for model in models if self._alias in model.aliases))
+        return tuple(sorted(found))
 
     def current(self, name: str) -> ModelRef | None:
         """Give the version that the alias, or the model's pin, names; None if there is none.

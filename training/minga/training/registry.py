@@ -36,6 +36,9 @@ CHAMPION: Alias = "champion"
 CHALLENGER: Alias = "challenger"
 
 ARTIFACT_PATH = "bundle"
+
+_PAGE = 1000
+"""Models that MLflow is asked for at a time; 1000 is its most."""
 """Where in its run's artifacts a version's files are."""
 
 
@@ -81,7 +84,12 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """Name all registered models."""
-        found = (model.name for model in self._client.search_registered_models())
+        found: list[str] = []
+        token: str | None = None
+        while token is None or token:
+            page = self._client.search_registered_models(max_results=_PAGE, page_token=token)
+            found += (model.name for model in page)
+            token = page.token or ""
         return tuple(sorted(name for name in found if not name.endswith(SUFFIX)))
 
     def register(
