@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from minga.cluster.stack import local_ray
+from minga.cluster.stack import local_ray, ray_environment
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("minga", deadline=None)
@@ -18,6 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos", "tests/federation/test_chaos.py, test_fuzz.py")
     group.addoption("--chaos-points", type=int, default=40, help="how often test_chaos.py kills")
     group.addoption("--chaos-seed", type=int, help="what happens; drawn at random by default")
+
+
+def pytest_configure() -> None:
+    """Set what Ray reads when it is imported, whichever test imports it first."""
+    for name, value in ray_environment().items():
+        os.environ.setdefault(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,9 @@ _NEWS_S: Final = 15.0
 
 _PAUSE_S: Final = 0.1
 
+_ANSWERING: Final = ("RUNNING", "UPDATING")
+"""States of replicas that take requests; while it is told of new versions, one is updating."""
+
 
 def ask_all(method: str, *arguments: Any, timeout_s: float) -> list[Any]:
     """Call a method on every replica; call from a thread that runs no event loop.
@@ -51,7 +54,8 @@ def _num_running() -> int:
     """Say how many replicas take requests, as the controller knows it."""
     application = serve.status().applications.get(APPLICATION)
     deployment = application and application.deployments.get(DEPLOYMENT)
-    return deployment.replica_states.get("RUNNING", 0) if deployment else 0
+    states = deployment.replica_states if deployment else {}
+    return sum(states.get(state, 0) for state in _ANSWERING)
 
 
 def _replicas() -> Any:
