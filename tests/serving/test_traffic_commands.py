@@ -67,13 +67,13 @@ def test_a_canary_is_asked_for_and_served(candidate, project, load, capsys):
 def test_status_is_a_table(candidate, project, capsys):
     """What nobody has taken up yet is told too; without anything, what to type."""
     words = ("--project", project())
-    candidate("told")
-    run("traffic", "shadow", "told", "2", "--share", "0.2", *words)
+    version = candidate("tabled")
+    run("traffic", "shadow", "tabled", version, "--share", "0.2", *words)
     run("traffic", "status", *words)
     shown = capsys.readouterr().out
-    assert "told" in shown
+    assert "tabled" in shown
     assert "asked for" in shown
-    run("traffic", "stop", "told", *words)
+    run("traffic", "stop", "tabled", *words)
     run("traffic", "status", *words)
     assert "minga traffic canary MODEL VERSION" in capsys.readouterr().out
 
