@@ -1,8 +1,12 @@
-"""One command at a time works in a project: two would train in the same folders."""
+"""Files that one process at a time may hold.
+
+One command at a time works in a project, since two would train in the same folders; one responder
+at a time decides what its alarms lead to.
+"""
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,22 +31,41 @@ def occupied(project: Project) -> Iterator[None]:
     if path in _held:
         yield
         return
+
+    def problem(holder: str) -> str:
+        where = project.directory
+        return f"process {holder} searches or trains in {where}; wait for it, or end it"
+
+    with held(path, problem):
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.discard(path)
+
+
+@contextmanager
+def held(path: Path, problem: Callable[[str], str]) -> Iterator[None]:
+    """Hold a file for this process; the hold ends with it, however that ends.
+
+    Args:
+        path: the file; made if missing.
+        problem: says who holds it, given that process.
+
+    Raises:
+        BusyError: another process holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise BusyError(
-                f"process {file.read().strip() or 'of another machine'} searches or trains in "
-                f"{project.directory}; wait for it, or end it"
-            ) from None
+            raise BusyError(problem(file.read().strip() or "of another machine")) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        _held.add(path)
         try:
             yield
         finally:
-            _held.discard(path)
             file.truncate(0)

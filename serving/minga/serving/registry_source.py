@@ -29,6 +29,7 @@ from mlflow.protos.databricks_pb2 import (
     RESOURCE_DOES_NOT_EXIST,
     ErrorCode,
 )
+from mlflow.utils import get_results_from_paginated_fn
 from sqlalchemy.exc import SQLAlchemyError
 
 from minga.inference.engine import ModelRef
@@ -90,16 +91,16 @@ class RegistrySource:
         Raises:
             RegistryUnreachableError: the registry does not answer.
         """
-        found: list[str] = []
-        token: str | None = None
         try:
-            while token is None or token:
-                page = self._client.search_registered_models(max_results=_PAGE, page_token=token)
-                found += (model.name for model in page if self._alias in model.aliases)
-                token = page.token or ""
+            models = get_results_from_paginated_fn(
+                lambda most, token: self._client.search_registered_models(
+                    max_results=most, page_token=token
+                ),
+                _PAGE,
+            )
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise self._unreachable(error) from error
-        return tuple(sorted(found))
+        return tuple(sorted(model.name for model in models if self._alias in model.aliases))
 
     def current(self, name: str) -> ModelRef | None:
         """Give the version that the alias, or the model's pin, names; None if there is none.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlparse
 
 from mlflow.exceptions import MlflowException
+from mlflow.utils import get_results_from_paginated_fn
 
 from minga.training.approvals import (
     Approval,
@@ -84,13 +85,13 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """Name all registered models."""
-        found: list[str] = []
-        token: str | None = None
-        while token is None or token:
-            page = self._client.search_registered_models(max_results=_PAGE, page_token=token)
-            found += (model.name for model in page)
-            token = page.token or ""
-        return tuple(sorted(name for name in found if not name.endswith(SUFFIX)))
+        models = get_results_from_paginated_fn(
+            lambda most, token: self._client.search_registered_models(
+                max_results=most, page_token=token
+            ),
+            _PAGE,
+        )
+        return tuple(sorted(model.name for model in models if not model.name.endswith(SUFFIX)))
 
     def register(
         self, name: str, bundle: Path, *, run_id: str, blessed: bool, tags: dict[str, str]

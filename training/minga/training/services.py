@@ -3,6 +3,8 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from mlflow.utils import get_results_from_paginated_fn
+
 from minga.training.document import Document
 
 EXPERIMENT = "minga-serving"
@@ -41,15 +43,13 @@ def services_of(client: Any, model: str = "") -> tuple[Service, ...]:
     if experiment is None:
         return ()
     wanted = f"tags.`minga.model` = '{model}'" if model else ""
-    found, token = [], None
-    while True:
-        page = client.search_runs(
-            [experiment.experiment_id], wanted, max_results=_PAGE, page_token=token
-        )
-        found += page
-        token = page.token
-        if not token:
-            return tuple(sorted(map(_service, found), key=lambda one: one.since))
+    found = get_results_from_paginated_fn(
+        lambda most, token: client.search_runs(
+            [experiment.experiment_id], wanted, max_results=most, page_token=token
+        ),
+        _PAGE,
+    )
+    return tuple(sorted(map(_service, found), key=lambda one: one.since))
 
 
 def _service(run: Any) -> Service:

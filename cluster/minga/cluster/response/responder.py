@@ -1,17 +1,15 @@
 """The service of `minga respond run`: listens, decides, and runs the work of the open case."""
 
 import asyncio
-import fcntl
 import logging
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
-from minga.cluster.errors import BusyError
+from minga.cluster.occupation import held
 from minga.cluster.project import Project
 from minga.cluster.response.alarms import Alarm, read_log
 from minga.cluster.response.journal import Journal
@@ -156,26 +154,6 @@ def case_folder(project: Project, number: int) -> Path:
     return folder_of(project) / "cases" / str(number)
 
 
-@contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold a file for this process; the hold ends with it, however that ends.
-
-    Raises:
-        BusyError: another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BusyError(f"{what} is process {file.read().strip()}; there is one") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 async def respond(project: Project, on_ready: Callable[[str], None]) -> None:
     """Receive alarms and let them act until cancelled.
 
@@ -189,8 +167,12 @@ async def respond(project: Project, on_ready: Callable[[str], None]) -> None:
         ResponseError: the journal cannot be used.
     """
     folder, config = folder_of(project), project.respond
+
+    def taken(holder: str) -> str:
+        return f"the responder of {project.directory} is process {holder}; there is one"
+
     async with AsyncExitStack() as stack:
-        stack.enter_context(alone(folder / "lock", f"the responder of {project.directory}"))
+        stack.enter_context(held(folder / "lock", taken))
         journal = open_journal(project)
         stack.callback(journal.close)
         responder = Responder(project, journal)
