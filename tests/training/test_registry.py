@@ -351,6 +351,18 @@ def test_environment_is_locked(bundle_folder):
     assert lineage.environment.cpu
 
 
+def test_a_model_need_be_named_among_several_alone(registry, register):
+    """Without a name the only model is meant; before the first the way to make one is said."""
+    with pytest.raises(RegistryError, match="minga run"):
+        registry.only_name()
+    register()
+    assert registry.only_name() == "blobs"
+    register("other")
+    assert registry.only_name("other") == "other"
+    with pytest.raises(RegistryError, match="blobs, other: name one"):
+        registry.only_name()
+
+
 def test_what_is_not_registered_is_explained(registry, register):
     """Unknown models, versions and aliases are messages with what there is."""
     with pytest.raises(RegistryError, match="no model 'blobs' is registered; models: none yet"):

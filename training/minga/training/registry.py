@@ -94,6 +94,19 @@ class Registry:
         )
         return tuple(sorted(model.name for model in models if not model.name.endswith(SUFFIX)))
 
+    def only_name(self, name: str = "") -> str:
+        """Give the model that is meant: the one that is named, or the only one there is.
+
+        Raises:
+            RegistryError: no name is given, and there is none, or there are several.
+        """
+        names = (name,) if name else self.names()
+        if not names:
+            raise RegistryError("no model is registered yet; make one with: minga run")
+        if len(names) > 1:
+            raise RegistryError(f"there are several models, {', '.join(names)}: name one")
+        return names[0]
+
     def register(
         self, name: str, bundle: Path, *, run_id: str, blessed: bool, tags: dict[str, str]
     ) -> Version:
