@@ -100,6 +100,7 @@ class Stack:
         self._network = network.to(self._at).train()
         self._skeleton = copy.deepcopy(self._network)
         self._scratch = Scratch()
+        self._known_rate: tuple[Params, float | None] | None = None
         self._inputs = torch.from_numpy(population.train.inputs).to(self._at)
         self._targets = torch.from_numpy(population.train.targets).to(self._at)
         some = np.linspace(0, len(population.train) - 1, PROBED_EXAMPLES).astype(np.int64)
@@ -161,6 +162,12 @@ class Stack:
             return None
         if lesson.own is not None or lesson.corrections is not None or proximal_mu(lesson.config):
             return None
+        if self._known_rate is None or self._known_rate[0] != params:
+            self._known_rate = params, self._rate_of(params)
+        return self._known_rate[1]
+
+    def _rate_of(self, params: Params) -> float | None:
+        """Give the learning rate, if the Task's optimiser descends with it and nothing else."""
         optimiser = self._task.optimiser(self._network, without_names(params))
         moved = [one for group in optimiser.param_groups for one in group["params"]]
         is_all = {*map(id, moved)} == {id(one) for one in self._network.parameters()}
