@@ -86,7 +86,7 @@ def test_together_is_as_one_by_one(name, config):
 
 @pytest.mark.parametrize("max_share", [0.0, 4.0, 100.0])
 def test_missing_values_are_the_mean_with_and_without_weights(monkeypatch, max_share):
-    """Plain descent gives the same whether it builds weights in each step, now and then or never."""
+    """Plain descent gives the same whether weights are built always, now and then, or never."""
     monkeypatch.setattr(outer, "MAX_SHARE", max_share)
     bench = Bench("Gaps")
     assert_same(*bench.both(bench.lesson({"epochs": 2, "max_grad_norm": 0.5})))

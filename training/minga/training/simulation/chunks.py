@@ -126,4 +126,6 @@ def _columns(plan: Plan, starts: Sequence[int]) -> Places:
     """Give the columns of a device's batches, where each step of its chunk starts as said."""
     before = accumulate(plan.sizes, initial=0)
     shifts = [start - low for start, low in zip(starts, before, strict=False)]
-    return np.arange(len(plan.places)) + np.repeat(shifts[: len(plan.sizes)], plan.sizes)
+    columns: Places = np.arange(len(plan.places))
+    columns += np.repeat(shifts[: len(plan.sizes)], plan.sizes)
+    return columns

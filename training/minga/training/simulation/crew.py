@@ -31,6 +31,11 @@ but for optimisers that divide by the size of tiny gradients."""
 class Crew(Protocol):
     """Trains and measures virtual devices."""
 
+    @property
+    def num_workers(self) -> int:
+        """How many processes there are."""
+        ...
+
     def fit(self, devices: Sequence[int], lesson: Lesson) -> Learnt:
         """Train devices; rows are in their order."""
         ...
@@ -77,6 +82,7 @@ class Worker:
         self._single = OneByOne(task, layout, population)
         self._stack: Stack | None = None
         self._is_checked = False
+        self.num_workers = 1
         self.way: Way | None = None
         self.one_by_one = "" if vectorise else "vectorise is off in [simulation]"
         if vectorise:

@@ -144,10 +144,10 @@ class Descent:
 
     def _clip(self, longest: float) -> None:
         """Shorten the moves of the batch under way, each device's by itself."""
-        most = sum(dense.most_squared() for dense in self._dense)
+        most = torch.stack([dense.most_squared() for dense in self._dense]).sum(0)
         if bool((most < (1 - ROUNDING) * longest**2).all()):
             return
-        squares = sum(dense.squared() for dense in self._dense)
+        squares = torch.stack([dense.squared() for dense in self._dense]).sum(0)
         norms = squares.clamp_min_(0.0).sqrt_()
         factors = longest / (norms + 1e-6 * self._rate)
         if bool((factors < 1).any()):
@@ -266,7 +266,7 @@ class _Dense:
 
     def most_squared(self) -> Tensor:
         """Give what no device's move in this batch is longer than, squared; shape `(devices,)`."""
-        lengths = torch.linalg.vector_norm(self._batch(self.inputs), dim=2)
+        lengths: Tensor = torch.linalg.vector_norm(self._batch(self.inputs), dim=2)
         if self.bias is not None:
             lengths = lengths.square_().add_(1.0).sqrt_()
         moves = torch.linalg.vector_norm(self._batch(self.moves), dim=2)

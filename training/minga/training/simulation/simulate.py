@@ -22,7 +22,7 @@ from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.simulation.campaign import VirtualCampaign
 from minga.training.simulation.config import SimulationConfig
 from minga.training.simulation.crew import Crew, RayCrew, Worker
-from minga.training.simulation.effort import PAYS_FROM, operations_of_round
+from minga.training.simulation.effort import is_worth_dividing, operations_of_round
 from minga.training.simulation.fleet import Fleet
 from minga.training.simulation.lesson import Way
 from minga.training.simulation.partition import Population, populate
@@ -71,6 +71,8 @@ class Simulated:
     parameters: Parameters
     """The last model's, the whole network's."""
     num_devices: int
+    num_workers: int
+    """How many processes trained them."""
     way: Way | None
     """How devices were trained in the last round; None if there was no round left."""
     one_by_one: str
@@ -215,13 +217,15 @@ def _crew(
 
 def _is_much(simulation: Simulation, stage: _Stage) -> bool:
     """Tell whether a round is work enough for several processes."""
+    cohort = simulation.federation.cohort
     operations = operations_of_round(
         stage.network,
         stage.population,
-        cohort=simulation.federation.cohort,
+        cohort=cohort,
         epochs=int(simulation.federation.training.get("epochs", 1)),
     )
-    return not simulation.config.vectorise or operations >= PAYS_FROM
+    update_bytes = 4.0 * cohort * stage.parts.network.num_values
+    return not simulation.config.vectorise or is_worth_dividing(operations, update_bytes)
 
 
 class _Player:
@@ -267,6 +271,7 @@ class _Player:
             history=tuple(self._history),
             parameters=self._parameters(),
             num_devices=len(running.fleet.population),
+            num_workers=running.fleet.crew.num_workers,
             way=running.fleet.crew.way,
             one_by_one=running.fleet.crew.one_by_one,
             seconds=seconds,
