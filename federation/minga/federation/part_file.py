@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from minga.federation import durable
+from minga.federation.chunks import Buffer
 from minga.federation.errors import LimitError, PeerError
 from minga.federation.limits import MIB
 
@@ -67,7 +68,7 @@ class PartFile:
         """Bytes that are there."""
         return self._offset
 
-    def append(self, offset: int, chunk: bytes) -> None:
+    def append(self, offset: int, chunk: Buffer) -> None:
         """Add the next bytes.
 
         Args:

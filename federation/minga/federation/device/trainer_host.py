@@ -10,6 +10,7 @@ correction, travels with the first under the names of control variates.
 Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE OPTIONS_JSON`.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -170,6 +171,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - as above
         _write_frame(answers, {"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)
+    gc.freeze()  # what is loaded stays
     _write_frame(answers, {"ready": True})
     serve(trainer, sys.stdin.buffer, answers)
 
