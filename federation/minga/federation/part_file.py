@@ -45,13 +45,15 @@ class PartFile:
         self._is_closed = False
 
     def open(self) -> None:
-        """Open the part, or make it; reads what is there once, to hash it.
+        """Open the part, or make it; reads what is there once, to hash it. Again it does nothing.
 
         Raises:
             PeerError: another upload took the part over.
         """
         with self._lock:
             self._require_not_closed()
+            if self._file is not None:
+                return
             # Unbuffered: what `append` returned from is with the kernel and survives this process.
             self._file = self._path.open("a+b", buffering=0)
             self._file.seek(0)

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ from minga.federation.part_file import PartFile
 from minga.federation.transport import ACCEPTED_KEY, calling
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
+
+_CHUNKS_AT_ONCE: Final = 4
+"""A download goes to the disk so many chunks at a time."""
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["BlobService"].full_name
 
@@ -334,13 +337,19 @@ async def _receive(
     The part is returned open: the caller finishes it.
     """
     part: PartFile | None = None
+    waiting: list[Chunk] = []
     try:
         with progress.moved.timing():
-            async for chunk in stub.Download(request):
-                if part is None:
-                    part = await _open_part(part_path, request.digest, chunk.size, max_bytes)
-                await asyncio.to_thread(_append, part, chunk, progress.moved)
-                progress.note(part.offset)
+            try:
+                async for chunk in stub.Download(request):
+                    if part is None:
+                        part = _part(part_path, request.digest, chunk.size, max_bytes)
+                    waiting.append(chunk)
+                    if len(waiting) == _CHUNKS_AT_ONCE:
+                        await _append(part, waiting, progress)
+            finally:  # of a link that breaks, what came is kept
+                if part is not None and waiting:
+                    await _append(part, waiting, progress)
     except BaseException:
         if part is not None:
             part.close()
@@ -350,19 +359,29 @@ async def _receive(
     return part
 
 
-def _append(part: PartFile, chunk: Chunk, moved: Moved) -> None:
-    content = unpack(chunk.content) if chunk.is_packed else chunk.content
-    moved.content_bytes += len(content)
-    moved.wire_bytes += len(chunk.content)
-    part.append(part.offset, content)
+async def _append(part: PartFile, waiting: list[Chunk], progress: _Progress) -> None:
+    """Append chunks, and forget them.
+
+    Several at once: with each of them alone, going to a thread and back takes as long as the disk.
+    """
+    taken, waiting[:] = tuple(waiting), ()
+    await asyncio.to_thread(_append_all, part, taken, progress.moved)
+    progress.note(part.offset)
 
 
-async def _open_part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:
+def _append_all(part: PartFile, taken: Sequence[Chunk], moved: Moved) -> None:
+    part.open()
+    for chunk in taken:
+        content = unpack(chunk.content) if chunk.is_packed else chunk.content
+        moved.content_bytes += len(content)
+        moved.wire_bytes += len(chunk.content)
+        part.append(part.offset, content)
+
+
+def _part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:
     if size > max_bytes:
         raise LimitError(f"the blob has {size} bytes, more than the {max_bytes} allowed here")
-    part = PartFile(path, digest=digest, size=size)
-    await asyncio.to_thread(part.open)
-    return part
+    return PartFile(path, digest=digest, size=size)
 
 
 def _remove_other_parts(path: Path, part_path: Path) -> None:
