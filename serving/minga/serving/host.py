@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ class ServeHost:
         claims: hold the ports on this machine, for replicas that start later.
     """
 
-    def __init__(self, config: ServingConfig, claims: Sequence[socket.socket]) -> None:
+    def __init__(self, config: ServingConfig, claims: ExitStack) -> None:
         self._config = config
         self._claims = claims
         self._reached_at = url_host(config.host)
@@ -133,8 +134,7 @@ class ServeHost:
 
     def _let_go(self) -> None:
         end_actor()
-        for claim in self._claims:
-            claim.close()
+        self._claims.close()
 
     def _find_replica(self) -> str:
         """Give the address of a machine with a replica: this one's, if it has one."""
@@ -196,12 +196,13 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
         HostError: the replicas do not start.
     """
     config.protection.check(config.host)
-    claims = [claim_port(config.host, config.port)]
-    if config.grpc_port is not None:
-        claims.append(claim_port(config.host, config.grpc_port))
-    ports = [claim.getsockname()[1] for claim in claims]
-    chosen = dict(zip(("port", "grpc_port"), ports, strict=False))
-    host = ServeHost(config.model_copy(update=chosen), claims)
+    with ExitStack() as claims:
+        chosen: dict[str, int] = {}
+        for name in ("port", "grpc_port"):
+            if (wanted := getattr(config, name)) is not None:
+                claim = claims.enter_context(claim_port(config.host, wanted))
+                chosen[name] = claim.getsockname()[1]
+        host = ServeHost(config.model_copy(update=chosen), claims.pop_all())
     try:
         host._launch()
         if refs:
@@ -233,7 +234,6 @@ def application_schema(
         models: what to serve.
         resources: what else than processors each replica needs of its machine.
     """
-    options = {"num_cpus": config.cpus_per_replica}
     return {
         "name": APPLICATION,
         "route_prefix": None,  # nothing of it goes through Ray Serve's proxy
@@ -254,8 +254,10 @@ def application_schema(
                 "graceful_shutdown_wait_loop_s": _POLL_S,
                 # A replica that is replaced at all is replaced by one that runs already.
                 "max_surge_percent": 100,
-                "ray_actor_options": options
-                | ({"resources": dict(resources)} if resources else {}),
+                "ray_actor_options": {
+                    "num_cpus": config.cpus_per_replica,
+                    **({"resources": dict(resources)} if resources else {}),
+                },
                 "logging_config": _QUIET,
                 "user_config": models,
             }
