@@ -16,7 +16,6 @@ import errno
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
-from types import TracebackType
 from typing import Any, Final, Self
 
 import uvicorn
@@ -160,12 +159,7 @@ class Server:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
 
