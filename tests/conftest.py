@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from minga.cluster.stack import local_ray, ray_environment
+
+ROOT = Path(__file__).parent
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("minga", deadline=None)
@@ -24,6 +27,33 @@ def pytest_configure() -> None:
     """Set what Ray reads when it is imported, whichever test imports it first."""
     for name, value in ray_environment().items():
         os.environ.setdefault(name, value)
+
+
+LONGEST = (
+    "test_readme.py",
+    "cluster/test_demo.py",
+    "cluster/test_reproduction.py",
+    "training/test_train.py",
+    "training/test_search.py",
+    "cluster/test_own_csv.py",
+    "test_examples.py",
+    "test_benchmarks.py",
+    "cluster/test_pipeline.py",
+    "federation/test_chaos.py",
+    "serving/test_host.py",
+    "cluster/test_response_work.py",
+    "training/test_larger.py",
+    "cluster/test_submission.py",
+    "federation/test_fuzz.py",
+)
+"""Files that take more than half a minute."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the longest where files run side by side, so that none is left over at the end."""
+    if hasattr(config, "workerinput"):
+        begin = {ROOT / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: begin.get(item.path, len(begin)))
 
 
 @pytest.fixture(scope="session")
