@@ -1,7 +1,8 @@
 """What several parts' tests share."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,29 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def registry_uri(tmp_path_factory):
-    """An empty registry; making its database takes seconds, so there is one for all tests."""
-    from mlflow import MlflowClient
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making one takes seconds, copying it does not."""
+    from minga.training.tracking import connect
 
-    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
-    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models()
-    return uri
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def registry_uri(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An empty registry that tests share."""
+    folder = tmp_path_factory.mktemp("registry")
+    return f"sqlite:///{shutil.copy(migrated_database, folder)}"
+
+
+@pytest.fixture(scope="session")
+def with_database(migrated_database: Path) -> Callable[[Path], Path]:
+    """Puts an empty database where a project makes one, and gives the project's folder."""
+
+    def put(folder: Path) -> Path:
+        (folder / ".minga").mkdir()
+        shutil.copy(migrated_database, folder / ".minga")
+        return folder
+
+    return put
