@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 12
-PATIENCE_S = 480
+PATIENCE_S = 900
 MARK = "MINGA_TEST_SESSION"
 
 # Stands for the person at the keyboard, who waits until a server says that it is ready, for ports
