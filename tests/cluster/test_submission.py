@@ -99,7 +99,7 @@ def two_machines():
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(with_database, tmp_path):
     """A project whose Task comes with it."""
     folder = tmp_path / "plant"
     folder.mkdir()
@@ -108,7 +108,7 @@ def project(tmp_path):
     (folder / "blobs.py").write_text(task)
     (folder / "minga.toml").write_text(SETTINGS)
     (folder / "site.key").write_text("secret")
-    return load(folder)
+    return load(with_database(folder))
 
 
 def minga(*words):
