@@ -6,6 +6,7 @@ on the test split: quantiles, ranges, shares and rates, never a row.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +101,7 @@ def describe(
     given: dict[str, Any] = {
         "layout": LAYOUT,
         "num_held_out": len(test),
-        "columns": [*inputs, *_outputs(outputs)],
+        "columns": [*inputs, *_outputs(task, outputs)],
     }
     outliers = _outliers(inputs, test.inputs)
     if outliers:
@@ -125,15 +126,36 @@ def _input(profile: ColumnProfile, described: SchemaColumn, num_examples: int) -
     }
 
 
-def _outputs(outputs: NDArray[Any]) -> list[dict[str, Any]]:
+def _outputs(task: Task, outputs: NDArray[Any]) -> list[dict[str, Any]]:
     profiles = profile_columns(outputs)
     names = (
         ["output"] if len(profiles) == 1 else [f"output {place}" for place in range(len(profiles))]
     )
+    kinds: Sequence[str] = ["number"] * len(profiles)
+    if len(task.outputs) == len(profiles):
+        names, kinds = list(task.outputs), list(task.outputs.values())
     return [
-        _column(Role.OUTPUT, name, profile, len(outputs))
-        for name, profile in zip(names, profiles, strict=True)
+        _numbered(name, outputs.reshape(len(outputs), -1)[:, place])
+        if kinds[place] == "category"
+        else _column(Role.OUTPUT, name, profiles[place], len(outputs))
+        for place, name in enumerate(names)
     ]
+
+
+def _numbered(name: str, values: NDArray[Any]) -> dict[str, Any]:
+    """Describe an output that is one of 0, 1, 2 and so on, each of which has a bin.
+
+    What is above all that the test split has is in a last bin of its own.
+    """
+    counts = np.bincount(values.round().astype(np.int64))
+    return {
+        "role": Role.OUTPUT,
+        "name": name,
+        "edges": [number + 0.5 for number in range(len(counts))],
+        "shares": [*(counts / counts.sum()).tolist(), 0.0],
+        "num_examples": len(values),
+        "categories": list(map(float, range(len(counts)))),
+    }
 
 
 def _column(role: Role, name: str, profile: ColumnProfile, num_examples: int) -> dict[str, Any]:
