@@ -297,6 +297,19 @@ class Registry:
         read_verdict(folder, name, self._keys())
         return self._approvals(version, folder)
 
+    def require_approved(self, name: str, which: int | str) -> Approvals:
+        """Give the approvals of a version that may be promoted as far as other people go.
+
+        Raises:
+            ApprovalError: too few others approved it.
+            VerdictError: its verdict is altered or not by a trusted key.
+            RegistryError: there is no such version, or its files are not what was registered.
+        """
+        version = self.get(name, which)
+        found = self.approvals(name, version.version)
+        require_approvals(found, self._policy, model=name, version=version.version)
+        return found
+
     def retire(self, name: str, which: int | str, *, reason: str) -> Version:
         """Take a version out of use: it is promoted no more, unless somebody overrides that.
 
