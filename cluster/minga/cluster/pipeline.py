@@ -166,7 +166,9 @@ def run(
             if parent is None:
                 found = search(project, on_progress, fresh=fresh_search)
             else:
-                found = SearchResult(params=parent.params, metrics={}, trials=(), resumed=False)
+                found = SearchResult(
+                    params=dict(parent.params), metrics={}, trials=(), resumed=False
+                )
         params: Params = found.params
         selection = None
         if auto:

@@ -27,7 +27,7 @@ from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
 from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError, VersionRefusedError
-from minga.serving.monitor_actor import end_actor
+from minga.serving.monitor_actor import end_actors
 from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
 
 _POLL_S: Final = 0.1
@@ -109,7 +109,7 @@ class ServeHost:
     def drain(self) -> None:
         """Finish the requests in flight and end the replicas; Ray Serve ends with its Ray."""
         serve.delete(APPLICATION)
-        end_actor()
+        end_actors()
 
     def stop(self) -> None:
         """Finish the requests in flight, then stop Ray Serve and free its port; Ray goes on.
@@ -118,7 +118,7 @@ class ServeHost:
         is shut down next, `drain` does the same in silence.
         """
         serve.shutdown()
-        end_actor()
+        end_actors()
 
     def _launch(self) -> None:
         """Bring up replicas that serve nothing yet."""

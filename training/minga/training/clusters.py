@@ -2,10 +2,10 @@
 
 A `ClusterTask` needs a name, columns and data. Its own model is k-means as a network: centres that
 follow the gradient of the rows' squared distances to the nearest of them (Bottou and Bengio,
-"Convergence properties of the k-means algorithms", NIPS 1994), from where k-means++ puts them
-(Arthur and Vassilvitskii, SODA 2007). So it is searched, trained by several workers, trained
-further and federated as any network is. `minga run --auto` compares it with a mixture of
-Gaussians.
+"Convergence properties of the k-means algorithms", NIPS 1994), from where Lloyd's algorithm puts
+them in a sample, begun by k-means++ (Arthur and Vassilvitskii, SODA 2007). So it is searched,
+trained by several workers, trained further and federated as any network is. `minga run --auto`
+compares it with a mixture of Gaussians.
 
 For each row a model answers its cluster, how far from that cluster's centre it is (above 1: farther
 than the cluster's own rows are, but for a share `strangers` of them), and how clear the choice was:
@@ -19,6 +19,7 @@ the rows that are judged, so it does not matter how a model came by its clusters
 and a champion are held against each other on equal terms.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -36,6 +37,9 @@ from minga.training.task import OutputKind, Split, Splits, Task
 
 CLUSTERS = "clusters"
 """The hyper-parameter that says how many there are."""
+
+NUM_STARTS = 3
+"""The best of so many beginnings is taken."""
 
 MIN_ROWS = 30
 """Fewer rows of a cluster say nothing about how far from its centre rows are; all rows do then."""
@@ -105,17 +109,18 @@ class ClusterTask(Task):
         return Clusters(self.width, num_clusters)
 
     def begin(self, network: nn.Module, train: Split, *, seed: int) -> None:
-        """Put the centres where k-means++ does, on a sample of the training split."""
-        from sklearn.cluster import kmeans_plusplus
+        """Put the centres where Lloyd's algorithm does in a sample of the training split."""
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
 
         clusters = clusters_of(network)
         if clusters is None:
             return
         rows = predict(network.get_submodule("preparation"), sample_of(train.inputs))
         if len(rows) >= len(clusters.centres):  # else these are a device's, and weights will come
-            centres, _ = kmeans_plusplus(rows, len(clusters.centres), random_state=seed)
-            with torch.no_grad():
-                clusters.centres.copy_(torch.from_numpy(centres))
+            kmeans = KMeans(len(clusters.centres), n_init=NUM_STARTS, random_state=seed)
+            with threadpool_limits(1), torch.no_grad():  # one thread, so that it repeats bit by bit
+                clusters.centres.copy_(torch.from_numpy(kmeans.fit(rows).cluster_centers_))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG002 - rows are outputs'
         """Give the mean squared distance of rows to their centres."""
@@ -216,4 +221,4 @@ def simplified_silhouette(numbers: NDArray[np.int64], rows: NDArray[Any]) -> flo
 
 def _reach(distances: NDArray[Any], strangers: float) -> float:
     """Give the distance that so small a share of rows is beyond."""
-    return max(float(np.quantile(distances, 1 - strangers)), _TINY**0.5)
+    return max(float(np.quantile(distances, 1 - strangers)), math.sqrt(_TINY))
