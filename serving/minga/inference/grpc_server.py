@@ -73,7 +73,7 @@ class GrpcServer:
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_RPCS,
         )
-        server.add_generic_rpc_handlers((GrpcService(self._service).handlers(),))
+        server.add_generic_rpc_handlers(GrpcService(self._service).handlers())
         try:
             host = f"[{self._host}]" if ":" in self._host else self._host
             address = f"{host}:{self._wanted_port}"

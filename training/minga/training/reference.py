@@ -22,8 +22,9 @@ from minga.inference.monitor.reference import (
     Column,
     Role,
 )
-from minga.inference.monitor.sketch import outlier_lengths, scores_of
+from minga.inference.monitor.sketch import loss_rows, outlier_lengths, scores_of
 from minga.training.calibration import as_classes
+from minga.training.losses import MAX_ROWS, grow_losses
 from minga.training.profile import ColumnProfile, Profile, profile_columns
 from minga.training.schema import Column as SchemaColumn
 from minga.training.schema import Schema
@@ -110,6 +111,8 @@ def describe(
     if answers:
         given["answers"] = answers.judged
         given["columns"] += answers.columns
+        if answers.judged["kind"] is AnswerKind.NUMBER:
+            given |= _losses(given["columns"], inputs, test, outputs)
     return given
 
 
@@ -220,6 +223,23 @@ def _number(targets: NDArray[Any], outputs: NDArray[Any]) -> _Answers:
         "error_deviation": float(errors.std()),
     }
     return _Answers(judged, [])
+
+
+def _losses(
+    columns: list[dict[str, Any]], inputs: list[dict[str, Any]], test: Split, outputs: NDArray[Any]
+) -> dict[str, Any]:
+    """Say where errors of numbers are large, and in which bins that is counted; nothing if not."""
+    if test.inputs.ndim != 2 or test.inputs.shape[1] > MAX_COLUMNS:
+        return {}
+    rows, answers = test.inputs[:MAX_ROWS].T.astype(np.float64), outputs[:MAX_ROWS]
+    means = np.array([column["mean"] for column in inputs])
+    errors = np.abs(test.targets[:MAX_ROWS].reshape(-1).astype(np.float64) - answers.reshape(-1))
+    found = grow_losses(loss_rows(means, rows, answers), errors)
+    if found is None:
+        return {}
+    edges = np.arange(0.5, len(found.shares) - 1, dtype=np.float64)
+    score = _score_column(edges, found.shares, found.num_examples)
+    return {"columns": [*columns, score], "losses": found.tree}
 
 
 def _yes_no(
