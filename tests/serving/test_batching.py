@@ -309,11 +309,37 @@ async def test_what_has_become_late_is_not_computed(gate, load, models):
     assert await values(asking(batcher, model, row(3))) == [6]
 
 
+OBJECTIVE_S = 0.15
+IN_TIME_S = 2 * OBJECTIVE_S  # what the machine's other work may add
+BEGINNING_S = 3 * OBJECTIVE_S  # until then a queue of any kind is short
+REQUEST = row(1, rows=8, columns=512)
+
+
+async def capacity(model, *, seconds):
+    """Let eight callers ask again as soon as they are answered; give the answers a second."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    with ThreadPoolExecutor(1) as threads:
+        batcher = Batcher(threads, num_threads=1, max_rows=32)
+
+        async def ask_again() -> int:
+            answered = 0
+            while loop.time() < end:
+                await batcher.run(model, REQUEST, ())
+                answered += 1
+            return answered
+
+        return sum(await asyncio.gather(*(ask_again() for _ in range(8)))) / seconds
+
+
 async def flood(model, *, objective_s, rate, seconds):
-    """Ask so many times a second; give how many a second were answered within 0.2 s."""
+    """Ask so many times a second; give how many a second were in time, and all refusals.
+
+    The beginning is not counted.
+    """
     in_time, refused = 0, 0
     with ThreadPoolExecutor(1) as threads:
-        batcher = Batcher(threads, num_threads=1, max_rows=4, objective_s=objective_s)
+        batcher = Batcher(threads, num_threads=1, max_rows=32, objective_s=objective_s)
         loop = asyncio.get_running_loop()
         start = loop.time()
 
@@ -321,14 +347,15 @@ async def flood(model, *, objective_s, rate, seconds):
             nonlocal in_time, refused
             begun = loop.time()
             try:
-                await batcher.run(model, row(1, columns=1024), ())
+                await batcher.run(model, REQUEST, ())
             except OverloadedError:
                 refused += 1
             else:
-                in_time += loop.time() - begun <= 0.2
+                now = loop.time()
+                in_time += now - begun <= IN_TIME_S and now - start > BEGINNING_S
 
         tasks = []
-        while (now := loop.time()) < start + seconds:
+        while (now := loop.time()) < start + BEGINNING_S + seconds:
             while len(tasks) < (now - start) * rate:
                 tasks.append(asyncio.create_task(ask()))
             await asyncio.sleep(0.002)
@@ -341,15 +368,18 @@ async def flood(model, *, objective_s, rate, seconds):
 
 @pytest.mark.slow
 async def test_overload_does_not_collapse(load, models):
-    """Asked for three times what it can do, it goes on in time; without shedding it does not."""
-    model = load(models["deep"](width=1024, layers=48), "deep")
-    start = asyncio.get_running_loop().time()
-    batch = {"input": np.ones((4, 1024), np.float32)}
-    for _ in range(20):
-        model.run(batch)
-    capacity = 80 / (asyncio.get_running_loop().time() - start)
-    shed, refused = await flood(model, objective_s=0.15, rate=3 * capacity, seconds=2)
-    queued, _ = await flood(model, objective_s=None, rate=3 * capacity, seconds=2)
-    assert refused > 0
-    assert shed > 0.4 * capacity
-    assert shed > 2 * queued
+    """Asked for three times what it can do, it goes on in time; without shedding it does not.
+
+    What it can do is measured beside it, as callers see it. Other work may disturb a turn, but
+    not five; a collapse shows in each.
+    """
+    model = load(models["deep"](width=512, layers=48), "deep")
+    turns = []
+    for _ in range(5):
+        most = await capacity(model, seconds=0.5)
+        shed, refused = await flood(model, objective_s=OBJECTIVE_S, rate=3 * most, seconds=1)
+        queued, _ = await flood(model, objective_s=None, rate=3 * most, seconds=1)
+        if refused and shed > 0.5 * most and shed > 2 * queued:
+            return
+        turns.append({"most": most, "shed": shed, "refused": refused, "queued": queued})
+    pytest.fail(f"overload collapsed in each turn: {turns}")

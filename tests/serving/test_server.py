@@ -152,11 +152,12 @@ def test_small_answers_are_not_held_back(make_app, models, serve):
     """No answer waits for the acknowledgement of the one before, which costs 40 ms on Linux."""
     durations = []
     with serve(make_app(scaling=models["scaling"](1))) as url, InferenceClient(url) as client:
-        for _ in range(21):
+        for _ in range(60):
             start = time.perf_counter()
             client.infer("scaling", {"input": np.ones((1, 3), np.float32)})
             durations.append(time.perf_counter() - start)
-    assert statistics.median(durations) < 0.03
+    # A fresh connection is acknowledged at once, and other work may delay some answers.
+    assert statistics.quantiles(durations[20:])[0] < 0.03
 
 
 def test_a_body_over_the_limit_is_refused_over_the_wire(make_app, models, serve):

@@ -37,10 +37,10 @@ CHAMPION: Alias = "champion"
 CHALLENGER: Alias = "challenger"
 
 ARTIFACT_PATH = "bundle"
+"""Where in its run's artifacts a version's files are."""
 
 _PAGE = 1000
 """Models that MLflow is asked for at a time; 1000 is its most."""
-"""Where in its run's artifacts a version's files are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,17 +297,14 @@ class Registry:
         read_verdict(folder, name, self._keys())
         return self._approvals(version, folder)
 
-    def require_approved(self, name: str, which: int | str) -> Approvals:
+    def require_approved(self, name: str, version: int) -> Approvals:
         """Give the approvals of a version that may be promoted as far as other people go.
 
         Raises:
-            ApprovalError: too few others approved it.
-            VerdictError: its verdict is altered or not by a trusted key.
-            RegistryError: there is no such version, or its files are not what was registered.
+            ApprovalError: too few others approved it; and what `approvals` raises.
         """
-        version = self.get(name, which)
-        found = self.approvals(name, version.version)
-        require_approvals(found, self._policy, model=name, version=version.version)
+        found = self.approvals(name, version)
+        require_approvals(found, self._policy, model=name, version=version)
         return found
 
     def retire(self, name: str, which: int | str, *, reason: str) -> Version:

@@ -190,6 +190,7 @@ class Agent:
                     call = pb_grpc.FederationServiceStub(channel).Session(_drain(outbox))
                     messages = self._heard(call)
                     self._take_welcome(await anext(messages, None))
+                    self._resting_s = self._heartbeat_interval_s  # as its first beat will
                     heart = asyncio.create_task(self._beat(outbox))
                     async for message in messages:
                         self._take(message)

@@ -32,7 +32,7 @@ from minga.inference.tensors import Array
 
 MAX_PENDING_BYTES: Final = 16 * 1024 * 1024
 MAX_PENDING_REQUESTS: Final = 50_000
-MAX_CELLS: Final = 500_000
+MAX_CELLS: Final = 250_000
 """How many values of one version are looked at between two flushes."""
 
 MAX_PREDICTIONS: Final = 20_000
