@@ -29,3 +29,32 @@ def test_an_unforeseen_error_asks_for_a_report() -> None:
     assert exit_code_of(ZeroDivisionError()) == 1
     assert "ZeroDivisionError" in message_of(ZeroDivisionError())
     assert "--debug" in message_of(ZeroDivisionError())
+
+
+def test_a_registry_that_is_away_says_so_without_its_password(monkeypatch) -> None:
+    """MLflow's client quotes the whole address; its password is neither shown nor logged."""
+    monkeypatch.setenv("MINGA_TRACKING_URI", "http://minga:hush@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    from minga.training.registry import Registry
+
+    with pytest.raises(Exception, match="hush") as raised:
+        Registry("http://minga:hush@127.0.0.1:1").names()
+    assert exit_code_of(raised.value) == 28
+    message = message_of(raised.value)
+    assert "hush" not in message
+    assert "MINGA_TRACKING_URI" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/srv/plant"), "/srv/plant cannot be used: Perm"),
+        (OSError(28, "No space left on device"), "cannot be used: No space left on device"),
+    ],
+    ids=["rights", "space"],
+)
+def test_files_that_cannot_be_used_are_one_line(error: OSError, words: str) -> None:
+    """Whichever command meets it, a wrong folder or a full disk is no bug to report."""
+    assert message_of(error).startswith(words)
+    assert "\n" not in message_of(error)
+    assert exit_code_of(error) == 1

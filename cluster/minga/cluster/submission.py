@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from minga.cluster.errors import SubmissionError
 from minga.cluster.project import Project
 from minga.cluster.settings import Settings
-from minga.training.uris import redacted
+from minga.inference.uris import redacted
 
 Verb = Literal["run", "tune", "train", "simulate"]
 

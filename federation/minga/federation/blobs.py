@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from minga.federation import durable
@@ -352,12 +351,7 @@ class Upload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

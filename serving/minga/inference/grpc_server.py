@@ -1,6 +1,5 @@
 """The gRPC service on a port of this process, inside a running event loop."""
 
-from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
@@ -100,12 +99,7 @@ class GrpcServer:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:

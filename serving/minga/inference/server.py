@@ -10,7 +10,6 @@ import contextlib
 import errno
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from types import TracebackType
 from typing import Any, Final, Self
 
 import uvicorn
@@ -105,12 +104,7 @@ class Server:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
 
