@@ -146,6 +146,7 @@ async def test_outcomes_are_the_versions_that_gave_the_answers(compared):
         broken = pb.ReportOutcomesRequest.Outcome(key="a", value=float("nan"))
         for model, wrong, status in (
             ("scaling", [*told, broken], grpc.StatusCode.INVALID_ARGUMENT),
+            ("scaling", told * 2000, grpc.StatusCode.INVALID_ARGUMENT),  # more than 1 MB
             ("no", told, grpc.StatusCode.NOT_FOUND),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as refused:

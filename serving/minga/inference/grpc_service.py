@@ -32,6 +32,7 @@ from minga.inference.tensors import TensorSpec
 from minga.inference.v2 import open_inference_pb2 as pb
 
 _LOG: Final = logging.getLogger(__name__)
+_MAX_REPORT_BYTES: Final = 1024 * 1024  # of outcomes, as over HTTP
 
 # What is not here needs leave to ask.
 _PERMISSIONS: Final[dict[str, Permission | None]] = {
@@ -164,6 +165,8 @@ class GrpcService:
 
     async def report_outcomes(self, request: pb.ReportOutcomesRequest) -> pb.ReportOutcomesResponse:
         """Count outcomes for the versions that gave the answers."""
+        if request.ByteSize() > _MAX_REPORT_BYTES:
+            raise BadRequestError("a report may be 1 MB long; send several")
         outcomes = [(one.key, one.value) for one in request.outcomes]
         counted = self._service.report_outcomes(request.model_name, outcomes)
         return pb.ReportOutcomesResponse(counted=counted)
