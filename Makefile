@@ -20,8 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the whole loop on real data: search, train, serve, federate, swap
 	$(BIN)/minga demo
 
-test: $(STAMP) check ## run every check and every test
-	$(BIN)/python -m pytest
+test: WORKERS ?= 3
+test: ARGS ?=
+test: $(STAMP) check ## run every check and every test; make test WORKERS=8 ARGS='-k serve'
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that need no Ray and no second process
 	$(BIN)/python -m pytest -m 'not slow'

@@ -1,12 +1,16 @@
 """What several parts' tests share."""
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from minga.cluster.stack import local_ray, ray_environment
+
+ROOT = Path(__file__).parent
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("minga", deadline=None)
@@ -26,6 +30,33 @@ def pytest_configure() -> None:
         os.environ.setdefault(name, value)
 
 
+LONGEST = (
+    "test_readme.py",
+    "cluster/test_demo.py",
+    "cluster/test_reproduction.py",
+    "training/test_train.py",
+    "training/test_search.py",
+    "cluster/test_own_csv.py",
+    "test_examples.py",
+    "test_benchmarks.py",
+    "cluster/test_pipeline.py",
+    "federation/test_chaos.py",
+    "serving/test_host.py",
+    "cluster/test_response_work.py",
+    "training/test_larger.py",
+    "cluster/test_submission.py",
+    "federation/test_fuzz.py",
+)
+"""Files that take more than half a minute."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the longest where files run side by side, so that none is left over at the end."""
+    if hasattr(config, "workerinput"):
+        begin = {ROOT / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: begin.get(item.path, len(begin)))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One small Ray for the whole session: starting it takes longer than most tests."""
@@ -37,10 +68,29 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def registry_uri(tmp_path_factory):
-    """An empty registry; making its database takes seconds, so there is one for all tests."""
-    from mlflow import MlflowClient
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making one takes seconds, copying it does not."""
+    from minga.training.tracking import connect
 
-    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
-    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models()
-    return uri
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def registry_uri(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An empty registry that tests share."""
+    folder = tmp_path_factory.mktemp("registry")
+    return f"sqlite:///{shutil.copy(migrated_database, folder)}"
+
+
+@pytest.fixture(scope="session")
+def with_database(migrated_database: Path) -> Callable[[Path], Path]:
+    """Puts an empty database where a project makes one, and gives the project's folder."""
+
+    def put(folder: Path) -> Path:
+        (folder / ".minga").mkdir()
+        shutil.copy(migrated_database, folder / ".minga")
+        return folder
+
+    return put

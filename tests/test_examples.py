@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_examples_are_those_that_are_listed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:the real data is not there")
-def test_example_ends_with_a_champion(name: str, tmp_path: Path, ray_cluster: None) -> None:
+def test_example_ends_with_a_champion(
+    name: str, tmp_path: Path, ray_cluster: None, with_database: Callable[[Path], Path]
+) -> None:
     """Without its real data an example is searched, trained, passes its gates, and is champion."""
     folder = tmp_path / name
     shutil.copytree(EXAMPLES / name, folder, ignore=shutil.ignore_patterns(".minga", "__pycache__"))
@@ -38,7 +41,7 @@ def test_example_ends_with_a_champion(name: str, tmp_path: Path, ray_cluster: No
     for key, value in {"num_trials": 2, "max_epochs": 2, "grace_epochs": 1}.items():
         settings = re.sub(rf"{key} = \d+", f"{key} = {value}", settings)
     (folder / "minga.toml").write_text(settings)
-    project = load(folder)
+    project = load(with_database(folder))
     done = pipeline.run(project)
     assert done.promoted, [str(gate) for gate in done.registered.report.refused]
     assert not done.data.errors

@@ -58,3 +58,19 @@ def test_files_that_cannot_be_used_are_one_line(error: OSError, words: str) -> N
     assert message_of(error).startswith(words)
     assert "\n" not in message_of(error)
     assert exit_code_of(error) == 1
+
+
+def test_status_of_a_registry_that_is_away_is_a_row_without_its_password(
+    monkeypatch, tmp_path
+) -> None:
+    """What is away is said in its row, and the other parts are asked all the same."""
+    from minga.cluster.project import load
+    from minga.cluster.status import gather
+
+    monkeypatch.setenv("MINGA_TRACKING_URI", "http://minga:hush@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "minga.toml").write_text('task = "task.py:Task"\n[data]\nsource = "data.csv"\n')
+    found = gather(load(tmp_path), tmp_path)
+    assert "does not answer" in found["registry"]["note"]
+    assert found["federation"]
+    assert "hush" not in str(found)

@@ -19,7 +19,7 @@ SMALL |= {"num_workers = 2": "num_workers = 1", "epochs = 10": "epochs = 6"}
 
 
 @pytest.fixture(scope="session")
-def finished(ray_cluster, tmp_path_factory):
+def finished(ray_cluster, with_database, tmp_path_factory):
     """A project after `minga run --json`, and what that printed."""
     from minga.cli.app import main
 
@@ -29,6 +29,7 @@ def finished(ray_cluster, tmp_path_factory):
     for old, new in SMALL.items():
         text = text.replace(old, new)
     (directory / "minga.toml").write_text(text)
+    with_database(directory)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main(["run", "--project", str(directory), "--json"])

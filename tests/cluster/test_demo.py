@@ -1,4 +1,7 @@
-"""The demo with a small search: every part of the loop, in real processes, on real data."""
+"""A small demo: every part of the loop, in real processes, on real data.
+
+`tests/test_readme.py` has eight devices.
+"""
 
 import json
 import os
@@ -13,12 +16,21 @@ import psutil
 import pytest
 
 PATIENCE_S = 420
+NUM_SITES = 5
 
 
 def demo_command(folder: Path, report: Path) -> list[str]:
     words = ["demo", "--folder", str(folder), "--report", str(report)]
-    words += ["--trials", "2"]
+    words += ["--trials", "1", "--rounds", "4", "--sites", str(NUM_SITES)]
     return [sys.executable, "-m", "minga.cli", *words]
+
+
+def is_all_gone(folder: Path) -> bool:
+    """Wait for the end of what was told to end; a busy machine takes its time."""
+    deadline = time.monotonic() + 30
+    while processes_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not processes_of(folder)
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -62,7 +74,7 @@ def test_demo_runs_the_whole_loop(work: Path, tmp_path: Path) -> None:
     assert killed["total_weight"] == killed["expected_weight"]
     assert report["traffic"]["num_failures"] == 0
     assert report["traffic"]["versions"] == ["1", "2"]
-    assert [answer["version"] for answer in report["devices"]] == ["2"] * 8
+    assert [answer["version"] for answer in report["devices"]] == ["2"] * NUM_SITES
     assert len({answer["sha256"] for answer in report["devices"]}) == 1
     assert "site alone (mean)" in done.stdout
     assert processes_of(work) == []
@@ -84,7 +96,7 @@ def test_interrupted_demo_leaves_nothing_running(work: Path, tmp_path: Path) -> 
     os.kill(demo.pid, signal.SIGTERM)
     demo.wait(timeout=60)
     assert demo.returncode != 0
-    assert processes_of(work) == []
+    assert is_all_gone(work), processes_of(work)
     assert "did not finish" in log.read_text()
 
 

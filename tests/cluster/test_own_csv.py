@@ -74,7 +74,7 @@ def run(*words):
 
 
 @pytest.fixture(scope="module")
-def plant(ray_cluster, tmp_path_factory):
+def plant(ray_cluster, with_database, tmp_path_factory):
     """A project after `minga init`, the two edits and the page's commands."""
     folder = tmp_path_factory.mktemp("user") / "plant"
     assert run("init", folder) == 0
@@ -86,7 +86,7 @@ def plant(ray_cluster, tmp_path_factory):
     for old, new in fewer.items():
         settings = settings.replace(old, new)
     (folder / "minga.toml").write_text(settings)
-    return folder
+    return with_database(folder)
 
 
 @pytest.fixture(scope="module")

@@ -93,13 +93,14 @@ def train(folder, parent=None):
 
 
 @pytest.fixture(scope="module")
-def folder(ray_cluster, tmp_path_factory):
+def folder(ray_cluster, with_database, tmp_path_factory):
     """A project in a folder of a Git repository; version 1 was trained by two workers.
 
     Since then the Task has changed, and the change is committed.
     """
     folder = tmp_path_factory.mktemp("repository") / "line"
     (folder / "data").mkdir(parents=True)
+    with_database(folder)
     (folder / "line.py").write_text(TASK)
     (folder / "minga.toml").write_text(SETTINGS)
     (folder / ".gitignore").write_text(".minga/\n__pycache__/\ndata/\nby-chance\n")

@@ -15,7 +15,6 @@ from minga.cli.app import main
 from minga.cluster.learning import finished_search, search
 from minga.cluster.project import load
 from minga.training.simulation.simulate import Simulation, simulate
-from minga.training.tracking import connect
 
 TASK = Path(__file__).parents[1] / "training" / "tasks" / "virtual.py"
 TABLES = """
@@ -77,13 +76,12 @@ def minga(*words):
 
 
 @pytest.fixture(scope="module")
-def plant(tmp_path_factory):
-    """A project's folder, with the database that takes seconds to make."""
+def plant(with_database, tmp_path_factory):
+    """A project's folder."""
     folder = tmp_path_factory.mktemp("plant")
     (folder / "minga.toml").write_text(TABLES)
     shutil.copy(TASK, folder / "virtual.py")
-    connect(load(folder).tracking_uri)
-    return folder
+    return with_database(folder)
 
 
 def test_rounds_are_shown_and_kept_in_mlflow(plant):

@@ -1,5 +1,6 @@
 """What tests of the wire share: an authority, identities, real TLS servers on loopback."""
 
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
@@ -24,10 +25,14 @@ Serve = Callable[..., Awaitable[str]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Draw a seed for a test that leaves something to chance; it is part of the test's name."""
+    """Draw a seed for a test that leaves something to chance; it is part of the test's name.
+
+    So all processes of one run draw the same.
+    """
     if "chaos_seed" in metafunc.fixturenames:
         seed = metafunc.config.getoption("chaos_seed")
-        seed = random.SystemRandom().randrange(10_000) if seed is None else seed
+        if seed is None:
+            seed = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10_000)
         metafunc.parametrize("chaos_seed", [seed], ids=[f"seed={seed}"])
 
 

@@ -49,7 +49,7 @@ async def test_device_that_runs_on_its_battery(tmp_path: Path) -> None:
     def look() -> Condition:
         return Condition(on_mains=on_mains["site-3"], idle_cpu=1.0, free_memory_bytes=1 << 30)
 
-    async with Fleet(tmp_path, heartbeat_interval_s=0.1) as fleet:
+    async with Fleet(tmp_path, heartbeat_interval_s=0.5) as fleet:
         for index in range(3):
             await fleet.add(f"site-{index}", {"step": 0.5}, look=lambda: GOOD)
         await fleet.add("site-3", {"step": 0.5}, look=look)
@@ -103,15 +103,16 @@ def test_window_grows_with_the_fleet() -> None:
 
 async def test_fleet_comes_back_spread_out(tmp_path: Path) -> None:
     """After a restart the devices' streams are spread over the window, and all come."""
-    count, window_s = 30, 3.0
+    count, window_s, heartbeat_s = 30, 6.0, 0.5
     names = [f"site-{index}" for index in range(count)]
     async with Fleet(
-        tmp_path, reconnects_per_s=count / window_s, heartbeat_interval_s=0.2
+        tmp_path, reconnects_per_s=count / window_s, heartbeat_interval_s=heartbeat_s
     ) as fleet:
         for name in names:
             await fleet.add(name)
         await fleet.until(lambda devices: sum(d.connected for d in devices) == count)
-        await asyncio.sleep(0.5)  # until every device has heard how large the fleet is by now
+        # Until every device has heard how large the fleet is by now.
+        await asyncio.sleep(2.5 * heartbeat_s)
         await fleet.stop_coordinator()
         await fleet.start_coordinator()
         clock = asyncio.get_running_loop().time

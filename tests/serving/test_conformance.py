@@ -4,12 +4,15 @@ They are installed into an environment of their own, once per machine, as benchm
 rivals: their packages must not mix with ours, and tritonclient's messages have our names.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,19 +54,33 @@ def third_party() -> Path:
     digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = CACHE / f"third-party-{digest}-python{version}"
-    programs, stamp = folder / "bin", folder / ".installed"
-    if not stamp.exists():
-        venv.create(folder, clear=True, with_pip=True)
-        pip = [programs / "python", "-m", "pip", "install", "--quiet", "--requirement"]
-        done = subprocess.run([*pip, REQUIREMENTS], capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            words = f"pip cannot install the third parties of {REQUIREMENTS.name}: {said}"
-            if os.environ.get("CI"):
-                pytest.fail(words)
-            pytest.skip(words)
-        stamp.touch()
-    return programs
+    with locked(CACHE / f"{folder.name}.lock"):
+        if not (folder / ".installed").exists():
+            install(folder)
+    return folder / "bin"
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keep other test runs of this machine out of what is made once for all of them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def install(folder: Path) -> None:
+    """Make the environment; without a package index tests are skipped, and in CI they fail."""
+    venv.create(folder, clear=True, with_pip=True)
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--requirement"]
+    done = subprocess.run([*pip, REQUIREMENTS], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        words = f"pip cannot install the third parties of {REQUIREMENTS.name}: {said}"
+        if os.environ.get("CI"):
+            pytest.fail(words)
+        pytest.skip(words)
+    (folder / ".installed").touch()
 
 
 @pytest.fixture(scope="module")

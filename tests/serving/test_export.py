@@ -91,15 +91,18 @@ def deployed(ray_cluster, exported):
 def test_the_file_deploys_and_follows_the_load(deployed, project):
     """Ray's command serves it; a step of load brings a second replica, its end takes it away.
 
-    What is answered is watched in the project's folder, as `minga serve` does.
+    Meanwhile somebody asks without a pause and tries nothing twice, and nothing fails. What is
+    answered is watched in the project's folder, as `minga serve` does.
     """
     rows = {"input": np.ones((60_000, 3), np.float32)}  # slow enough that callers pile up
     failures: list[Exception] = []
     stop = threading.Event()
 
-    def call() -> None:
-        with InferenceClient(deployed) as client:
-            while not stop.is_set():
+    quit_all = threading.Event()
+
+    def call(rows: dict[str, np.ndarray], stop: threading.Event) -> None:
+        with InferenceClient(deployed, retries=0) as client:
+            while not stop.wait(0.002):
                 try:
                     client.infer("exported", rows)
                 except Exception as error:  # noqa: BLE001 - counted, whatever it is
@@ -110,16 +113,20 @@ def test_the_file_deploys_and_follows_the_load(deployed, project):
         assert output.tolist() == [[2, 2, 2]]
         client.infer("yes-or-no", {"input": rows_to_watch(40, 1)})
     wait_for(1)
-    callers = [threading.Thread(target=call) for _ in range(6)]
+    few = {"input": rows["input"][:1]}
+    callers = [threading.Thread(target=call, args=(rows, stop)) for _ in range(6)]
+    callers += [threading.Thread(target=call, args=(few, quit_all)) for _ in range(2)]
     for caller in callers:
         caller.start()
     try:
         wait_for(2)
+        stop.set()
+        wait_for(1)
     finally:
         stop.set()
+        quit_all.set()
         for caller in callers:
             caller.join()
-    wait_for(1)
     assert failures == []
     wait_until(lambda: rows_of(Path(project) / ".minga" / "monitor") == 40, "nobody watches")
 
@@ -131,7 +138,8 @@ def test_the_file_names_versions_and_their_digests(exported):
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
     model, _ = deployment["user_config"]["models"]
-    assert config["http_options"] == {"host": "127.0.0.1", "port": port}
+    assert config["proxy_location"] == "Disabled"
+    assert application["args"]["http"] == {"host": "127.0.0.1", "port": port}
     assert (model["name"], len(model["sha256"])) == ("exported", 64)
     assert deployment["autoscaling_config"]["max_replicas"] == 2
     assert application["args"]["monitor"]["folder"] == str(Path(project) / ".minga" / "monitor")

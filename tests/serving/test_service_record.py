@@ -1,5 +1,6 @@
 """The record of what was served where and when, on a real MLflow database."""
 
+import shutil
 from datetime import UTC, datetime
 
 import pytest
@@ -35,18 +36,7 @@ def at(seconds):
 @pytest.fixture
 def uri(migrated_database, tmp_path):
     """A database of this test's own."""
-    import shutil
-
-    shutil.copy(migrated_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture(scope="module")
-def migrated_database(tmp_path_factory):
-    """An empty MLflow database: making one takes seconds, copying it does not."""
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
-    return file
+    return f"sqlite:///{shutil.copy(migrated_database, tmp_path)}"
 
 
 def found(uri, name="timed"):

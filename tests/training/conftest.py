@@ -39,21 +39,10 @@ def splits(blobs):
     return blobs.data("1")
 
 
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory):
-    """An empty MLflow database: making one takes seconds, copying it does not."""
-    from minga.training.tracking import connect
-
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{file}")
-    return file
-
-
 @pytest.fixture
 def tracking_uri(migrated_database, tmp_path):
     """A database of this test's own."""
-    shutil.copy(migrated_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+    return f"sqlite:///{shutil.copy(migrated_database, tmp_path)}"
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def demo(
     Args:
         folder: Where to work; must be empty or missing. The default is a new temporary folder.
         report: Write the results there as JSON.
-        sites: How many devices take part, at least 4.
+        sites: How many devices take part, at least 5.
         rounds: How many rounds they train, at least 3.
         trials: How many sets of hyper-parameters the search tries.
         seed: Decides everything that is drawn.

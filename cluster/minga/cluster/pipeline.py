@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,9 @@ def run(
         # Before Ray is started, which takes seconds.
         probe(project.loaded_task, project.loaded_task.defaults, project.splits)
         on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
-    with occupied(project), local_ray():
+    # Making a database takes seconds as well.
+    meanwhile = partial(project.tracker, on_progress)
+    with occupied(project), local_ray(meanwhile=meanwhile):
         with clock.step("search"):
             if parent is None:
                 found = search(project, on_progress, fresh=fresh_search)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Self
 
 from minga.federation import durable
+from minga.federation.chunks import Buffer
 from minga.federation.errors import LimitError, MissingBlobError, PeerError
 from minga.federation.limits import (
     CHUNK_BYTES,
@@ -318,7 +319,7 @@ class Upload:
         """Bytes that are here."""
         return self._part.offset
 
-    def append(self, offset: int, chunk: bytes) -> None:
+    def append(self, offset: int, chunk: Buffer) -> None:
         """Add the next bytes.
 
         Raises:

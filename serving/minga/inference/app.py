@@ -109,11 +109,6 @@ class InferenceApp:
             access=access,
             observer=observer,
         )
-        self._before_shutdown: Callable[[], Awaitable[None]] | None = None
-
-    def before_shutdown(self, stop: Callable[[], Awaitable[None]]) -> None:
-        """Have another server of `service` stopped when the host of this application ends it."""
-        self._before_shutdown = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection's lifespan or one request."""
@@ -273,8 +268,6 @@ class InferenceApp:
             if message["type"] == "lifespan.startup":
                 await send({"type": "lifespan.startup.complete"})
             else:
-                if self._before_shutdown is not None:
-                    await self._before_shutdown()
                 self.service.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return

@@ -11,6 +11,7 @@ Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE`; the fi
 options that the trainer is made with.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -172,6 +173,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - as above
         _write_frame(answers, {"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)
+    gc.freeze()  # what is loaded stays
     _write_frame(answers, {"ready": True})
     serve(trainer, sys.stdin.buffer, answers)
 
