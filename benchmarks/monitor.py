@@ -1,10 +1,12 @@
 """What watching costs the server that is watched: processor time and requests per second.
 
 A network of 64-128-10 answers one row of JSON at a time to 16 callers, over HTTP, from a server in
-a process of its own: with the monitor and without it in turn. Its 64 inputs and 10 outputs are all
-watched, windows are judged and kept on the disk meanwhile. Processor time is that of the server's
-process, the monitor's thread in it included. That thread's own share of it is told too: unlike the
-comparison of two runs it holds on a busy machine.
+a process of its own. Its 64 inputs and 10 outputs are all watched, windows are judged and kept on
+the disk meanwhile. Processor time is that of the server's process, the monitor's thread in it
+included. Two servers run, one with the monitor and one without, and are asked in turn, some seconds
+each: what a machine can do changes within a minute by more than is measured here, so only a turn
+and the next are compared, and the median over such pairs is told. The monitor's thread's own share
+is told too: it holds on a busy machine as well.
 """
 
 import asyncio
@@ -20,7 +22,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import psutil
@@ -114,7 +116,8 @@ def serve(folder: Path, with_monitor: bool, parent: Connection) -> None:
             if observer is not None:
                 await asyncio.sleep(1.2)  # until what is left has been counted
                 observed = observer.observed
-                parent.send([observed.rows, observed.dropped, _thread_s("minga-monitor")])
+                watched = observed.rows + observed.skipped
+                parent.send([watched, _thread_s("minga-monitor")])
 
     asyncio.run(run())
 
@@ -153,35 +156,61 @@ async def load(port: int, seconds: float) -> int:
     return sum(counts)
 
 
-def measure(folder: Path, seconds: float, *, with_monitor: bool) -> dict[str, float]:
-    """Measure one server for a time, after a warm-up."""
-    ours, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=serve, args=(folder, with_monitor, theirs))
-    process.start()
-    try:
-        port = ours.recv()
-        warm = asyncio.run(load(port, seconds / 5))
-        before = _processor_s(process.pid)
+class Served:
+    """A server in a process of its own; a context manager."""
+
+    def __init__(self, folder: Path, *, with_monitor: bool) -> None:
+        self._ours, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(folder, with_monitor, theirs)
+        )
+        self._with_monitor = with_monitor
+        self._answers = 0
+
+    def __enter__(self) -> Self:
+        self._process.start()
+        self._port = self._ours.recv()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def turn(self, seconds: float) -> dict[str, float]:
+        """Ask for a time; give answers per second and processor time an answer, us."""
+        before = _processor_s(self._process.pid)
         start = time.perf_counter()
-        answers = asyncio.run(load(port, seconds))
+        answers = asyncio.run(load(self._port, seconds))
         elapsed = time.perf_counter() - start
-        time.sleep(1.2)  # the monitor counts what is left, at the cost of this run
-        spent = _processor_s(process.pid) - before
-        ours.send("end")
-        rows, dropped, watching = ours.recv() if with_monitor else (0, 0, 0.0)
-        process.join(20)
-    finally:
-        process.kill()
-        process.join()
-    assert not with_monitor or rows == answers + warm, "every row was counted"
-    return {
-        "answers_per_s": answers / elapsed,
-        "processor_us": 1e6 * spent / answers,
-        "rows": rows,
-        "dropped": dropped,
-        "monitor_us": 1e6 * watching / (answers + warm),
-    }
+        time.sleep(1.2)  # the monitor counts what is left, at the cost of this turn
+        self._answers += answers
+        spent = _processor_s(self._process.pid) - before
+        return {"answers_per_s": answers / elapsed, "processor_us": 1e6 * spent / answers}
+
+    def end(self) -> float:
+        """Stop; give the processor time of the monitor's thread for one answer, us."""
+        self._ours.send("end")
+        watched, watching = self._ours.recv() if self._with_monitor else (self._answers, 0.0)
+        self._process.join(20)
+        assert watched == self._answers, "no row was lost"
+        return 1e6 * watching / self._answers
+
+
+def measure(folder: Path, seconds: float, pairs: int) -> tuple[list[dict[str, Any]], float]:
+    """Ask both servers in turn; give the turns of each pair, and the monitor's thread's us."""
+    with Served(folder, with_monitor=False) as bare, Served(folder, with_monitor=True) as watched:
+        servers = {"without": bare, "with": watched}
+        for server in servers.values():
+            server.turn(seconds / 2)
+        turns = []
+        for pair in range(pairs):
+            # Whoever is second is asked while the machine is warm: that changes too.
+            names = list(servers) if pair % 2 else list(reversed(servers))
+            turns.append({name: servers[name].turn(seconds) for name in names})
+            print(".", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        bare.end()
+        return turns, watched.end()
 
 
 def _thread_s(name: str) -> float:
@@ -199,53 +228,43 @@ def _processor_s(pid: int | None) -> float:
 def main() -> None:
     """Measure, print, write."""
     options = arguments(__doc__ or "").parse_args()
-    seconds, repeats = (2.0, 3) if options.quick else (8.0, 7)
+    seconds, pairs = (1.0, 4) if options.quick else (3.0, 20)
     under = conditions(["numpy", "onnxruntime", "uvicorn"])
     print_conditions(under)
-    runs: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     with ending_cleanly(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "network.onnx").write_bytes(network(np.random.default_rng(1)))
-        for _ in range(repeats):
-            for name, many in runs.items():
-                many.append(measure(folder, seconds, with_monitor=name == "with"))
-                print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    medians = {
-        name: {
-            field: statistics.median(run[field] for run in many)
-            for field in ("answers_per_s", "processor_us", "monitor_us")
-        }
-        for name, many in runs.items()
-    }
+        turns, watching = measure(folder, seconds, pairs)
+
+    def median(name: str, field: str) -> float:
+        return statistics.median(pair[name][field] for pair in turns)
+
+    def ratio(field: str) -> float:
+        return statistics.median(pair["with"][field] / pair["without"][field] for pair in turns)
+
     rows = [
         [
             f"{name} monitor",
-            f"{one['answers_per_s']:,.0f}",
-            f"{one['processor_us']:.1f}",
-            f"{one['monitor_us']:.1f}",
+            f"{median(name, 'answers_per_s'):,.0f}",
+            f"{median(name, 'processor_us'):.1f}",
+            f"{own:.1f}",
         ]
-        for name, one in medians.items()
+        for name, own in (("without", 0.0), ("with", watching))
     ]
     columns = ("server", "requests/s", "processor time a request, us", "of it the monitor's")
     print_table("One row of 64 numbers in JSON, 16 callers, medians", columns, rows)
-    cost = medians["with"]["processor_us"] / medians["without"]["processor_us"] - 1
-    slower = 1 - medians["with"]["answers_per_s"] / medians["without"]["answers_per_s"]
+    share = watching / median("with", "processor_us")
     targets = [
-        Target(
-            name="monitor.thread_share",
-            value=medians["with"]["monitor_us"] / medians["with"]["processor_us"],
-            goal="<=0.05",
-        ),
-        Target(name="monitor.processor_share", value=cost, goal="<=0.05"),
-        Target(name="monitor.throughput_share", value=slower, goal="<=0.05"),
+        Target(name="monitor.thread_share", value=share, goal="<=0.05"),
+        Target(name="monitor.processor_share", value=ratio("processor_us") - 1, goal="<=0.05"),
+        Target(name="monitor.throughput_share", value=1 - ratio("answers_per_s"), goal="<=0.05"),
     ]
     report = {
         "benchmark": "monitor",
         "quick": options.quick,
         "conditions": under,
-        "runs": runs,
-        "medians": medians,
+        "turns": turns,
+        "monitor_us": watching,
     }
     conclude(report, targets, options.json)
 

@@ -5,12 +5,9 @@ comes from a file.
 """
 
 import hashlib
-import os
 import signal
 import sys
-import tempfile
 import threading
-from pathlib import Path
 
 from rivals.serve_work import GRPC_PORT, HTTP_PORT, MODEL, NAME
 
@@ -24,13 +21,7 @@ def main(engine: str) -> None:
     """Serve until ended."""
     digest = hashlib.sha256(MODEL.read_bytes()).hexdigest()
     refs = [ModelRef(name=NAME, version="1", path=str(MODEL), sha256=digest)]
-    config = ServingConfig.model_validate(
-        {
-            "port": HTTP_PORT,
-            "grpc_port": GRPC_PORT,
-            "fast_ingress": engine == "ray",
-        }
-    )
+    config = ServingConfig.model_validate({"port": HTTP_PORT, "grpc_port": GRPC_PORT})
     if engine == "local":
         from minga.serving.local import serve_locally
 
@@ -40,21 +31,18 @@ def main(engine: str) -> None:
 
 
 def on_ray(config: ServingConfig, refs: list[ModelRef]) -> None:
-    """Serve as `minga serve` does, with HAProxy in front."""
+    """Serve as `minga serve` does."""
     from minga.cluster.stack import local_ray
-    from minga.serving.ingress import fast_ingress
 
-    with tempfile.TemporaryDirectory(prefix="minga-ingress-") as folder:
-        os.environ.update(fast_ingress(Path(folder)))
-        with local_ray(num_cpus=4):
-            from minga.serving.host import start
+    with local_ray(num_cpus=4):
+        from minga.serving.host import start
 
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            host = start(config, refs)
-            try:
-                threading.Event().wait()
-            finally:
-                host.drain()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        host = start(config, refs)
+        try:
+            threading.Event().wait()
+        finally:
+            host.drain()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`minga coordinator` and `device`: what an operator types, sees, and gets as exit code."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from minga.cluster.processes import LocalFleet
+from minga.federation.operator import ADDRESS_FILE, OPERATOR_FOLDER
 
 MINGA = [sys.executable, "-m", "minga.cli"]
 
@@ -103,6 +105,19 @@ def test_foreign_certificate(fleet: LocalFleet, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_strangers_do_not_fill_the_log(fleet: LocalFleet) -> None:
+    """Who speaks no TLS to a port is hung up on, without a line in the coordinator's log."""
+    address = json.loads((fleet.state / OPERATOR_FOLDER / ADDRESS_FILE).read_text())["address"]
+    host, port = address.rsplit(":", 1)
+    for _ in range(5):
+        with socket.create_connection((host, int(port)), timeout=10) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while stranger.recv(4096):  # until it hangs up
+                    pass
+    assert "handshake" not in fleet.child("coordinator").log.read_text().lower()
+
+
 def test_port_in_use(fleet: LocalFleet, tmp_path: Path) -> None:
     """Coordinator and device name the port that is taken."""
     folder = fleet.device_folder("ported")

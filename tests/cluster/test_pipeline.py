@@ -13,6 +13,7 @@ import pytest
 from minga.cluster import pipeline
 from minga.cluster.checking import check_data
 from minga.cluster.federate import federate, personal_of
+from minga.cluster.fleet import committed
 from minga.cluster.learning import picture_of
 from minga.cluster.project import load
 from minga.federation.flower.folder import TRAINER, client_app_of
@@ -306,7 +307,7 @@ async def test_project_with_a_flower_app(project, tmp_path):
     finally:
         file.write_text(before)
     assert result.campaign.state == pb.CAMPAIGN_STATE_COMPLETED
-    assert len(result.last_round.survivors) == 3
+    assert len(committed(result.campaign)[-1].survivors) == 3
     champion, _ = champion_of(project)
     product = read_parameters(result.registered.bundle_path)
     moved = {name for name, value in product.items() if not np.array_equal(value, champion[name])}

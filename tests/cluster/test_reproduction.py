@@ -13,8 +13,9 @@ from minga.cluster import pipeline
 from minga.cluster.errors import ReproductionError
 from minga.cluster.project import load
 from minga.cluster.reproduction import first_difference, reproduce, require_training
-from minga.training.bundle import LINEAGE
-from minga.training.errors import DataError
+from minga.training.bundle import LINEAGE, Digests
+from minga.training.bundle import WEIGHTS as WEIGHTS_FILE
+from minga.training.errors import DataError, VerdictError
 from minga.training.lineage import Campaign, Lineage
 
 TASK = '''
@@ -182,6 +183,53 @@ def test_missing_and_changed_data_are_said(folder, version):
             reproduce(load(folder), version)
     finally:
         file.write_text(content)
+
+
+def test_a_record_that_was_altered_is_not_trained(folder, version):
+    """Who writes to the registry chooses neither the code that is run nor the data that is read.
+
+    A source may name secrets of the environment, so a strange one could also send them away.
+    """
+    project = load(folder)
+    (settings,) = (folder / ".minga").rglob(f"{version.run_id}/**/minga.json")
+    lineage = project.registry().fetch("line", 1) / LINEAGE
+    for file, was, becomes in (
+        (settings, "data/points.csv", "http://127.0.0.1:9/${HOME}.csv"),
+        (settings, "line.py:Line", "../evil.py:Line"),
+        (lineage, '"reference": "line.py:Line"', '"reference": "../evil.py:Line"'),
+    ):
+        content = file.read_text()
+        assert was in content
+        try:
+            file.write_text(content.replace(was, becomes))
+            retag(project.registry(), version)
+            with pytest.raises(VerdictError, match=r"altered|other files"):
+                reproduce(load(folder), version)
+        finally:
+            file.write_text(content)
+            retag(project.registry(), version)
+
+
+def retag(registry, version):
+    """Make the registry's tags agree with the files, as who can write to it may."""
+    digests = Digests.of(registry._folder(version))
+    registry._tag(version, "minga.bundle_sha256", digests.bundle)
+    registry._tag(version, "minga.weights_sha256", digests.weights)
+
+
+def test_altered_weights_are_not_judged_anew(folder, version):
+    """Else weights of a stranger would be signed as the work of those who made the version."""
+    project = load(folder)
+    weights = project.registry().fetch("line", 1) / WEIGHTS_FILE
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        retag(project.registry(), version)
+        with pytest.raises(VerdictError, match="other files"):
+            pipeline.judge_anew(project, 1)
+    finally:
+        weights.write_bytes(content)
+        retag(project.registry(), version)
 
 
 @pytest.mark.parametrize(

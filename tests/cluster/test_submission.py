@@ -192,7 +192,13 @@ def test_jobs_are_listed_followed_and_cancelled(two_machines, project):
 
 
 def test_places_that_a_cluster_cannot_reach_are_refused(two_machines, project, monkeypatch):
-    """Another machine needs places that it can write to; passwords would be seen there."""
+    """Another machine needs places that it can write to; passwords are seen there, and here too."""
+    here = Jobs(two_machines[1])
+    assert here.is_here
+    with monkeypatch.context() as patch:
+        patch.setenv("MINGA_TRACKING_URI", "postgresql://minga:hush@db/minga")
+        with pytest.raises(SubmissionError, match="MINGA_TRACKING_URI holds a password"):
+            here.submit(project, "run", [])
     monkeypatch.setenv("RAY_TMPDIR", str(project.directory))  # as if the cluster were elsewhere
     jobs = Jobs(two_machines[1])
     assert not jobs.is_here

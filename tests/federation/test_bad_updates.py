@@ -83,7 +83,7 @@ class Mallory:
         self.address = fleet.coordinator.addresses.device
         self.identity = load_identity(fleet.folder / BAD)
         self.stream = stream
-        self.blobs = pb_grpc.BlobServiceStub(channel)
+        self.blobs = transfer.BlobStub(channel)
         self.masked = self.model = b""
 
     def join(self, invite: pb.RoundInvite) -> None:

@@ -13,11 +13,11 @@ from minga.federation.errors import MissingBlobError, PeerError
 from minga.federation.parameters import (
     BLOCK_VALUES,
     Layout,
+    ParameterFile,
     Parameters,
     from_bytes,
-    read_blocks,
     read_layout,
-    read_tensors,
+    read_parameters,
     to_bytes,
 )
 
@@ -65,12 +65,35 @@ def test_reading_a_file_piece_by_piece(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_bytes(to_bytes(parameters))
     assert read_layout(path) == Layout.of(parameters)
-    vector = np.concatenate([tensor.ravel() for tensor in read_tensors(path)])
+    file = ParameterFile.open(path)
+    assert [tensor.shape for tensor in file.tensors()] == list(file.layout.shapes)
+    vector = np.concatenate([tensor.ravel() for tensor in file.tensors()])
     np.testing.assert_array_equal(vector, Layout.of(parameters).flatten(parameters))
-    blocks = list(read_blocks(path))
+    blocks = list(file.blocks())
     np.testing.assert_array_equal(np.concatenate([values for _, values in blocks]), vector)
     assert max(values.size for _, values in blocks) == BLOCK_VALUES
     assert [name for name, _ in blocks] == ["b", "scale", "w", "wide", "wide", "wide"]
+
+
+def test_tensors_may_lie_in_any_order(tmp_path: Path) -> None:
+    """A file whose tensors do not lie in the order of their names is read by name."""
+    head = b'{"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    head += b'"a":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}'
+    values = np.float32([1, 2, 3])
+    path = tmp_path / "model"
+    path.write_bytes(len(head).to_bytes(8, "little") + head + values.tobytes())
+    tensors = read_parameters(path)
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"a": [3], "b": [1, 2]}
+
+
+def test_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    """What is missing at the end is told, not made up."""
+    path = tmp_path / "model"
+    path.write_bytes(to_bytes({"w": np.ones(8, np.float32)}))
+    file = ParameterFile.open(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(PeerError, match="cut"):
+        list(file.blocks())
 
 
 @pytest.mark.parametrize(
@@ -91,9 +114,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(PeerError):
         from_bytes(content)
     with pytest.raises(PeerError):
-        read_layout(path)
-    with pytest.raises(PeerError):
-        list(read_tensors(path))
+        ParameterFile.open(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from minga.inference.client import InferenceClient
 from minga.inference.credentials import Credentials
 from minga.inference.engine import ModelRef
 from minga.inference.errors import ClientError
+from minga.inference.grpc_client import GrpcClient
 from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
@@ -255,7 +256,8 @@ class Load:
 
     def _call(self) -> None:
         rows = np.ones((1, 3), np.float32)
-        with InferenceClient(self.url, credentials=self.credentials) as client:
+        kind = GrpcClient if self.url.startswith("grpc") else InferenceClient
+        with kind(self.url, credentials=self.credentials) as client:
             while not self._stop.is_set():
                 try:
                     output = client.infer(self.model, {"input": rows})["output"]

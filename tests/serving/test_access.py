@@ -26,7 +26,6 @@ from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 from minga.inference.v2 import open_inference_pb2 as pb
-from minga.serving.config import ServingConfig
 from minga.serving.key_store import KeyStore
 from tests.serving.certificates import issue
 from tests.serving.conftest import ref_of, running, scaling_model
@@ -375,18 +374,6 @@ def test_unusable_files_are_told_before_anything_starts(change, message, pem):
     given = {name: files.get(value, value) for name, value in change.items()}
     with pytest.raises(AccessError, match=message):
         replace(usual, **given).check("127.0.0.1")
-
-
-def test_what_ray_serve_cannot_protect_is_refused(pem):
-    """Client certificates, and TLS behind HAProxy, are told instead of being left out."""
-    tls = {"tls_certificate": str(pem.server), "tls_key": str(pem.server_key)}
-    ServingConfig(**tls).require_protected_on_ray()
-    with pytest.raises(AccessError, match="asks for no client certificates"):
-        ServingConfig(**tls, client_ca=str(pem.ca)).require_protected_on_ray()
-    with pytest.raises(AccessError, match="HAProxy"):
-        ServingConfig(**tls, fast_ingress=True).require_protected_on_ray()
-    with pytest.raises(AccessError, match="minga key create"):
-        ServingConfig(host="0.0.0.0").require_protected_on_ray()
 
 
 def test_predict_shows_its_key_from_a_file(guarded, tmp_path, capsys, monkeypatch):

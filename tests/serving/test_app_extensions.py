@@ -1,6 +1,8 @@
 """What the application does beyond the protocol's core: statistics, repository, sizes, patience."""
 
 import asyncio
+import gzip
+import threading
 
 import numpy as np
 import orjson
@@ -155,3 +157,44 @@ async def test_bodies_share_a_bounded_memory(make_app, models):
     assert_refused(refused, 503)
     assert refused.headers["retry-after"] == "1"
     assert again.status_code == 200
+
+
+async def test_what_bodies_inflate_to_takes_of_the_memory(make_app, models):
+    """A kilobyte that inflates to a megabyte counts as the megabyte, for as long as it waits."""
+    rows = np.zeros((100_000, 3), np.float32)
+    limits = Limits(max_body_bytes=rows.nbytes, max_pending_bytes=2 * rows.nbytes, num_threads=1)
+    app = make_app(limits, scaling=models["scaling"](1))
+    bomb = gzip.compress(rows.tobytes())
+    headers = {"content-encoding": "gzip", JSON_SIZE_HEADER: "0"}
+    release = threading.Event()
+    app.service._threads.submit(release.wait)
+    async with connect(app) as client:
+        first = asyncio.create_task(client.post(INFER, content=bomb, headers=headers))
+        try:
+            async with asyncio.timeout(10):
+                while app.service._budget._left > rows.nbytes:
+                    await asyncio.sleep(0.01)
+                refused = await client.post(INFER, content=bomb, headers=headers)
+        finally:
+            release.set()
+            await first
+        again = await client.post(INFER, content=bomb, headers=headers)
+    assert_refused(refused, 503)
+    assert (first.result().status_code, again.status_code) == (200, 200)
+
+
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+@pytest.mark.parametrize(
+    "path", ["/v2/repository/index", "/v2/models/scaling/outcomes"], ids=["index", "outcomes"]
+)
+async def test_what_is_no_tensor_is_short(path, coding, make_app, models):
+    """Long lists where a few options belong are refused before they are read as JSON.
+
+    They would be read on the event loop, where everybody waits for them.
+    """
+    body = b'{"ready": false, "outcomes": [' + b"[]," * 1_000_000 + b"0]}"
+    sent = gzip.compress(body) if coding == "gzip" else body
+    async with connect(make_app(scaling=models["scaling"](1))) as client:
+        response = await client.post(path, content=sent, headers={"content-encoding": coding})
+        assert_refused(response, 413)
+        assert (await client.post("/v2/repository/index", content=b"{}")).status_code == 200

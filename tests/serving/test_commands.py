@@ -207,15 +207,11 @@ def running_serve(*words: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "words", "serving", "tls"),
-    [
-        ("on-local", ["--engine", "local"], {}, True),
-        ("on-ray", [], {"cpus_per_replica": 0.5}, True),
-        ("on-haproxy", [], {"cpus_per_replica": 0.5, "fast_ingress": True}, False),
-    ],
+    ("name", "words", "serving"),
+    [("on-local", ["--engine", "local"], {}), ("on-ray", [], {"cpus_per_replica": 0.5})],
 )
 def test_serve_follows_the_champion_and_stops_cleanly(
-    *, name, words, serving, tls, project, register, load, pem, capsys
+    *, name, words, serving, project, register, load, pem, capsys
 ):
     """The command serves the champion to who has a key, swaps under load, and ends on SIGTERM."""
     register(name, 1)
@@ -223,11 +219,10 @@ def test_serve_follows_the_champion_and_stops_cleanly(
     run("key", "create", "test", "--project", folder)
     shown = Credentials(key=capsys.readouterr().out.strip(), ca=pem.ca)
     words = ["--project", folder, "--grpc-port", "0", *words]
-    if tls:
-        words += ["--tls-certificate", str(pem.server), "--tls-key", str(pem.server_key)]
+    words += ["--tls-certificate", str(pem.server), "--tls-key", str(pem.server_key)]
     rows = np.ones((1, 3), np.float32)
     with running_serve(name, *words) as (process, url, grpc_url):
-        assert url.startswith("https:" if tls else "http:")
+        assert url.startswith("https:")
         stranger = InferenceClient(url, credentials=Credentials(ca=pem.ca))
         with stranger, pytest.raises(RejectedError, match="wants an API key"):
             stranger.infer(name, {"input": rows})

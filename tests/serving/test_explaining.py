@@ -1,6 +1,7 @@
 """Explanations: exact where the truth is known, bounded in cost, clear where there are none."""
 
 import json
+import tracemalloc
 
 import httpx
 import numpy as np
@@ -11,6 +12,7 @@ from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
 from minga.inference.engine import ModelRef
 from minga.inference.errors import RejectedError
+from minga.inference.explaining import occluded, regions_of
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from tests.serving.conftest import build_model
@@ -97,6 +99,33 @@ async def test_the_cost_is_bounded(make_app):
     assert "16384" in refused.json()["error"]
     assert answered.status_code == 200
     assert answered.json()["outputs"][0]["shape"] == [4096, 3, 2]
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 1, 9, 9), (1, 1), (0, 3)])
+def test_pieces_are_the_rows_and_each_region_at_its_baseline(max_rows, shape):
+    """However small the pieces, joined they are the rows, and then again without each region."""
+    rows = np.random.default_rng(1).normal(size=shape)
+    baseline = np.full(shape[1:], -7.0)
+    wanted = [rows]
+    for region in regions_of(shape[1:]):
+        wanted.append(rows.copy())
+        wanted[-1][slice(None), *region] = -7.0
+    pieces = list(occluded(rows, baseline, max_rows=max_rows))
+    assert all(len(piece) <= max_rows for piece in pieces)
+    np.testing.assert_array_equal(np.concatenate([rows[:0], *pieces]), np.concatenate(wanted))
+
+
+def test_a_wide_row_does_not_fill_the_memory():
+    """A row of 4,000 features is 16 KB and its variants are 64 MB, of which a piece is there."""
+    rows, baseline = np.ones((1, 4000), np.float32), np.zeros(4000, np.float32)
+    tracemalloc.start()
+    try:
+        assert sum(map(len, occluded(rows, baseline, max_rows=64))) == 4001
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6
 
 
 @pytest.mark.parametrize("kind", ["sum", "image", "gathering"])

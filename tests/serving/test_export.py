@@ -82,14 +82,19 @@ def deployed(ray_cluster, exported):
 
 
 def test_the_file_deploys_and_follows_the_load(deployed):
-    """Ray's command serves it; a step of load brings a second replica, its end takes it away."""
+    """Ray's command serves it; a step of load brings a second replica, its end takes it away.
+
+    Meanwhile somebody asks without a pause and tries nothing twice, and nothing fails.
+    """
     rows = {"input": np.ones((60_000, 3), np.float32)}  # slow enough that callers pile up
     failures: list[Exception] = []
     stop = threading.Event()
 
-    def call() -> None:
-        with InferenceClient(deployed) as client:
-            while not stop.is_set():
+    quit_all = threading.Event()
+
+    def call(rows: dict[str, np.ndarray], stop: threading.Event) -> None:
+        with InferenceClient(deployed, retries=0) as client:
+            while not stop.wait(0.002):
                 try:
                     client.infer("exported", rows)
                 except Exception as error:  # noqa: BLE001 - counted, whatever it is
@@ -99,16 +104,20 @@ def test_the_file_deploys_and_follows_the_load(deployed):
         output = client.infer("exported", {"input": rows["input"][:1]})["output"]
         assert output.tolist() == [[2, 2, 2]]
     wait_for(1)
-    callers = [threading.Thread(target=call) for _ in range(6)]
+    few = {"input": rows["input"][:1]}
+    callers = [threading.Thread(target=call, args=(rows, stop)) for _ in range(6)]
+    callers += [threading.Thread(target=call, args=(few, quit_all)) for _ in range(2)]
     for caller in callers:
         caller.start()
     try:
         wait_for(2)
+        stop.set()
+        wait_for(1)
     finally:
         stop.set()
+        quit_all.set()
         for caller in callers:
             caller.join()
-    wait_for(1)
     assert failures == []
 
 
@@ -119,7 +128,8 @@ def test_the_file_names_versions_and_their_digests(exported):
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
     (model,) = deployment["user_config"]["models"]
-    assert config["http_options"] == {"host": "127.0.0.1", "port": port}
+    assert config["proxy_location"] == "Disabled"
+    assert application["args"]["http"] == {"host": "127.0.0.1", "port": port}
     assert (model["name"], len(model["sha256"])) == ("exported", 64)
     assert deployment["autoscaling_config"]["max_replicas"] == 2
 

@@ -1,5 +1,6 @@
 """Ray Serve as the host: the same answers, and versions exchanged without failing a request."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -16,7 +17,7 @@ from minga.inference.client import InferenceClient
 from minga.inference.comparing import Mode
 from minga.inference.errors import PortInUseError, RejectedError
 from minga.inference.grpc_client import GrpcClient
-from minga.inference.protocol import JSON_SIZE_HEADER, InferRequest
+from minga.inference.protocol import JSON_SIZE_HEADER
 from minga.inference.server import listen
 from minga.serving.book import MemoryBook, Plan, Status
 from minga.serving.config import ComparisonConfig, ServingConfig
@@ -67,10 +68,27 @@ def replica_pids() -> set[int]:
     }
 
 
+@contextlib.contextmanager
+def reconnecting(host):
+    """A client with a new connection for each request, so that every replica gets some."""
+    with httpx.Client(base_url=host.url, headers={"connection": "close"}) as client:
+        yield client
+
+
 def replicas_ready(host, model: str) -> set[int]:
     """Ask so often whether a model is ready that every replica has surely answered."""
-    url = f"{host.url}/v2/models/{model}/ready"
-    return {httpx.get(url).status_code for _ in range(40)}
+    with reconnecting(host) as client:
+        return {client.get(f"/v2/models/{model}/ready").status_code for _ in range(40)}
+
+
+def ask_all(host) -> list[dict]:
+    """Ask the model that scales so often that every replica has surely answered."""
+    rows = {"name": "input", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
+    with reconnecting(host) as client:
+        return [
+            client.post("/v2/models/scaling/infer", json={"inputs": [rows]}).json()
+            for _ in range(40)
+        ]
 
 
 def test_a_swap_under_load_fails_no_request_and_restarts_nothing(host, refs, load):
@@ -89,14 +107,9 @@ def test_a_swap_under_load_fails_no_request_and_restarts_nothing(host, refs, loa
 
 def test_after_deploy_every_answer_is_of_the_new_version(host, refs):
     """When deploy returns, no replica answers with the old version any more."""
-    with InferenceClient(host.url) as client:
-        for ref in refs[:3]:
-            host.deploy([ref])
-            answers = {
-                client.request("scaling", InferRequest(inputs={"input": ROWS})).model_version
-                for _ in range(40)
-            }
-            assert answers == {ref.version}
+    for ref in refs[:3]:
+        host.deploy([ref])
+        assert {answer["model_version"] for answer in ask_all(host)} == {ref.version}
 
 
 def test_a_bad_version_leaves_the_old_one_serving(host, refs, models, write_model, load):
@@ -112,8 +125,8 @@ def test_a_bad_version_leaves_the_old_one_serving(host, refs, models, write_mode
     assert callers.failures == []
 
 
-def test_the_protocol_survives_the_proxy(host, refs, models, write_model):
-    """Headers, raw tensors, compression, versions and errors pass through Ray Serve unchanged."""
+def test_the_protocol_is_the_same_on_ray(host, refs, models, write_model):
+    """Headers, raw tensors, compression, versions and errors are those of one process."""
     total = write_model(models["sum"](), name="sum")
     host.deploy([refs[1], refs[0], total])
     body = b'{"id":"7","inputs":[{"name":"input","datatype":"FP32","shape":[1,3],"data":[1,2,3]}]}'
@@ -140,7 +153,14 @@ def test_the_protocol_survives_the_proxy(host, refs, models, write_model):
             assert (refused.status_code, list(refused.json())) == (status, ["error"])
 
 
-def test_grpc_reaches_every_replica(host, refs):
+def executions(host) -> set[int]:
+    """Tell how often replicas have computed the model's default version."""
+    with reconnecting(host) as client:
+        answers = [client.get("/v2/models/scaling/stats").json() for _ in range(30)]
+    return {answer["model_stats"][0]["execution_count"] for answer in answers}
+
+
+def test_both_wires_reach_every_replica(host, refs):
     """Each connection is one replica's; all replicas answer, with the version of the last swap."""
     host.deploy(refs[:1])
     host.deploy(refs[1:2])
@@ -151,12 +171,12 @@ def test_grpc_reaches_every_replica(host, refs):
             with pytest.raises(RejectedError) as refused:
                 client.infer("no", {"input": ROWS})
             assert refused.value.status == 404
-    counts = set()
-    for _ in range(20):
-        stats = httpx.get(f"{host.url}/v2/models/scaling/stats").json()["model_stats"][0]
-        counts.add(stats["execution_count"])
+    over_grpc = executions(host)
     # Both replicas have answered, be it in equal shares.
-    assert counts == {8} or (len(counts) == 2 and sum(counts) == 16 and 0 not in counts)
+    assert over_grpc == {8} or (sum(over_grpc) == 16 and 0 not in over_grpc)
+    ask_all(host)
+    over_both = executions(host)
+    assert over_both == {28} or (sum(over_both) == 56 and min(over_both) > min(over_grpc))
 
 
 def test_a_killed_replica_comes_back_with_what_is_declared(host, refs, load, write_model, models):
@@ -164,21 +184,18 @@ def test_a_killed_replica_comes_back_with_what_is_declared(host, refs, load, wri
     host.deploy([*refs[2:3], write_model(models["sum"](), name="sum")])
     httpx.post(f"{host.url}/v2/repository/models/sum/unload").raise_for_status()
     before = replica_pids()
-    with load(host.url) as callers:
+    with load(host.url) as callers, load(host.grpc_url) as grpc_callers:
         callers.wait_for(3.0)
+        grpc_callers.wait_for(3.0)
         os.kill(min(before), signal.SIGKILL)
         deadline = time.monotonic() + 60
         while len(replica_pids() - before) < 1 or len(replica_pids()) != 2:
             assert time.monotonic() < deadline, "the replica does not come back"
             time.sleep(0.1)
-    assert callers.failures == []
+    assert callers.failures + grpc_callers.failures == []
     assert replicas_ready(host, "sum") == {404}
     host.deploy(refs[2:3])
-    with InferenceClient(host.url) as client:
-        factors = {
-            float(client.infer("scaling", {"input": ROWS})["output"][0, 0]) for _ in range(40)
-        }
-    assert factors == {3.0}
+    assert {answer["outputs"][0]["data"][0] for answer in ask_all(host)} == {3.0}
 
 
 def test_callers_load_and_unload_in_every_replica(host, refs):
@@ -239,6 +256,14 @@ def test_a_taken_port_is_refused_before_anything_starts():
         port = taken.getsockname()[1]
         with pytest.raises(PortInUseError, match=str(port)):
             start(ServingConfig(port=port), [])
+
+
+def test_the_port_of_another_service_is_not_shared(host):
+    """Replicas share their port with one another, and with no other service of this user."""
+    from minga.serving.host import claim_port
+
+    with pytest.raises(PortInUseError):
+        claim_port("127.0.0.1", int(host.url.rsplit(":", 1)[1]))
 
 
 def test_a_lost_machine_fails_no_request(refs):

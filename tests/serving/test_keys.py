@@ -104,6 +104,14 @@ def test_a_revoked_key_counts_no_more_and_stays_listed(file):
         store.revoke("shop")
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "\x1b[2J", "n" * 101], ids=ascii)
+def test_a_name_that_cannot_be_listed_is_refused(file, name):
+    """A listing shows names, so none of them may end its line or speak to the terminal."""
+    with pytest.raises(AccessError, match="is no name for a key"):
+        KeyStore(file).create(name)
+    assert not file.exists()
+
+
 def test_two_keys_with_one_name_are_refused(file):
     """Who revokes by name must hit the key that is meant; an expired one blocks nothing."""
     KeyStore(file, now=lambda: NOON).create("shop", days=1)

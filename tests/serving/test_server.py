@@ -12,10 +12,11 @@ import pytest
 
 from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
-from minga.inference.errors import InferenceError, PortInUseError
+from minga.inference.errors import ClientError, InferenceError, PortInUseError
 from minga.inference.limits import Limits
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server, listen, url_host
+from tests.serving.conftest import running
 
 
 @pytest.fixture
@@ -194,3 +195,100 @@ def test_hostile_connections_get_a_4xx_and_the_server_lives(request_bytes, make_
         assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
         with InferenceClient(url) as client:
             assert client.ready()
+
+
+class Newcomers(threading.Thread):
+    """A caller with a new connection for each request, who tries nothing twice."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.num_answers = 0
+        self.failures: list[str] = []
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        with httpx.Client(headers={"connection": "close"}) as client:
+            while not self.stopped.is_set():
+                try:
+                    client.get(f"{self.url}/v2/health/ready").raise_for_status()
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+                else:
+                    self.num_answers += 1
+
+
+def test_a_server_leaves_a_shared_port_without_cutting_a_connection(make_app, models):
+    """Of two at one port one leaves under load; who asks again and again, or anew, fails never."""
+    app = make_app(scaling=models["scaling"](1))
+    staying = Server(app, port=0, shared=True)
+    with running(staying):
+        leaving = Server(make_app(scaling=models["scaling"](2)), port=staying.port, shared=True)
+        failures: list[str] = []
+        factors: list[float] = []
+        stop = threading.Event()
+
+        def call():
+            with InferenceClient(staying.url, retries=0) as client:
+                while not stop.is_set():
+                    try:
+                        output = client.infer("scaling", {"input": np.ones((1, 3), np.float32)})
+                        factors.append(float(output["output"][0, 0]))
+                    except ClientError as error:
+                        failures.append(str(error))
+
+        callers = [threading.Thread(target=call) for _ in range(12)]
+        newcomers = Newcomers(staying.url)
+        with running(leaving):
+            for caller in (*callers, newcomers):
+                caller.start()
+            deadline = time.monotonic() + 10
+            while {1.0, 2.0} - set(factors) or newcomers.num_answers < 20:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        num_answers = len(factors)
+        while len(factors) < num_answers + 100:
+            time.sleep(0.01)
+        assert set(factors[num_answers + 12 :]) == {1.0}
+        stop.set()
+        newcomers.stopped.set()
+        for caller in (*callers, newcomers):
+            caller.join()
+    assert failures + newcomers.failures == []
+
+
+async def test_who_is_connected_hears_that_a_shared_port_is_left(make_app, models):
+    """An open connection is answered once more, told to end, and ended; others come no more."""
+    server = Server(make_app(scaling=models["scaling"](1)), port=0, shared=True)
+    await server.start()
+    port = server.port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answers = []
+    for stopping in (False, True):
+        if stopping:
+            stop = asyncio.create_task(server.stop())
+            await asyncio.sleep(0.1)  # else it might come in before the door closes
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v2/health/ready HTTP/1.1\r\nhost: x\r\n\r\n")
+        answers.append(await reader.readuntil(b"}"))
+    assert await reader.read() == b""
+    await stop
+    writer.close()
+    assert [b"connection: close" in answer for answer in answers] == [False, True]
+    assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
+
+
+def test_connections_to_a_shared_port_end_so_that_others_get_some(make_app, models, monkeypatch):
+    """A caller that keeps its connection comes to the other server in the end, and fails never."""
+    monkeypatch.setattr("minga.inference.server._MAX_AGE_S", 0.02)
+    one = Server(make_app(scaling=models["scaling"](1)), port=0, shared=True)
+    with running(one):
+        other = Server(make_app(scaling=models["scaling"](2)), port=one.port, shared=True)
+        seen = set()
+        with running(other), InferenceClient(one.url, retries=0) as client:
+            deadline = time.monotonic() + 10
+            while len(seen) < 2 and time.monotonic() < deadline:
+                output = client.infer("scaling", {"input": np.ones((1, 3), np.float32)})["output"]
+                seen.add(float(output[0, 0]))
+    assert seen == {1.0, 2.0}

@@ -52,6 +52,11 @@ def test_sound_candidate_is_blessed():
         ({}, {"floors": {"recall": 0.1}}, "recall"),
         ({"difference": Difference(gain=0, low=-0.02, high=0.02)}, {}, "auc against champion"),
         ({"difference": None}, {}, "auc against champion"),
+        (
+            {"champion": None, "metrics": {"auc": float("nan")}, "slices": {}},
+            {},
+            "auc against champion",
+        ),
         ({"slices": {"night": 0.7}}, {}, "slice night"),
         ({"schema_breaks": ("columns are fewer",)}, {}, "schema"),
         ({"parity_error": 0.1}, {}, "onnx parity"),
@@ -130,11 +135,33 @@ def test_small_test_split_cannot_prove_equality():
 
 
 def test_resamples_without_a_value_do_not_count():
-    """A metric that some resamples lack is compared on the others."""
+    """A metric that some resamples lack, whatever the model, is compared on the others."""
 
     def measure(rows):
-        value = float("nan") if rows[0] % 2 else 0.5
-        return value, 0.4
+        return (float("nan"), float("nan")) if rows[0] % 2 else (0.5, 0.4)
 
     found = compare(measure, 10, GateConfig(), AUC, seed=1)
     assert (found.low, found.high) == pytest.approx((0.1, 0.1))
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_what_spoils_the_metric_is_not_left_out(lost):
+    """A candidate whose loss on one example is infinite, or no number, is worse than any champion.
+
+    Else the resamples without that example, a third of them, would speak for it.
+    """
+    fine = np.zeros(100)
+    spoiled = np.where(np.arange(100) == 7, lost, -1.0)
+    loss = Minimize("loss")
+    found = compare(accuracy_of(spoiled, fine), 100, GateConfig(), loss, seed=1)
+    assert (found.gain, found.low) == (-np.inf, -np.inf)
+    assert refused(replace(SOUND, difference=found)) == ["auc against champion"]
+    back = compare(accuracy_of(fine, spoiled), 100, GateConfig(), loss, seed=1)
+    assert back.gain == np.inf
+
+
+def test_models_without_any_value_cannot_be_compared():
+    """Where neither model has a value on the test split, nothing speaks for the candidate."""
+    nothing = np.full(10, float("nan"))
+    found = compare(accuracy_of(nothing, nothing), 10, GateConfig(), AUC, seed=1)
+    assert refused(replace(SOUND, difference=found)) == ["auc against champion"]

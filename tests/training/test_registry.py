@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,33 @@ def test_retired_version_is_promoted_for_a_reason_alone(registry, register):
     ]
 
 
+def test_a_former_champion_returns_with_its_own_files_alone(registry, register, write_bundle):
+    """Who writes to the registry cannot bring other files back under a former champion's number.
+
+    They have a verdict of their own, so signatures alone would let them in.
+    """
+    first, second = register(), register(champion=1)
+    for version in (first, second):
+        registry.promote("blobs", version.version)
+    overtaken = write_bundle(champion=7)
+    shutil.copytree(overtaken, registry.fetch("blobs", first.version), dirs_exist_ok=True)
+    retag(registry, first)
+    for reason in ("", "I insist"):
+        with pytest.raises(VerdictError, match="they were exchanged"):
+            registry.promote("blobs", first.version, override=reason)
+    assert registry.get("blobs", CHAMPION).version == second.version
+
+
+def test_retired_files_stay_retired_under_another_number(registry, register):
+    """Registering a retired version's files again does not undo the retirement."""
+    champion, retired = register(), register(champion=1)
+    registry.promote("blobs", champion.version)
+    registry.retire("blobs", retired.version, reason="broken sensor")
+    again = register(champion=1)
+    with pytest.raises(GateError, match=r"was retired as version 2 by .*: broken sensor"):
+        registry.promote("blobs", again.version)
+
+
 class Bomb:
     """Leaves a trace when it is unpickled."""
 
@@ -297,6 +325,23 @@ def test_card_is_read_by_programs(bundle_folder):
     assert card.markdown() == text
 
 
+def test_card_lets_no_html_through(bundle_folder):
+    """A column that is called like a script is text to whatever shows the card as a page."""
+    card = Card.read(bundle_folder / "card.json")
+    schema = card.data_schema.model_copy(
+        update={
+            "columns": tuple(
+                column.model_copy(update={"name": "<img src=x onerror=alert(1)>"})
+                for column in card.data_schema.columns
+            )
+        }
+    )
+    text = card.model_copy(update={"data_schema": schema}).markdown()
+    assert "<img" not in text
+    assert "| &lt;img src=x onerror=alert(1)> | number |" in text
+    assert "<= 0." in text, "limits stay as they read"
+
+
 def test_environment_is_locked(bundle_folder):
     """The version carries every package's version, and the lineage names the lock's digest."""
     lock = (bundle_folder / "environment.txt").read_bytes()
@@ -304,6 +349,18 @@ def test_environment_is_locked(bundle_folder):
     assert lineage.environment.digest == hashlib.sha256(lock).hexdigest()
     assert f"numpy=={np.__version__}\n" in lock.decode()
     assert lineage.environment.cpu
+
+
+def test_a_model_need_be_named_among_several_alone(registry, register):
+    """Without a name the only model is meant; before the first the way to make one is said."""
+    with pytest.raises(RegistryError, match="minga run"):
+        registry.only_name()
+    register()
+    assert registry.only_name() == "blobs"
+    register("other")
+    assert registry.only_name("other") == "other"
+    with pytest.raises(RegistryError, match="blobs, other: name one"):
+        registry.only_name()
 
 
 def test_what_is_not_registered_is_explained(registry, register):

@@ -57,7 +57,11 @@ def test_a_stranger_cannot_borrow_a_trusted_name(keyring, tmp_path):
         keyring.open_envelope(KIND, json.dumps(theirs))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"payload": 1}', '{"payload": "!"}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"payload": 1}', '{"payload": "!"}', "null", "[" * 100_000],
+    ids=range(7),
+)
 def test_garbage_is_refused_in_words(keyring, text):
     """What is no envelope at all is one kind of error."""
     with pytest.raises(VerdictError, match="cannot be read"):

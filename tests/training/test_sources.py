@@ -18,6 +18,7 @@ import pytest
 import s3fs
 from PIL import Image
 
+from minga.inference.uris import redacted
 from minga.training import Split, Splits, Task
 from minga.training.config import DataConfig
 from minga.training.data import (
@@ -32,7 +33,6 @@ from minga.training.data import (
 )
 from minga.training.errors import DataError
 from minga.training.task import TaskReference
-from minga.training.uris import redacted
 
 ROWS = 1000
 TABLE = pa.table(

@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("MINGA_DEBUG") == "1"
     words = [word for word in words if word != "--debug"]
+    # gRPC reads it when it is loaded. Its notes tell of each handshake that fails, and whoever
+    # reaches a port can make as many of these as fill the disk.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Asked to end, a command leaves as after Ctrl-C: what it started is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -13,11 +13,25 @@ and an error can only be raised by a module that is loaded already.
 The rest of the table is `EXIT_CODES`.
 """
 
+import errno
+import os
+
 EVERYTHING = "'minga[cluster]'"
 """The extra with which every command works; a device that trains needs `minga[train]` alone."""
 
-EXTRAS = {"s3fs": "'minga[s3]'", "tensorflow_metadata": "'minga[tfdv]'"}
-"""Packages that are in an extra of their own."""
+EXTRAS = {
+    "s3fs": "'minga[s3]'",
+    "tensorflow_metadata": "'minga[tfdv]'",
+    "psycopg": "'psycopg[binary]'",
+}
+"""Packages that are in an extra of their own, or do not come with Minga."""
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+REGISTRY_ERRORS = frozenset({"mlflow.exceptions.MlflowException", "sqlalchemy.exc.SQLAlchemyError"})
+"""What the registry's own client raises where nothing turns it into an error of Minga's."""
+
+REGISTRY_UNREACHABLE = "minga.serving.errors.RegistryUnreachableError"
 
 EXIT_CODES: dict[str, int] = {
     # minga.cluster.errors
@@ -67,23 +81,46 @@ EXIT_CODES: dict[str, int] = {
 
 def exit_code_of(error: BaseException) -> int:
     """Give the exit code of the nearest listed class among the error's bases."""
-    for kind in type(error).__mro__:
-        code = EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}")
-        if code is not None:
-            return code
+    names = _names_of(error)
+    for name in names:
+        if name in EXIT_CODES:
+            return EXIT_CODES[name]
+    if REGISTRY_ERRORS.intersection(names):
+        return EXIT_CODES[REGISTRY_UNREACHABLE]
     return 3 if isinstance(error, ModuleNotFoundError) else 1
+
+
+def _names_of(error: BaseException) -> list[str]:
+    """Name an error's class and its bases, the nearest first."""
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
 
 
 def message_of(error: BaseException) -> str:
     """Give the message of a known error as it is; name the class of an unknown one."""
-    text = str(error).strip()
+    text = _without_secrets(str(error).strip())
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         extra = EXTRAS.get(package, EVERYTHING)
         return f"{error.name} is not installed, and this command needs it: pip install {extra}"
+    if REGISTRY_ERRORS.intersection(_names_of(error)):
+        reason = (text.splitlines() or [type(error).__name__])[0]
+        return (
+            f"the model registry does not answer as it should: {reason}\n"
+            "Is MINGA_TRACKING_URI right, and is its server up?"
+        )
     if exit_code_of(error) != 1:
         return text
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
+        where = "" if error.filename is None else f"{error.filename} "
+        return f"{where}cannot be used: {error.strerror}; check the path, its rights, free space"
     return (
         f"unexpected {type(error).__name__}: {text}\n"
         "Run again with --debug to see where, and report it."
     )
+
+
+def _without_secrets(text: str) -> str:
+    """Cut the registry's password out of what its client says."""
+    from minga.inference.uris import scrubbed
+
+    return scrubbed(text, os.environ.get("MINGA_TRACKING_URI", ""))

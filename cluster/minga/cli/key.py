@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 app = App(name="key", help="Make, list, revoke API keys of served models.")
 
-Positive = Annotated[float | None, Parameter(validator=Number(gt=0))]
+Days = Annotated[float | None, Parameter(validator=Number(gt=0, lte=36_500))]
+Rate = Annotated[float | None, Parameter(validator=Number(gt=0, lte=1e9))]
 
 
 @app.command
@@ -22,8 +23,8 @@ def create(
     name: str,
     *,
     role: Role = Role.CALLER,
-    days: Positive = None,
-    rate: Positive = None,
+    days: Days = None,
+    rate: Rate = None,
     burst: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     file: Path | None = None,
     project: Path | None = None,

@@ -57,7 +57,7 @@ def lineage(
         _require(chosen, asked)
     else:
         registry = loaded.registry()
-        name = model or _only(registry.names())
+        name = registry.only_name(model)
         number = registry.get(name, version).version
         chosen = [node for node in graph.nodes if node.id == version_id(name, number)]
     parts = [(node, graph.upstream(node.id), graph.downstream(node.id)) for node in chosen]
@@ -79,14 +79,6 @@ def _require(chosen: "list[Node]", asked: dict[str, str]) -> None:
     if not chosen:
         words = ", ".join(f"{kind} {name}" for kind, name in asked.items() if name)
         raise RegistryError(f"nothing is registered that has to do with {words}")
-
-
-def _only(names: tuple[str, ...]) -> str:
-    from minga.training.errors import RegistryError
-
-    if len(names) != 1:
-        raise RegistryError(f"models: {', '.join(names) or 'none yet'}; say which")
-    return names[0]
 
 
 def _show(node: "Node", before: "Ancestry", after: "Ancestry") -> None:

@@ -73,7 +73,7 @@ def show(
     from minga.training.lineage import Lineage
 
     loaded, registry = _opened(project)
-    version = registry.get(_name(registry, name), which)
+    version = registry.get(registry.only_name(name), which)
     folder = registry.fetch(version.name, version.version)
     needed = loaded.gates.approvals
     people = registry.approvals(version.name, version.version).people if needed else ()
@@ -112,7 +112,7 @@ def promote(which: str, *, project: Path = Path(), name: str = "", override: str
             shows. It stands for no approval.
     """
     registry = _registry(project)
-    version = registry.promote(_name(registry, name), which, override=override)
+    version = registry.promote(registry.only_name(name), which, override=override)
     print_line(f"{version.name} version {version.version} is champion")
 
 
@@ -141,7 +141,7 @@ def approve(
         json: Print JSON.
     """
     loaded, registry = _opened(project)
-    model = _name(registry, name)
+    model = registry.only_name(name)
     found = registry.approve(model, which, comment=comment)
     needed = loaded.gates.approvals
     if json:
@@ -197,7 +197,7 @@ def history(*, project: Path = Path(), name: str = "", json: bool = False) -> No
         json: Print JSON.
     """
     registry = _registry(project)
-    found = registry.decisions(_name(registry, name))
+    found = registry.decisions(registry.only_name(name))
     if json:
         print_json([decision.model_dump() for decision in found])
         return
@@ -303,7 +303,7 @@ def retire(which: str, *, reason: str, project: Path = Path(), name: str = "") -
         name: The model, if the registry has several.
     """
     registry = _registry(project)
-    version = registry.retire(_name(registry, name), which, reason=reason)
+    version = registry.retire(registry.only_name(name), which, reason=reason)
     print_line(f"{version.name} version {version.version} is retired")
 
 
@@ -355,16 +355,6 @@ def _opened(project: Path) -> "tuple[Project, Registry]":
     if not loaded.has_registry:
         raise RegistryError("no model is registered yet; make one with: minga run")
     return loaded, loaded.registry()
-
-
-def _name(registry: "Registry", name: str) -> str:
-    """Give the model that is meant: the one named, or the only one there is."""
-    from minga.training.errors import RegistryError
-
-    names = registry.names()
-    if name or len(names) == 1:
-        return name or names[0]
-    raise RegistryError(f"models: {', '.join(names) or 'none yet'}; say which with --name")
 
 
 def _row(version: "Version") -> dict[str, Any]:

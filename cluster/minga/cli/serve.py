@@ -144,31 +144,25 @@ def _export(file: Path, config: "ServingConfig", refs: Sequence["ModelRef"]) -> 
 def _serve_on_ray(
     config: "ServingConfig", source: "RegistrySource", refs: Sequence["ModelRef"], tracking_uri: str
 ) -> None:
-    import tempfile
     import threading
 
     from minga.cluster.following import following
     from minga.cluster.stack import local_ray
     from minga.inference.server import listen
-    from minga.serving.ingress import fast_ingress, plain_ingress
     from minga.serving.referee import Referee
 
-    config.require_protected_on_ray()
+    config.protection.check(config.host)
     listen(config.host, config.port).close()  # before Ray takes its seconds to start
     log_to_stderr()
     cpus = max(os.cpu_count() or 1, math.ceil(config.num_replicas * config.cpus_per_replica))
-    with tempfile.TemporaryDirectory(prefix="minga-ingress-") as folder:
-        os.environ.update(fast_ingress(Path(folder)) if config.fast_ingress else plain_ingress())
-        with local_ray(num_cpus=cpus):
-            # Ray's own handler would leave without stopping what it serves.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            referee = Referee(source.book(), config.comparison, source.version)
-            with following(
-                config, source, refs, tracking_uri=tracking_uri, referee=referee
-            ) as serving:
-                _announce(refs, serving.url, serving.grpc_url)
-                with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
-                    threading.Event().wait()
+    with local_ray(num_cpus=cpus):
+        # Ray's own handler would leave without stopping what it serves.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        referee = Referee(source.book(), config.comparison, source.version)
+        with following(config, source, refs, tracking_uri=tracking_uri, referee=referee) as serving:
+            _announce(refs, serving.url, serving.grpc_url)
+            with contextlib.suppress(KeyboardInterrupt):  # how one ends serving
+                threading.Event().wait()
 
 
 def _announce(refs: Sequence["ModelRef"], url: str, grpc_url: str | None) -> None:

@@ -69,6 +69,8 @@ def _described(report: "Report") -> dict[str, Any]:
         "rounds_per_s": round(simulated.num_rounds / max(simulated.seconds, 1e-9), 2),
         "together": not simulated.one_by_one,
         "one_by_one_because": simulated.one_by_one,
+        "workers": simulated.num_workers,
+        "trained": simulated.way.value if simulated.way else "",
     }
 
 
@@ -91,6 +93,11 @@ def _show(report: "Report", metric: str) -> None:
     )
     if simulated.one_by_one:
         print_note(f"devices were trained one by one: {simulated.one_by_one}")
+    elif simulated.way is not None:
+        where = "in this process"
+        if simulated.num_workers > 1:
+            where = f"in {simulated.num_workers} processes on Ray"
+        print_note(f"devices were trained {simulated.way.value}; {where}")
     pace = simulated.num_rounds / max(simulated.seconds, 1e-9)
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
     print_line(f"{simulated.num_devices} virtual devices, {pace:.1f} rounds/s; test: {metrics}")

@@ -13,8 +13,9 @@ from minga.training.ancestry import Ancestry, build_ancestry
 from minga.training.bundle import LINEAGE
 from minga.training.errors import RegistryError
 from minga.training.lineage import Lineage
-from minga.training.registry import Registry, Version, retired
+from minga.training.registry import Registry, Version
 from minga.training.services import Service
+from minga.training.succession import retired
 
 
 def services_everywhere(

@@ -38,11 +38,6 @@ class Federated:
     num_devices_told: int
 
     @property
-    def last_round(self) -> pb.Round:
-        """The round whose sum the model is."""
-        return committed(self.campaign)[-1]
-
-    @property
     def evaluations(self) -> list[pb.Round]:
         """The rounds in which devices measured the model, oldest first."""
         return committed(self.campaign, pb.ROUND_WORK_EVALUATION)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from minga.training.bundle import (
     has_weights,
     read_authors,
     read_parameters,
+    read_verdict,
 )
 from minga.training.candidate import Candidate, Champion, assess
 from minga.training.data import DataReport, digest_of
@@ -50,7 +52,7 @@ from minga.training.errors import ApprovalError
 from minga.training.evaluate import evaluate as evaluate_network
 from minga.training.gates import GateReport
 from minga.training.history import Record
-from minga.training.lineage import Campaign, Lineage, trace
+from minga.training.lineage import Campaign, Lineage, digest_of_settings, trace
 from minga.training.models import ExportedModel, Model
 from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.probe import probe
@@ -155,7 +157,9 @@ def run(
         # Before Ray is started, which takes seconds.
         probe(project.loaded_task, project.loaded_task.defaults, project.splits)
         on_progress(Progress(step="data", done=1, total=1, note=_describe(report)))
-    with occupied(project), local_ray():
+    # Making a database takes seconds as well.
+    meanwhile = partial(project.tracker, on_progress)
+    with occupied(project), local_ray(meanwhile=meanwhile):
         with clock.step("search"):
             found = search(project, on_progress, fresh=fresh_search)
         params: Params = found.params
@@ -247,6 +251,7 @@ def register_candidate(
         data_digest=digest_of(splits),
         data_versions=project.data_versions,
         num_examples=campaign.num_examples if campaign else len(splits.train),
+        settings_sha256=_settings_of(project, run_id),
         parent_version=parent_version,
         campaign=campaign,
     )
@@ -264,6 +269,11 @@ def register_candidate(
     verdict = "all gates passed" if registered.report.blessed else "refused"
     on_progress(Progress(step="gate", done=1, total=1, note=verdict))
     return registered
+
+
+def _settings_of(project: Project, run_id: str) -> str:
+    """Name the settings that a run keeps, so that the verdict vouches for them too."""
+    return digest_of_settings(project.tracker().read_settings(run_id)) if run_id else ""
 
 
 def finish(project: Project, parameters: Parameters, params: Params) -> Parameters:
@@ -304,11 +314,13 @@ def judge_anew(project: Project, which: int | str, on_progress: OnProgress = sil
 
     Raises:
         RegistryError: there is no such version, or its files are not what was registered.
+        VerdictError: its verdict is altered or not by a trusted key.
         ShapeError: the Task's network is another one now.
     """
     registry = project.registry()
     version = registry.get(project.loaded_task.name, which)
     folder = registry.fetch(version.name, version.version)
+    read_verdict(folder, version.name, project.keyring)  # its authors are those of these files
     lineage = Lineage.read(folder / LINEAGE)
     is_network_still = has_weights(folder)
     return register_candidate(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from minga.cluster.errors import StackError
@@ -109,12 +108,7 @@ class LocalFleet(AbstractContextManager["LocalFleet"]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         children = [child for child in self._children.values() if child.process.poll() is None]
         for child in children:
             child.process.send_signal(signal.SIGTERM)

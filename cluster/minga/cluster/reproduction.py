@@ -27,11 +27,24 @@ from minga.cluster.errors import ReproductionError
 from minga.cluster.project import Project
 from minga.cluster.retraining import Job, Result
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
-from minga.training.bundle import ENVIRONMENT, LINEAGE, MODEL, WEIGHTS, has_weights
+from minga.training.bundle import (
+    ENVIRONMENT,
+    LINEAGE,
+    MODEL,
+    WEIGHTS,
+    has_weights,
+    read_verdict,
+)
 from minga.training.document import Document
-from minga.training.errors import DataError
+from minga.training.errors import DataError, VerdictError
 from minga.training.history import Record
-from minga.training.lineage import Environment, Lineage, environment_of, installed_packages
+from minga.training.lineage import (
+    Environment,
+    Lineage,
+    digest_of_settings,
+    environment_of,
+    installed_packages,
+)
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.reference import without_reference
 from minga.training.registry import Version
@@ -87,13 +100,17 @@ def reproduce(project: Project, version: Version, on_progress: OnProgress = sile
     Raises:
         ReproductionError: the run cannot be trained again: it is federated or trained nothing, or
             its code is gone.
+        VerdictError: nobody who is trusted vouches for the record of it, or it was altered.
         DataError: its data is gone, or is not what it was.
     """
     folder = project.registry().fetch(version.name, version.version)
+    # The record says which code runs here and which data it reads.
+    read_verdict(folder, version.name, project.keyring)
     lineage = Lineage.read(folder / LINEAGE)
     tracker = project.tracker()
     recorded = tracker.read(version.run_id)
     require_training(version, lineage, recorded.tags)
+    _require_settings(recorded.settings, lineage)
     with checked_out(project.reference, lineage.code) as (root, code_differs):
         conditions = (
             *(Difference(what=what, recorded=was, now=now) for what, was, now in code_differs),
@@ -219,6 +236,21 @@ def require_training(version: Version, lineage: Lineage, tags: Mapping[str, str]
                 if lineage.parent_version
                 else "with weights from elsewhere, of which no training is recorded"
             )
+        )
+
+
+def _require_settings(settings: Mapping[str, Any], lineage: Lineage) -> None:
+    """Refuse settings that are not those which the signed lineage names.
+
+    Raises:
+        VerdictError: they are others.
+    """
+    known = lineage.settings_sha256
+    is_same = digest_of_settings(dict(settings)) == known if known else True
+    if not is_same or settings.get("task") != lineage.reference:
+        raise VerdictError(
+            "the settings that the run keeps were altered after the version was registered; "
+            "do not train with them"
         )
 
 

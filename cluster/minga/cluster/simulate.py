@@ -6,7 +6,6 @@ hyper-parameters. Only the `[simulation]` table, which says what the devices are
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from minga.cluster import pipeline
@@ -93,10 +92,9 @@ def simulate(
         tracker.log(run_id, params={**params, **_summary(project)})
         tracker.log_settings(run_id, project.model_dump(mode="json"))
         log = _Log(tracker, run_id, project, on_progress)
-        with nullcontext() if project.simulation.workers == 1 else local_ray():
-            simulated = play(
-                simulation, reference=project.reference, on_round=log.note, state=state
-            )
+        simulated = play(
+            simulation, reference=project.reference, ray=local_ray, on_round=log.note, state=state
+        )
         log.finish(simulated.history)
         metrics = pipeline.evaluate(project, simulated.parameters, params)
         tracker.log(run_id, metrics={f"test_{name}": value for name, value in metrics.items()})

@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from minga.cluster.errors import StackError
@@ -26,11 +27,21 @@ def ray_environment() -> dict[str, str]:
         "RAY_worker_niceness": "0",
         # Reports wait for the next health check; 2 s by default.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        # As many workers as processors, which compete with those that the work asks for.
+        "RAY_prestart_worker_first_driver": "0",
+        # A process of its own that looks for machines about to be reclaimed.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
 
 
+ONE_MACHINE = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+"""Which of those settings are for a Ray of this machine alone: a cluster has a token of its own."""
+
+
 @contextmanager
-def local_ray(*, num_cpus: int | None = None) -> Iterator[None]:
+def local_ray(
+    *, num_cpus: int | None = None, meanwhile: Callable[[], object] | None = None
+) -> Iterator[None]:
     """Run Ray on this machine for as long as the block lasts, or join the cluster that is set.
 
     A Ray that runs in this process already is used and left running. Settings that the
@@ -38,19 +49,36 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[None]:
 
     Args:
         num_cpus: how many Ray may give away; by default this machine's, and at least `MIN_CPUS`.
+        meanwhile: is called in a thread while Ray starts, and is done when the block begins; it
+            leaves Ray alone.
 
     Raises:
         StackError: nobody answers at MINGA_RAY_ADDRESS.
+        Exception: what `meanwhile` raised.
     """
     address = Settings().ray_address
     for name, value in ray_environment().items():
-        if not (address and name.startswith("RAY_AUTH_")):  # a cluster has a token of its own
+        if not (address and name in ONE_MACHINE):
             os.environ.setdefault(name, value)
     import ray  # noqa: PLC0415 - it reads those settings when it is imported
 
     if ray.is_initialized():
+        if meanwhile is not None:
+            meanwhile()
         yield
         return
+    try:
+        with _beside(meanwhile):
+            _start(address, num_cpus)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str, num_cpus: int | None) -> None:
+    """Start Ray here, or join the cluster at the address."""
+    import ray  # noqa: PLC0415 - see `local_ray`
+
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -70,7 +98,15 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[None]:
                 include_dashboard=False,
                 **quiet,
             )
-    try:
+
+
+@contextmanager
+def _beside(work: Callable[[], object] | None) -> Iterator[None]:
+    """Do some work in a thread while the block lasts, and wait for it; its error is raised."""
+    if work is None:
         yield
-    finally:
-        ray.shutdown()
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="minga-meanwhile") as pool:
+        done = pool.submit(work)
+        yield
+        done.result()

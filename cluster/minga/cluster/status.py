@@ -15,8 +15,10 @@ from minga.inference.client import InferenceClient
 from minga.inference.credentials import Credentials
 from minga.inference.errors import ClientError
 from minga.inference.server import url_host
+from minga.inference.uris import redacted, scrubbed
 from minga.training.errors import TrainingError
 from minga.training.registry import Registry
+from minga.training.tracking import REGISTRY_ERRORS
 
 _TIMEOUT_S = 5.0
 
@@ -38,7 +40,7 @@ def gather(project: Project, state: Path) -> dict[str, Any]:
 
 
 def _registry(project: Project) -> dict[str, Any]:
-    part: dict[str, Any] = {"uri": project.tracking_uri, "models": [], "note": ""}
+    part: dict[str, Any] = {"uri": redacted(project.tracking_uri), "models": [], "note": ""}
     if not project.has_registry:
         return part | {"note": "no model is registered yet; make one with: minga run"}
     try:
@@ -54,6 +56,9 @@ def _registry(project: Project) -> dict[str, Any]:
                 part["models"].append(row)
     except TrainingError as error:
         part["note"] = str(error)
+    except REGISTRY_ERRORS as error:
+        reason = scrubbed(str(error), project.tracking_uri).partition("\n")[0]
+        part["note"] = f"the registry does not answer: {reason}"
     return part
 
 

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from minga.cluster.errors import SubmissionError
 from minga.cluster.project import Project
 from minga.cluster.settings import Settings
-from minga.training.uris import redacted
+from minga.inference.uris import redacted
 
 Verb = Literal["run", "tune", "train", "simulate"]
 
@@ -190,6 +190,7 @@ class Cluster:
                 "ray_storage": str(project.ray_storage.absolute()),
                 "signing_key": str(project.signing_key_file.absolute()),
             }
+        _require_no_passwords(given)
         settings = {_variable(name): value for name, value in given.items()}
         return settings | {
             "MINGA_RAY_ADDRESS": "auto",
@@ -199,19 +200,12 @@ class Cluster:
         }
 
     def _require_reachable(self, given: Mapping[str, str]) -> None:
-        """Refuse places that other machines cannot write to, and passwords, which they show."""
+        """Refuse places that other machines cannot write to."""
         missing = [_variable(name) for name, value in given.items() if not value]
         if missing:
             raise SubmissionError(
                 f"the cluster at {self._address} cannot write into this folder; set "
                 f"{', '.join(missing)} to what its machines and this one see"
-            )
-        secret = [_variable(name) for name, value in given.items() if redacted(value) != value]
-        if secret:
-            raise SubmissionError(
-                f"{', '.join(secret)} holds a password, which the cluster's dashboard would show; "
-                "leave it out, and give it to both sides in another way, such as "
-                "MLFLOW_TRACKING_PASSWORD or PGPASSWORD"
             )
 
     def _ask(self, call: Callable[..., Any], *words: Any, **settings: Any) -> Any:
@@ -229,6 +223,17 @@ class Cluster:
                 raise SubmissionError(
                     f"the cluster at {self._address} refused: {reason}"
                 ) from error
+
+
+def _require_no_passwords(given: Mapping[str, str]) -> None:
+    """Refuse passwords: the dashboard shows a job's settings to every user of its machine."""
+    secret = [_variable(name) for name, value in given.items() if redacted(value) != value]
+    if secret:
+        raise SubmissionError(
+            f"{', '.join(secret)} holds a password, which the cluster's dashboard would show; "
+            "leave it out, and give it to both sides in another way, such as "
+            "MLFLOW_TRACKING_PASSWORD or PGPASSWORD"
+        )
 
 
 def exit_code_of(job: Job) -> int:

@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from minga.federation import durable
+from minga.federation.chunks import Buffer
 from minga.federation.errors import LimitError, MissingBlobError, PeerError
 from minga.federation.limits import (
     CHUNK_BYTES,
@@ -319,7 +319,7 @@ class Upload:
         """Bytes that are here."""
         return self._part.offset
 
-    def append(self, offset: int, chunk: bytes) -> None:
+    def append(self, offset: int, chunk: Buffer) -> None:
         """Add the next bytes.
 
         Raises:
@@ -352,12 +352,7 @@ class Upload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

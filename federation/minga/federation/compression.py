@@ -8,6 +8,7 @@ from typing import Final
 
 import zstandard
 
+from minga.federation.chunks import Buffer
 from minga.federation.errors import PeerError
 from minga.federation.limits import CHUNK_BYTES
 
@@ -27,7 +28,7 @@ class Packer:
     def __init__(self) -> None:
         self._compressor: zstandard.ZstdCompressor | None = zstandard.ZstdCompressor(level=LEVEL)
 
-    def pack(self, chunk: bytes) -> bytes | None:
+    def pack(self, chunk: Buffer) -> bytes | None:
         """Give a chunk as a frame; None if it should go as it is."""
         if self._compressor is None or not chunk:
             return None
@@ -38,7 +39,7 @@ class Packer:
         return frame
 
 
-def unpack(frame: bytes) -> bytes:
+def unpack(frame: Buffer) -> bytes:
     """Give back a chunk.
 
     Raises:

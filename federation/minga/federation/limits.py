@@ -85,6 +85,10 @@ BLOB_GRACE_S: Final = 600.0
 
 # -- connections ------------------------------------------------------------------------------
 
+MAX_STREAMS: Final = 32
+"""Calls at once on one connection; further ones wait at the caller, or are refused. A device has
+its control stream and a transfer or two; without a bound it could open enough to fill memory."""
+
 TLS_RECORD_BYTES: Final = 4 * KIB
 """Largest TLS record that a coordinator sends."""
 

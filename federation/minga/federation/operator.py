@@ -21,7 +21,6 @@ from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
 if TYPE_CHECKING:
     from minga.federation.v1.federation_pb2_grpc import (
-        BlobServiceAsyncStub,
         OperatorServiceAsyncStub,
     )
 
@@ -38,7 +37,7 @@ class Operator:
     """An open connection to a coordinator; make one with `connect`."""
 
     def __init__(
-        self, stub: "OperatorServiceAsyncStub", blobs: "BlobServiceAsyncStub", address: str
+        self, stub: "OperatorServiceAsyncStub", blobs: transfer.BlobStub, address: str
     ) -> None:
         self._stub = stub
         self._blobs = blobs
@@ -150,6 +149,4 @@ async def connect(folder: Path) -> AsyncIterator[Operator]:
     identity = load_identity(folder)
     address = _read_address(folder / ADDRESS_FILE)
     async with transport.open_channel(address, identity) as channel:
-        yield Operator(
-            pb_grpc.OperatorServiceStub(channel), pb_grpc.BlobServiceStub(channel), address
-        )
+        yield Operator(pb_grpc.OperatorServiceStub(channel), transfer.BlobStub(channel), address)

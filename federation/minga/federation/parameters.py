@@ -4,10 +4,12 @@ Bytes are safetensors: reading them runs no code, whoever wrote them.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, Final, Self
@@ -27,7 +29,6 @@ BLOCK_VALUES: Final = 1 << 16
 """Most values of a block: together with what is computed from them they stay in the cache."""
 
 _VALUE: Final = np.dtype("<f4")
-_BLOCK_BYTES: Final = BLOCK_VALUES * _VALUE.itemsize
 _LENGTH: Final = struct.Struct("<Q")
 
 
@@ -130,55 +131,89 @@ def from_bytes(data: bytes) -> Parameters:
     return tensors
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterFile:
+    """A safetensors file of float32 tensors whose header was read and found sound.
+
+    It is not mapped: pages of a mapped file that were read count as this process's memory, and
+    fetching them one by one takes longer than copying them does.
+    """
+
+    path: Path
+    layout: Layout
+    starts: tuple[int, ...]
+    """Where each tensor of the layout begins, in bytes."""
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read a file's header; no values are read.
+
+        Raises:
+            PeerError: see `from_bytes`.
+            MissingBlobError: there is no such file.
+        """
+        with _safetensors(), safetensors.safe_open(path, framework="numpy") as file:
+            layout = _layout_of(file)
+            in_order = file.offset_keys()
+        # The library has made sure that tensors lie one behind the other, up to the file's end.
+        sizes = {
+            name: _VALUE.itemsize * prod(shape)
+            for name, shape in zip(layout.names, layout.shapes, strict=True)
+        }
+        start, starts = path.stat().st_size - sum(sizes.values()), {}
+        for name in in_order:
+            starts[name] = start
+            start += sizes[name]
+        return cls(path=path, layout=layout, starts=tuple(starts[name] for name in layout.names))
+
+    def tensors(self) -> Iterator[NDArray[np.float32]]:
+        """Read the tensors one by one, in the order of the layout.
+
+        Raises:
+            PeerError: the file was cut meanwhile.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            for shape, start in zip(self.layout.shapes, self.starts, strict=True):
+                tensor = np.empty(shape, _VALUE)
+                _fill(tensor, file, start)
+                yield tensor
+
+    def blocks(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Read the values in blocks, in the order of the layout; raises what `tensors` does.
+
+        Returns:
+            Each block's tensor and values, shape `(n,)`; n is at most `BLOCK_VALUES`.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            for name, shape, start in zip(
+                self.layout.names, self.layout.shapes, self.starts, strict=True
+            ):
+                num_values = prod(shape)
+                for first in range(0, num_values, BLOCK_VALUES):
+                    block = np.empty(min(BLOCK_VALUES, num_values - first), _VALUE)
+                    _fill(block, file, start + first * _VALUE.itemsize)
+                    yield name, block
+
+
+def _fill(values: NDArray[np.float32], file: FileIO, offset: int) -> None:
+    """Read values from an offset on."""
+    left = values.reshape(-1).view(np.uint8).data
+    while left:
+        count = os.preadv(file.fileno(), [left], offset)
+        if not count:
+            raise PeerError("the file of tensors was cut while it was read")
+        left, offset = left[count:], offset + count
+
+
 def read_layout(path: Path) -> Layout:
-    """Read the layout of a safetensors file from its header; no values are read.
-
-    Raises:
-        PeerError: see `from_bytes`.
-        MissingBlobError: there is no such file.
-    """
-    with _safetensors(), safetensors.safe_open(path, framework="numpy") as file:
-        return _layout_of(file)
-
-
-def read_tensors(path: Path) -> Iterator[NDArray[np.float32]]:
-    """Read the tensors of a safetensors file one by one, in the order of its layout.
-
-    Raises:
-        PeerError: see `from_bytes`.
-        MissingBlobError: there is no such file.
-    """
-    with _safetensors(), safetensors.safe_open(path, framework="numpy") as file:
-        for name in _layout_of(file).names:
-            yield file.get_tensor(name)
-
-
-def read_blocks(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Read a safetensors file in blocks, in the order of its layout.
-
-    It is not mapped: pages of a mapped file that were read count as this process's memory.
-
-    Returns:
-        Each block's tensor and values, shape `(n,)`; n is at most `BLOCK_VALUES`.
-
-    Raises:
-        PeerError: see `from_bytes`.
-        MissingBlobError: there is no such file.
-    """
-    layout = read_layout(path)  # after this the header is known to be sound
-    with path.open("rb") as file:
-        [head_size] = _LENGTH.unpack(file.read(_LENGTH.size))
-        places = json.loads(file.read(head_size))
-        for name in layout.names:
-            start, stop = places[name]["data_offsets"]
-            file.seek(_LENGTH.size + head_size + start)
-            for left in range(stop - start, 0, -_BLOCK_BYTES):
-                yield name, np.frombuffer(file.read(min(left, _BLOCK_BYTES)), _VALUE)
+    """Read the layout of a safetensors file; raises what `ParameterFile.open` does."""
+    return ParameterFile.open(path).layout
 
 
 def read_parameters(path: Path) -> Parameters:
-    """Read all tensors of a safetensors file; raises what `read_tensors` does."""
-    return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
+    """Read all tensors of a safetensors file; raises what `ParameterFile.open` does."""
+    file = ParameterFile.open(path)
+    return dict(zip(file.layout.names, file.tensors(), strict=True))
 
 
 def _layout_of(file: Any) -> Layout:

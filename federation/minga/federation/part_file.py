@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from minga.federation import durable
+from minga.federation.chunks import Buffer
 from minga.federation.errors import LimitError, PeerError
 from minga.federation.limits import MIB
 
@@ -44,13 +45,15 @@ class PartFile:
         self._is_closed = False
 
     def open(self) -> None:
-        """Open the part, or make it; reads what is there once, to hash it.
+        """Open the part, or make it; reads what is there once, to hash it. Again it does nothing.
 
         Raises:
             PeerError: another upload took the part over.
         """
         with self._lock:
             self._require_not_closed()
+            if self._file is not None:
+                return
             # Unbuffered: what `append` returned from is with the kernel and survives this process.
             self._file = self._path.open("a+b", buffering=0)
             self._file.seek(0)
@@ -67,7 +70,7 @@ class PartFile:
         """Bytes that are there."""
         return self._offset
 
-    def append(self, offset: int, chunk: bytes) -> None:
+    def append(self, offset: int, chunk: Buffer) -> None:
         """Add the next bytes.
 
         Args:

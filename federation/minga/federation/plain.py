@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation.errors import PeerError
+from minga.federation.parameters import BLOCK_VALUES
 from minga.federation.secagg.errors import UpdateError
 
 VALUE: Final = np.dtype("<f4")
@@ -50,8 +51,11 @@ def update_to_bytes(delta: NDArray[np.float32]) -> memoryview:
     Raises:
         UpdateError: a value is not finite.
     """
-    if not np.isfinite(delta).all():
+    data = np.ascontiguousarray(delta, VALUE)
+    # Block by block: what says of each value whether it is finite would take pages of its own.
+    blocks = (data[start : start + BLOCK_VALUES] for start in range(0, data.size, BLOCK_VALUES))
+    if not all(np.isfinite(block).all() for block in blocks):
         raise UpdateError(
             "the update holds NaN or infinity; training diverged: lower its learning rate"
         )
-    return np.ascontiguousarray(delta, VALUE).view(np.uint8).data
+    return data.view(np.uint8).data

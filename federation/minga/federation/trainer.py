@@ -1,6 +1,6 @@
 """What a device runs to learn: the only thing the federation knows of a model's code."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Final, Protocol, runtime_checkable
@@ -118,7 +118,3 @@ class CorrectsGradients(Protocol):
             The update, with its `gradient`.
         """
         ...
-
-
-TrainerFactory = Callable[[Mapping[str, Scalar]], LocalTrainer]
-"""Makes a trainer from a device's own options; named `package.module:attribute`."""

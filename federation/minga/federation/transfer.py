@@ -11,23 +11,45 @@ import glob
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Final
 
 import grpc
 
+from minga.federation import chunks
+from minga.federation.chunks import Chunk
 from minga.federation.compression import Packer, unpack
 from minga.federation.errors import LimitError, PeerError, UnreachableError
 from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES, REFUSAL_GRACE_S
 from minga.federation.part_file import PartFile
 from minga.federation.transport import ACCEPTED_KEY, calling
 from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
-if TYPE_CHECKING:
-    from minga.federation.v1.federation_pb2_grpc import BlobServiceAsyncStub
+_CHUNKS_AT_ONCE: Final = 4
+"""A download goes to the disk so many chunks at a time."""
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["BlobService"].full_name
+
+
+class BlobStub(pb_grpc.BlobServiceStub):
+    """The blob service as its callers see it, with chunks that are not copied; see `chunks`."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        super().__init__(channel)
+        self.Upload: Any = channel.stream_unary(
+            f"/{SERVICE}/Upload",
+            request_serializer=chunks.serialize,
+            response_deserializer=pb.UploadResponse.FromString,
+        )
+        self.Download: Any = channel.unary_stream(
+            f"/{SERVICE}/Download",
+            request_serializer=pb.DownloadRequest.SerializeToString,
+            response_deserializer=chunks.read_download,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +104,7 @@ class _Progress:
         self.offset = offset
 
 
-UploadCall = grpc.aio.StreamUnaryCall[pb.UploadRequest, pb.UploadResponse]
+UploadCall = grpc.aio.StreamUnaryCall[pb.UploadRequest | bytes, pb.UploadResponse]
 
 Content = Path | bytes | memoryview
 """What is sent: a file's content, or bytes."""
@@ -97,7 +119,7 @@ def digest_of(source: Content) -> bytes:
 
 
 async def upload(
-    stub: "BlobServiceAsyncStub",
+    stub: BlobStub,
     source: Content,
     digest: bytes,
     *,
@@ -157,7 +179,7 @@ async def upload(
 
 
 async def download(
-    stub: "BlobServiceAsyncStub",
+    stub: BlobStub,
     digest: bytes,
     path: Path,
     *,
@@ -233,7 +255,7 @@ async def _persist(
 
 
 async def _send(
-    stub: "BlobServiceAsyncStub",
+    stub: BlobStub,
     header: pb.UploadHeader,
     source: Content,
     packer: Packer | None,
@@ -278,23 +300,24 @@ async def _is_accepted(call: UploadCall) -> bool:
 
 
 def _next_request(
-    pieces: Generator[bytes, None, None], packer: Packer | None, moved: Moved
-) -> pb.UploadRequest | None:
-    """Read and pack the next piece of a blob; None after the last."""
+    pieces: Generator[chunks.Buffer, None, None], packer: Packer | None, moved: Moved
+) -> bytes | None:
+    """Read and pack the next piece of a blob, and give its message; None after the last."""
     chunk = next(pieces, b"")
     frame = packer.pack(chunk) if packer else None
     moved.content_bytes += len(chunk)
     moved.wire_bytes += len(chunk if frame is None else frame)
     if frame is not None:
-        return pb.UploadRequest(zstd_chunk=frame)
-    return pb.UploadRequest(chunk=chunk) if chunk else None
+        return chunks.upload_request(frame, is_packed=True)
+    return chunks.upload_request(chunk) if chunk else None
 
 
-def _pieces(source: Content, offset: int) -> Generator[bytes, None, None]:
+def _pieces(source: Content, offset: int) -> Generator[chunks.Buffer, None, None]:
     """Cut the content into chunks, from an offset on."""
     if not isinstance(source, Path):
-        for start in range(offset, len(source), CHUNK_BYTES):
-            yield bytes(source[start : start + CHUNK_BYTES])
+        content = memoryview(source)
+        for start in range(offset, len(content), CHUNK_BYTES):
+            yield content[start : start + CHUNK_BYTES]
         return
     with source.open("rb") as file:
         file.seek(offset)
@@ -303,7 +326,7 @@ def _pieces(source: Content, offset: int) -> Generator[bytes, None, None]:
 
 
 async def _receive(
-    stub: "BlobServiceAsyncStub",
+    stub: BlobStub,
     request: pb.DownloadRequest,
     part_path: Path,
     progress: _Progress,
@@ -314,13 +337,19 @@ async def _receive(
     The part is returned open: the caller finishes it.
     """
     part: PartFile | None = None
+    waiting: list[Chunk] = []
     try:
         with progress.moved.timing():
-            async for response in stub.Download(request):
-                if part is None:
-                    part = await _open_part(part_path, request.digest, response.size, max_bytes)
-                await asyncio.to_thread(_append, part, response, progress.moved)
-                progress.note(part.offset)
+            try:
+                async for chunk in stub.Download(request):
+                    if part is None:
+                        part = _part(part_path, request.digest, chunk.size, max_bytes)
+                    waiting.append(chunk)
+                    if len(waiting) == _CHUNKS_AT_ONCE:
+                        await _append(part, waiting, progress)
+            finally:  # of a link that breaks, what came is kept
+                if part is not None and waiting:
+                    await _append(part, waiting, progress)
     except BaseException:
         if part is not None:
             part.close()
@@ -330,20 +359,29 @@ async def _receive(
     return part
 
 
-def _append(part: PartFile, response: pb.DownloadResponse, moved: Moved) -> None:
-    frame = response.zstd_chunk
-    chunk = unpack(frame) if frame else response.chunk
-    moved.content_bytes += len(chunk)
-    moved.wire_bytes += len(frame or chunk)
-    part.append(part.offset, chunk)
+async def _append(part: PartFile, waiting: list[Chunk], progress: _Progress) -> None:
+    """Append chunks, and forget them.
+
+    Several at once: with each of them alone, going to a thread and back takes as long as the disk.
+    """
+    taken, waiting[:] = tuple(waiting), ()
+    await asyncio.to_thread(_append_all, part, taken, progress.moved)
+    progress.note(part.offset)
 
 
-async def _open_part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:
+def _append_all(part: PartFile, taken: Sequence[Chunk], moved: Moved) -> None:
+    part.open()
+    for chunk in taken:
+        content = unpack(chunk.content) if chunk.is_packed else chunk.content
+        moved.content_bytes += len(content)
+        moved.wire_bytes += len(chunk.content)
+        part.append(part.offset, content)
+
+
+def _part(path: Path, digest: bytes, size: int, max_bytes: int) -> PartFile:
     if size > max_bytes:
         raise LimitError(f"the blob has {size} bytes, more than the {max_bytes} allowed here")
-    part = PartFile(path, digest=digest, size=size)
-    await asyncio.to_thread(part.open)
-    return part
+    return PartFile(path, digest=digest, size=size)
 
 
 def _remove_other_parts(path: Path, part_path: Path) -> None:

@@ -83,6 +83,7 @@ SERVER_OPTIONS: Final[Options] = (
     ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(limits.MIN_KEEPALIVE_INTERVAL_S)),
+    ("grpc.max_concurrent_streams", limits.MAX_STREAMS),
     # gRPC would share a port with another server in silence; see `require_free_port`.
     ("grpc.so_reuseport", 0),
     # Each connection keeps a buffer for one TLS record, 16 KiB without this: ten thousand idle
@@ -92,6 +93,7 @@ SERVER_OPTIONS: Final[Options] = (
 
 ENROLMENT_SERVER_OPTIONS: Final[Options] = (
     ("grpc.max_receive_message_length", limits.MAX_ENROLMENT_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", limits.MAX_STREAMS),
     ("grpc.so_reuseport", 0),
 )
 

@@ -11,7 +11,8 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -19,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from minga.inference.access import Access
 from minga.inference.bodies import (
+    MOST_INFLATED,
     DisconnectedError,
     Receive,
     Share,
@@ -64,6 +66,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_HEADER_BYTES: Final = 64 * 1024
+_MAX_OPTIONS_BYTES: Final = 1024 * 1024  # of what is no tensor, and read on the event loop
 _BUFFERED_BYTES: Final = 64 * 1024  # what a server's own buffer takes without waiting
 _MAX_OUTCOME: Final = 1e100  # squares of such still add up
 _JSON: Final = (b"content-type", b"application/json")
@@ -107,11 +110,6 @@ class InferenceApp:
             access=access,
             observer=observer,
         )
-        self._before_shutdown: Callable[[], Awaitable[None]] | None = None
-
-    def before_shutdown(self, stop: Callable[[], Awaitable[None]]) -> None:
-        """Have another server of `service` stopped when the host of this application ends it."""
-        self._before_shutdown = stop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection's lifespan or one request."""
@@ -178,7 +176,7 @@ class InferenceApp:
             )
         if match.route.method == "GET":
             return await self._describe(match)
-        call = _HttpCall(headers, receive, share)
+        call = _HttpCall(headers, receive, share, self.service.beside)
         if match.route.operation is Operation.INFER:
             assert match.model is not None, "the path names it"
             return await self.service.infer(match.model, match.version, call)
@@ -254,10 +252,11 @@ class InferenceApp:
 
     async def _options(self, call: "_HttpCall") -> dict[str, Any]:
         """Read a body that may be absent, and is a JSON object else."""
-        await call.receive(self.service.limits)
-        body = call.plain()
+        limits = self.service.limits
+        shortest = min(limits.max_body_bytes, _MAX_OPTIONS_BYTES)
+        await call.receive(replace(limits, max_body_bytes=shortest))
         try:
-            options = orjson.loads(body or b"{}")
+            options = orjson.loads(call.body or b"{}")
         except orjson.JSONDecodeError as error:
             raise BadRequestError(f"the body is not JSON: {error}") from None
         if type(options) is not dict:
@@ -270,8 +269,6 @@ class InferenceApp:
             if message["type"] == "lifespan.startup":
                 await send({"type": "lifespan.startup.complete"})
             else:
-                if self._before_shutdown is not None:
-                    await self._before_shutdown()
                 self.service.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
@@ -280,30 +277,33 @@ class InferenceApp:
 class _HttpCall:
     """An inference request over HTTP, a `service.Call`."""
 
-    def __init__(self, headers: dict[bytes, bytes], receive: Receive, share: Share) -> None:
+    def __init__(
+        self,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        share: Share,
+        beside: Callable[..., Awaitable[bytes]],
+    ) -> None:
         self._headers = headers
         self._share = share
         self._receive = receive
-        self._body = b""
-        self._max_bytes = 0
+        self._beside = beside
+        self.body = b""
 
     async def receive(self, limits: Limits) -> int:
-        """Read the body; one that has to be inflated counts as one of the largest."""
+        """Read the body and undo its content coding; what it inflates to counts as well."""
         announced = self._headers.get(b"content-length")
-        self._body = await read_body(
-            self._receive, announced=announced, limits=limits, share=self._share
-        )
-        self._max_bytes = limits.max_body_bytes
-        return self._max_bytes if b"content-encoding" in self._headers else len(self._body)
-
-    def plain(self) -> bytes:
-        """Give the body without its content coding."""
-        coding = self._headers.get(b"content-encoding", b"")
-        return decompress(self._body, coding, max_bytes=self._max_bytes)
+        body = await read_body(self._receive, announced=announced, limits=limits, share=self._share)
+        if coding := self._headers.get(b"content-encoding"):
+            inflate = partial(decompress, max_bytes=limits.max_body_bytes)
+            body = await self._beside(len(body) * MOST_INFLATED, inflate, body, coding)
+            self._share.take(len(body))
+        self.body = body
+        return len(body)
 
     def decode(self, model: OnnxModel) -> InferRequest:
         """Read JSON, and raw tensors after it."""
-        message = Message(body=self.plain(), json_size=_json_size(self._headers))
+        message = Message(body=self.body, json_size=_json_size(self._headers))
         return decode_request(message, raw_inputs=model.inputs)
 
     def header(self, name: str) -> str | None:

@@ -3,7 +3,6 @@
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Generator, MutableMapping
-from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
 from minga.inference.errors import (
@@ -19,6 +18,8 @@ T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 _MAX_DIGITS: Final = 18  # more only means larger still, and int() refuses thousands of them
+MOST_INFLATED: Final = 1032
+"""Bytes that a byte of a deflated body may become (zlib's documentation)."""
 _ZLIB_OR_GZIP: Final = 32 + zlib.MAX_WBITS
 _DEFLATERS: Final = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _WORTH_BYTES: Final = 4096  # below it a packet or two are saved, and the time is lost
@@ -85,12 +86,7 @@ class Share:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.give_back()
 
 

@@ -7,12 +7,10 @@ Many requests to one server go through one `InferenceClient`, which keeps its co
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 from urllib.parse import quote
 
 import httpx
-import numpy as np
 
 from minga.inference.credentials import Credentials, is_loopback
 from minga.inference.errors import (
@@ -25,7 +23,6 @@ from minga.inference.protocol import (
     InferRequest,
     InferResponse,
     Message,
-    RequestedOutput,
     decode_response,
     encode_request,
 )
@@ -96,18 +93,8 @@ class InferenceClient:
             BadRequestError: an array has no form in the protocol.
             ClientError: the server cannot be reached, or refuses.
         """
-        return dict(
-            self.request(
-                model,
-                InferRequest(
-                    inputs={name: np.asarray(array) for name, array in inputs.items()},
-                    outputs=tuple(RequestedOutput(name=name) for name in outputs),
-                    binary_outputs=binary,
-                ),
-                version=version,
-                binary=binary,
-            ).outputs
-        )
+        request = InferRequest.of(inputs, outputs, binary_outputs=binary)
+        return dict(self.request(model, request, version=version, binary=binary).outputs)
 
     def explain(
         self,
@@ -135,12 +122,8 @@ class InferenceClient:
             BadRequestError: an array has no form in the protocol.
             ClientError: the server cannot be reached, or refuses.
         """
-        request = InferRequest(
-            inputs={name: np.asarray(array) for name, array in inputs.items()},
-            outputs=tuple(RequestedOutput(name=name) for name in outputs),
-            binary_outputs=True,
-            parameters={} if baseline is None else {"baseline": [float(one) for one in baseline]},
-        )
+        parameters = {} if baseline is None else {"baseline": [float(one) for one in baseline]}
+        request = InferRequest.of(inputs, outputs, binary_outputs=True, parameters=parameters)
         return dict(self.request(model, request, version=version, verb="explain").outputs)
 
     def request(
@@ -217,12 +200,7 @@ class InferenceClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send(

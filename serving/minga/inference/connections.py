@@ -8,10 +8,12 @@ keeps an answer for a caller who does not read it. `guarded` adds to uvicorn's p
 - A caller who does not read has `_UNREAD_S` from when its answers fill the server's buffer, or
   from the end of one that does not; then what is left is thrown away with the connection.
 - Over `_MAX_CONNECTIONS` a new connection is told 503 and closed.
+- Where it is said how old a connection may get, an older one ends with its next answer.
 
 It also tells the application of a verified client certificate, by ASGI's TLS extension.
 """
 
+import random
 from asyncio import TimerHandle
 from functools import cache
 from typing import Any, Final
@@ -28,9 +30,14 @@ _REFUSALS: Final = {
 
 
 @cache
-def guarded(protocol: type[Any]) -> type[Any]:
-    """Give a kind of uvicorn's httptools protocol whose connections keep these bounds."""
-    return type(f"Guarded{protocol.__name__}", (_Guard, protocol), {})
+def guarded(protocol: type[Any], *, max_age_s: float | None = None) -> type[Any]:
+    """Give a kind of uvicorn's httptools protocol whose connections keep these bounds.
+
+    Args:
+        protocol: uvicorn's.
+        max_age_s: how old connections get, on the mean; None means any age.
+    """
+    return type(f"Guarded{protocol.__name__}", (_Guard, protocol), {"_max_age_s": max_age_s})
 
 
 class _Guard:
@@ -46,10 +53,15 @@ class _Guard:
     _in_headers = False
     _num_header_bytes = 0
     _client: str | None = None  # the certificate's name
+    _max_age_s: float | None
+    _ends_at: float | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)  # type: ignore[misc]
         self._client = _certified(transport)
+        if self._max_age_s is not None:
+            part = random.uniform(0.5, 1.5)  # noqa: S311 - so that not all end at once
+            self._ends_at = self.loop.time() + part * self._max_age_s
         if len(self.connections) > _MAX_CONNECTIONS:
             self._refuse(503)
         else:
@@ -81,6 +93,8 @@ class _Guard:
     def on_headers_complete(self) -> None:
         self._in_headers = False
         super().on_headers_complete()  # type: ignore[misc]
+        if self._ends_at is not None and self.loop.time() > self._ends_at:
+            self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # type: ignore[misc]

@@ -141,6 +141,8 @@ def occluded(
 ) -> Iterator[Array]:
     """Give the rows as they are and then with each region at its baseline, in pieces.
 
+    No more than a piece is in memory: a row of many features has as many variants as features.
+
     Args:
         rows: `(n, ...)`.
         baseline: of one row's shape.
@@ -148,12 +150,15 @@ def occluded(
         regions: of a row; each of its columns if none is given.
     """
     regions = regions or regions_of(rows.shape[1:])
-    variants = np.repeat(rows[None], len(regions) + 1, axis=0)
-    for place, region in enumerate(regions, start=1):
-        variants[place][slice(None), *region] = baseline[region]
-    flat = variants.reshape(-1, *rows.shape[1:])
-    for start in range(0, len(flat), max_rows):
-        yield flat[start : start + max_rows]
+    num_rows, total = len(rows), len(rows) * (len(regions) + 1)
+    for start in range(0, total, max_rows):
+        stop = min(start + max_rows, total)
+        piece = rows[np.arange(start, stop) % num_rows]
+        for variant in range(max(start // num_rows, 1), -(-stop // num_rows)):
+            own = piece[max(variant * num_rows - start, 0) : (variant + 1) * num_rows - start]
+            region = regions[variant - 1]
+            own[slice(None), *region] = baseline[region]
+        yield piece
 
 
 def attributions(outputs: Array, *, num_rows: int) -> Array:

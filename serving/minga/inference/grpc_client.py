@@ -9,12 +9,10 @@ by gRPC itself.
 
 import json
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 import grpc
-import numpy as np
 
 from minga.inference.credentials import Credentials
 from minga.inference.errors import (
@@ -30,7 +28,7 @@ from minga.inference.grpc_wire import (
     read_response,
     write_request,
 )
-from minga.inference.protocol import InferRequest, InferResponse, RequestedOutput
+from minga.inference.protocol import InferRequest, InferResponse
 from minga.inference.tensors import Array
 from minga.inference.v2 import open_inference_pb2 as pb
 
@@ -106,10 +104,7 @@ class GrpcClient:
             BadRequestError: an array has no form in the protocol.
             ClientError: the server cannot be reached, or refuses.
         """
-        request = InferRequest(
-            inputs={name: np.asarray(array) for name, array in inputs.items()},
-            outputs=tuple(RequestedOutput(name=name) for name in outputs),
-        )
+        request = InferRequest.of(inputs, outputs)
         return dict(self.request(model, request, version=version).outputs)
 
     def request(
@@ -175,12 +170,7 @@ class GrpcClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _call(self, method: str, request: Any, answer: Any) -> Any:

@@ -1,6 +1,5 @@
 """The gRPC service on a port of this process, inside a running event loop."""
 
-from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
@@ -15,6 +14,7 @@ _DRAIN_S: Final = 10
 _MAX_METADATA_BYTES: Final = 16 * 1024
 _MAX_RPCS: Final = 1024  # at once; more are refused with RESOURCE_EXHAUSTED
 _MAX_STREAMS: Final = 128  # at once on one connection; more wait
+_MAX_AGE_S: Final = 30  # of a connection to a port that is shared, so that all processes get some
 # A caller that says nothing for so long is asked whether it is still there.
 _PING_S: Final = 60
 
@@ -46,6 +46,7 @@ class GrpcServer:
         self._port = 0
         self._shared = shared
         self._service = service
+        self._methods = GrpcService(service)
         self._server: grpc.aio.Server | None = None
 
     @property
@@ -57,6 +58,11 @@ class GrpcServer:
     def is_started(self) -> bool:
         """Whether requests are answered."""
         return self._server is not None
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests are in hand: they have begun, and their answers have not gone."""
+        return self._methods.num_requests
 
     async def start(self) -> None:
         """Listen, and return once requests are answered.
@@ -73,7 +79,7 @@ class GrpcServer:
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_RPCS,
         )
-        server.add_generic_rpc_handlers((GrpcService(self._service).handlers(),))
+        server.add_generic_rpc_handlers((self._methods.handlers(),))
         try:
             host = f"[{self._host}]" if ":" in self._host else self._host
             address = f"{host}:{self._wanted_port}"
@@ -100,12 +106,7 @@ class GrpcServer:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
@@ -116,7 +117,9 @@ class GrpcServer:
         return [Doorkeeper(access, certified=bool(self._tls and self._tls.client_ca))]
 
     def _options(self) -> list[tuple[str, Any]]:
+        age = [("grpc.max_connection_age_ms", _MAX_AGE_S * 1000)] if self._shared else []
         return [
+            *age,
             ("grpc.so_reuseport", int(self._shared)),
             ("grpc.max_receive_message_length", self._service.limits.max_body_bytes),
             ("grpc.max_send_message_length", -1),

@@ -49,10 +49,14 @@ class GrpcService:
 
     Args:
         service: what answers.
+
+    Attributes:
+        num_requests: how many have begun, and their answers have not gone.
     """
 
     def __init__(self, service: InferenceService) -> None:
         self._service = service
+        self.num_requests = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Give the methods as a server takes them."""
@@ -81,8 +85,14 @@ class GrpcService:
 
         async def answer(data: bytes, context: Context) -> bytes:
             share = self._service.share()
-            # When the answer has gone; the stubs want another context than they give.
-            context.add_done_callback(share.give_back)  # type: ignore[arg-type]
+            self.num_requests += 1
+
+            def gone(*_: Any) -> None:
+                self.num_requests -= 1
+                share.give_back()
+
+            # The stubs want another context than they give.
+            context.add_done_callback(gone)  # type: ignore[arg-type]
             try:
                 share.take(len(data))
                 message = await self._service.beside(len(data), _parse, kind, data)

@@ -23,6 +23,8 @@ from minga.inference.errors import AccessError
 PREFIX: Final = "minga"
 """What every key begins with, for tools that look for secrets where none should be."""
 
+MAX_NAME_LENGTH: Final = 100
+
 _ID_BYTES: Final = 6
 _SECRET_BYTES: Final = 32
 _MAX_FILE_BYTES: Final = 16 * 1024 * 1024
@@ -68,7 +70,7 @@ class KeyRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=r"^[0-9a-f]{12}$")
-    name: str = Field(min_length=1, max_length=100)
+    name: str = Field(min_length=1, max_length=MAX_NAME_LENGTH)
     role: Role
     hash: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
     created_at: AwareDatetime

@@ -40,11 +40,6 @@ class Memory:
         # Reentrant: an object may end wherever memory is allocated, in here too.
         self._freed = threading.Condition()
 
-    @property
-    def used_bytes(self) -> int:
-        """What the living models take."""
-        return self._used
-
     def could_hold(self, num_bytes: int) -> bool:
         """Tell whether a model of this size fits when it is alone."""
         return self.max_bytes is None or num_bytes <= self.max_bytes

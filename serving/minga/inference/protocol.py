@@ -12,11 +12,13 @@ Not here: whether names, shapes and datatypes fit a model (`engine`), and HTTP (
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as excerpt  # a caller must not choose a message's length
-from typing import Any, Final
+from typing import Any, Final, Self
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 from minga.inference.errors import BadRequestError
@@ -63,6 +65,17 @@ class InferRequest:
     id: str | None = None
     binary_outputs: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, inputs: Mapping[str, npt.ArrayLike], outputs: Iterable[str] = (), **more: Any
+    ) -> Self:
+        """Make a request of anything that numpy takes as arrays, and of outputs' names."""
+        return cls(
+            inputs={name: np.asarray(array) for name, array in inputs.items()},
+            outputs=tuple(RequestedOutput(name=name) for name in outputs),
+            **more,
+        )
 
     @property
     def output_names(self) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ class Call(Protocol[AnswerT_co]):
     """One inference request on its wire."""
 
     async def receive(self, limits: Limits) -> int:
-        """Wait for the whole request; give its size in bytes, or more where reading costs more.
+        """Wait for the whole request; give its size in bytes, without any content coding.
 
         Raises:
             RequestError: it is over a limit.

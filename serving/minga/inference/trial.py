@@ -17,6 +17,11 @@ READY = "ready at "
 async def serve_on_trial(app: InferenceApp) -> None:
     """Serve on a free port of this machine until stdin is closed."""
     async with Server(app, host="127.0.0.1", port=0) as server:
-        sys.stdout.write(f"{READY}{server.url}\n")
-        sys.stdout.flush()
-        await asyncio.to_thread(sys.stdin.read)
+        await until_released(server.url)
+
+
+async def until_released(url: str) -> None:
+    """Say where a server listens, and wait until stdin is closed."""
+    sys.stdout.write(f"{READY}{url}\n")
+    sys.stdout.flush()
+    await asyncio.to_thread(sys.stdin.read)

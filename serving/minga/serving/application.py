@@ -1,8 +1,9 @@
 """What runs in each replica of the Ray Serve application.
 
-A replica hosts the ASGI application of `minga.inference` and nothing in front of it. All models
-are in the one application, so a URL names a model and not a deployment, and a version is
-exchanged inside the replica by `user_config`, which restarts nothing.
+A replica answers HTTP and gRPC itself, with the servers of `minga.inference` and nothing in front
+of them (`front`); Ray Serve starts replicas, sees that they live, and ends them. All models are in
+the one application, so a URL names a model and not a deployment, and a version is exchanged
+inside the replica by `user_config`, which restarts nothing.
 
 A rollout has two steps. `prepare` is sent to every replica: each loads and tests the new
 versions, and says if it cannot. Only then is the new `user_config` declared, and `reconfigure`
@@ -10,6 +11,7 @@ swaps what is loaded already. A replica that starts later, or again, loads what 
 """
 
 import asyncio
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -18,6 +20,7 @@ from functools import partial
 from typing import Any, Final, TypedDict
 from uuid import uuid4
 
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -26,15 +29,17 @@ from minga.inference.app import InferenceApp
 from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
 from minga.inference.errors import InferenceError, ModelError, UnavailableError, UnknownModelError
-from minga.inference.grpc_server import GrpcServer
 from minga.inference.limits import Limits
 from minga.inference.monitor.observer import Observer
 from minga.inference.repository import ModelRepository
+from minga.inference.tally import Tally
 from minga.serving.config import MonitorConfig
 from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError
+from minga.serving.front import Address, Front
 from minga.serving.monitor_actor import ActorSink
 from minga.serving.replicas import DEPLOYMENT, ask_all
+from minga.serving.scaling import REQUESTS_IN_HAND
 
 IMPORT_PATH: Final = "minga.serving.application:build"
 _CONTROL_TIMEOUT_S: Final = 60.0
@@ -55,13 +60,6 @@ def user_config(refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()
         "models": [asdict(ref) | {"baseline": list(ref.baseline)} for ref in refs],
         "comparisons": [asdict(each) | {"mode": each.mode.value} for each in comparisons],
     }
-
-
-class GrpcAddress(TypedDict):
-    """Where replicas listen for gRPC."""
-
-    host: str
-    port: int
 
 
 class ReplicasControl:
@@ -96,47 +94,43 @@ class ReplicasControl:
 class InferenceReplica:
     """One process that answers for all models.
 
-    gRPC comes straight to the replica, on a port that all replicas of a machine share: Ray
-    Serve's own proxy for it listens on every interface and passes each message through pickle.
-
     Args:
         limits: what callers are granted.
         models: the arguments of `ModelRepository`.
+        http: where to listen for HTTP, beside the other replicas of the machine.
         grpc: where to listen for gRPC; None means nowhere.
-        protection: who is let in, and gRPC's TLS; that of HTTP is Ray Serve's proxy's.
+        protection: who is let in, and TLS.
         monitor: how what is answered is watched; None means not at all.
     """
 
     def __init__(
         self,
         limits: Limits,
-        models: Mapping[str, Any] | None = None,
-        grpc: GrpcAddress | None = None,
-        protection: Protection | None = None,
+        http: Address,
         *,
+        models: Mapping[str, Any] | None = None,
+        grpc: Address | None = None,
+        protection: Protection | None = None,
         monitor: MonitorConfig | None = None,
     ) -> None:
         protection = protection or Protection()
         self._id = uuid4().hex
         self._repository = ModelRepository(**models or {})
         self._observer = _observer(monitor)
-        self._app = InferenceApp(
+        app = InferenceApp(
             self._repository,
             limits=limits,
             control=ReplicasControl(self._repository),
             access=protection.access(),
             observer=self._observer,
         )
-        self._grpc = (
-            GrpcServer(self._app.service, **grpc, shared=True, tls=protection.tls())
-            if grpc
-            else None
-        )
-        self._app.before_shutdown(self._end)
+        self._service = app.service
+        self._front = Front(app, http, grpc, protection.tls())
 
-    def __serve_build_asgi_app__(self) -> InferenceApp:
-        """Give the application that takes this replica's requests."""
-        return self._app
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach the models, once something is declared."""
+        return self._front.url
 
     async def prepare(self, config: UserConfig) -> str | None:
         """Load versions without serving them yet; give the reason if one is refused."""
@@ -168,7 +162,7 @@ class InferenceReplica:
         with it the versions that are good. A new replica does, so that it is not used.
         """
         is_new = not self._repository.is_ready
-        side_by_side = self._app.service.side_by_side
+        side_by_side = self._service.side_by_side
         comparisons = [Comparison(**each) for each in config["comparisons"]]
         # One that ends does so before its challenger goes; one that begins, after it came.
         side_by_side.declare([each for each in side_by_side.declared if each in comparisons])
@@ -179,15 +173,25 @@ class InferenceReplica:
             if not self._repository.is_ready:
                 raise
             _LOG.exception("the declared versions are refused; the old ones go on being served")
-        if is_new and self._app.service.limits.model_control:
+        if is_new and self._service.limits.model_control:
             await self._do_as_the_others()
-        if self._grpc and not self._grpc.is_started:
-            await self._grpc.start()
+        if not self._front.is_started:
+            gc.freeze()  # what is loaded stays; looking through it again costs requests their time
+            await self._front.start()
 
-    async def _end(self) -> None:
-        """Finish what flows beside HTTP, and hand over what was counted last."""
-        if self._grpc and self._grpc.is_started:
-            await self._grpc.stop()
+    async def check_health(self) -> None:
+        """Wait for the loop that answers requests; Ray Serve replaces a replica that hangs."""
+        if self._front.is_started:
+            await self._front.run(asyncio.sleep(0))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Ray Serve's autoscaler how many requests were in hand lately."""
+        return {REQUESTS_IN_HAND: self._front.mean_requests() if self._front.is_started else 0.0}
+
+    async def end(self) -> None:
+        """Answer what has been asked, and hand over what was counted last."""
+        if self._front.is_started:
+            await self._front.stop()
         if self._observer is not None:
             await asyncio.to_thread(self._observer.close)
 
@@ -203,30 +207,48 @@ class InferenceReplica:
 
     async def served(self) -> UserConfig:
         """Tell which versions answer requests now."""
-        return user_config(self._repository.declared, self._app.service.side_by_side.declared)
+        return user_config(self._repository.declared, self._service.side_by_side.declared)
 
     async def counts(self) -> ReplicaCounts:
         """Tell what was counted of the comparisons."""
-        counts = deepcopy(self._app.service.side_by_side.counts())  # sent on another thread
+        counts = await self._front.run(self._copy_counts()) if self._front.is_started else {}
         return ReplicaCounts(replica=self._id, counts=counts)
+
+    async def node(self) -> str:
+        """Name the address of this machine in the Ray cluster."""
+        address: str = ray.util.get_node_ip_address()
+        return address
+
+    async def _copy_counts(self) -> dict[str, dict[str, Tally]]:
+        return deepcopy(self._service.side_by_side.counts())
+
+
+class HostedReplica(InferenceReplica):
+    """A replica that Ray Serve ends in its way: it calls the destructor, and waits for it."""
+
+    async def __del__(self) -> None:
+        await self.end()
 
 
 def build(options: dict[str, Any]) -> Application:
     """Make the application from the options of a Serve config file.
 
     Args:
-        options: `limits`, the fields of `minga.inference.limits.Limits`; `models`, the arguments
-            of `ModelRepository`; `grpc`, the fields of `GrpcAddress`, or None; and `protection`,
-            those of `minga.inference.access.Protection`. `monitor`, those of `MonitorConfig`, may
-            be left out.
+        options: `limits`, the fields of `minga.inference.limits.Limits`; `http`, the fields of
+            `minga.serving.front.Address`; `models`, the arguments of `ModelRepository`; `grpc`,
+            as `http`, or None; and `protection`, the fields of
+            `minga.inference.access.Protection`. `monitor`, those of `MonitorConfig`, may be left
+            out.
     """
-    ingress = serve.ingress()(InferenceReplica)
-    replica = serve.deployment(name=DEPLOYMENT)(ingress)
-    protection = Protection(**options.get("protection", {}))
     given = options.get("monitor")
-    monitor = MonitorConfig.model_validate(given) if given else None
-    limits = Limits(**options["limits"])
-    return replica.bind(limits, options["models"], options["grpc"], protection, monitor=monitor)
+    return serve.deployment(name=DEPLOYMENT)(HostedReplica).bind(
+        Limits(**options["limits"]),
+        options["http"],
+        models=options["models"],
+        grpc=options["grpc"],
+        protection=Protection(**options.get("protection", {})),
+        monitor=MonitorConfig.model_validate(given) if given else None,
+    )
 
 
 def _observer(config: MonitorConfig | None) -> Observer | None:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from minga.inference.access import Protection
-from minga.inference.errors import AccessError
 from minga.inference.limits import Limits
 from minga.inference.monitor.keeper import Windows
 
@@ -116,11 +115,12 @@ class ServingConfig(BaseModel):
     `client_ca`, unless `allow_anonymous` says otherwise."""
 
     port: int = Field(8000, ge=0, le=65535)
-    """The port to listen on; 0 takes a free one."""
+    """The port to listen on; 0 takes a free one. Replicas on one machine share it: each connection
+    is one replica's, and ends after half a minute or so with an answer."""
 
     grpc_port: int | None = Field(None, ge=0, le=65535)
-    """The port to listen on for gRPC, at the same host; 0 takes a free one, and without one there
-    is no gRPC. Replicas on one machine share it: each connection is one replica's."""
+    """The port to listen on for gRPC, at the same host and in the same way; 0 takes a free one, and
+    without one there is no gRPC."""
 
     keys: str = ""
     """The file of API keys (`minga key create`); by default `.minga/keys.json`, if it is there
@@ -134,7 +134,7 @@ class ServingConfig(BaseModel):
 
     client_ca: str = ""
     """Who signs clients' certificates, PEM. One that it signed does for a key (mutual TLS), and
-    over gRPC is a must. With `--engine local` only."""
+    over gRPC is a must."""
 
     open_metrics: bool = False
     """Let `/metrics` be read without a key."""
@@ -146,8 +146,7 @@ class ServingConfig(BaseModel):
     """Processes that answer, each with all models."""
 
     max_replicas: int | None = Field(None, ge=1)
-    """Let the number of replicas follow the load, from `num_replicas` up to this many. Requests
-    over gRPC go past Ray Serve, so they do not count."""
+    """Let the number of replicas follow the load, from `num_replicas` up to this many."""
 
     target_ongoing_requests: float = Field(16.0, gt=0)
     """Requests that a replica should have in hand, on the mean: more of them start replicas, fewer
@@ -172,9 +171,6 @@ class ServingConfig(BaseModel):
     Models beyond are loaded when a request asks for them, and the least recently used leave; by
     default all stay."""
 
-    max_ongoing_requests: int = Field(128, ge=1)
-    """Requests that a replica takes at once; more wait in the proxy."""
-
     max_body_mb: float = Field(32.0, gt=0)
     """The longest request body, before and after decompression."""
 
@@ -188,13 +184,10 @@ class ServingConfig(BaseModel):
     many as can be are still answered in time. Requests faster than a millisecond do not queue in
     the replica, and are not refused."""
 
-    max_queued_requests: int | None = Field(None, ge=0)
-    """Requests that may wait in the proxy until a replica takes them; more are refused (503). By
-    default `max_ongoing_requests` where there is an objective, else any number."""
-
     model_control: bool = False
-    """Let callers load and unload models (`/v2/repository`), in all replicas at once. Anyone who
-    reaches the port may then take a model away."""
+    """Let callers load and unload models (`/v2/repository`), in all replicas at once. Where there
+    are keys this takes an operator's; without keys whoever reaches the port may take a model
+    away."""
 
     alias: str = Field("champion", min_length=1)
     """Which registered version is served: the one with this alias."""
@@ -209,11 +202,6 @@ class ServingConfig(BaseModel):
         default_factory=lambda: ComparisonConfig.model_validate({})
     )
     """How two versions of a model are compared on its traffic."""
-
-    fast_ingress: bool = False
-    """Let HAProxy take the requests instead of Ray Serve's Python proxy, which answers many times
-    more of them. Off by default: HAProxy's statistics and metrics then listen on every interface
-    without authentication, on free ports, and cannot be bound to 127.0.0.1."""
 
     monitor: MonitorConfig = Field(default_factory=lambda: MonitorConfig.model_validate({}))
 
@@ -259,23 +247,6 @@ class ServingConfig(BaseModel):
             open_metrics=self.open_metrics,
             allow_anonymous=self.allow_anonymous,
         )
-
-    def require_protected_on_ray(self) -> None:
-        """Check that callers are known where they have to be, and that Ray Serve can do its part.
-
-        Raises:
-            AccessError: it would not be so.
-        """
-        self.protection.check(self.host)
-        if self.client_ca:
-            raise AccessError(
-                "Ray Serve's proxy asks for no client certificates: use API keys, or --engine local"
-            )
-        if self.fast_ingress and self.tls_certificate:
-            raise AccessError(
-                "HAProxy as Ray Serve sets it up speaks no TLS: set fast_ingress = false, or let "
-                "a proxy in front end TLS and set no tls_certificate"
-            )
 
     @property
     def limits(self) -> Limits:

@@ -8,13 +8,16 @@ Call from a thread that runs no event loop; Ray must be initialised.
 """
 
 import logging
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Final
 
 import httpx
+import ray
 from ray import serve
 from ray.serve.context import _get_global_client  # no public way to deploy a schema in-process
 from ray.serve.schema import ServeDeploySchema
@@ -22,16 +25,19 @@ from ray.serve.schema import ServeDeploySchema
 from minga.inference.client import InferenceClient
 from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
-from minga.inference.server import listen, url_host
+from minga.inference.server import is_everywhere, listen, take_port, url_host
 from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
 from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError, VersionRefusedError
 from minga.serving.monitor_actor import end_actor
 from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
+from minga.serving.scaling import POLICY
 
 _POLL_S: Final = 0.1
 _START_TIMEOUT_S: Final = 120
+_MAX_QUESTIONS: Final = 32  # of the host to one replica, at once
+_NO_PROXY: Final = "Disabled"
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -39,20 +45,25 @@ class ServeHost:
     """The running application. Made by `start`.
 
     Args:
-        config: how to serve.
-        port: the port that is listened on.
-        grpc_port: the port that is listened on for gRPC; None means there is no gRPC.
+        config: how to serve, with ports that are not 0.
+        claims: hold the ports on this machine, for replicas that start later.
     """
 
-    def __init__(self, config: ServingConfig, port: int, grpc_port: int | None = None) -> None:
-        self._config = config.model_copy(update={"port": port, "grpc_port": grpc_port})
+    def __init__(self, config: ServingConfig, claims: ExitStack) -> None:
+        self._config = config
+        self._claims = claims
+        self._reached_at = url_host(config.host)
         self._deploying = threading.Lock()
 
     @property
     def url(self) -> str:
-        """Where clients on this machine reach the models."""
+        """Where clients on this machine reach the models.
+
+        Where replicas listen on all interfaces of a cluster's machines and none is on this one,
+        it is another machine with a replica.
+        """
         scheme = "https" if self._config.tls_certificate else "http"
-        return f"{scheme}://{url_host(self._config.host)}:{self._config.port}"
+        return f"{scheme}://{self._reached_at}:{self._config.port}"
 
     @property
     def grpc_url(self) -> str | None:
@@ -60,7 +71,7 @@ class ServeHost:
         if self._config.grpc_port is None:
             return None
         scheme = "grpcs" if self._config.tls_certificate else "grpc"
-        return f"{scheme}://{url_host(self._config.host)}:{self._config.grpc_port}"
+        return f"{scheme}://{self._reached_at}:{self._config.grpc_port}"
 
     def deploy(self, refs: Sequence[ModelRef], comparisons: Sequence[Comparison] = ()) -> None:
         """Serve exactly these versions on every replica, without failing a request.
@@ -96,20 +107,21 @@ class ServeHost:
         return self._ask_all("counts")
 
     def wait_ready(self, timeout_s: float = 30) -> None:
-        """Wait until a request through the front door is answered by a model.
+        """Wait until a request is answered by a model.
 
         Raises:
             HostError: it is not within the time.
         """
         # Nothing is sent that is secret, and the certificate need not name this machine.
         transport = httpx.HTTPTransport(verify=False)
+        self._reached_at = self._find_replica()
         with InferenceClient(self.url, timeout_s=timeout_s, transport=transport) as client:
             self._wait(client.ready, timeout_s, f"no model answers at {self.url}")
 
     def drain(self) -> None:
         """Finish the requests in flight and end the replicas; Ray Serve ends with its Ray."""
         serve.delete(APPLICATION)
-        end_actor()
+        self._let_go()
 
     def stop(self) -> None:
         """Finish the requests in flight, then stop Ray Serve and free its port; Ray goes on.
@@ -118,17 +130,30 @@ class ServeHost:
         is shut down next, `drain` does the same in silence.
         """
         serve.shutdown()
+        self._let_go()
+
+    def _let_go(self) -> None:
         end_actor()
+        self._claims.close()
+
+    def _find_replica(self) -> str:
+        """Give the address of a machine with a replica: this one's, if it has one."""
+        if not is_everywhere(self._config.host):
+            return self._reached_at
+        nodes = self._ask_all("node")
+        return url_host(self._config.host if _this_node() in nodes else nodes[0])
 
     def _launch(self) -> None:
         """Bring up replicas that serve nothing yet."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options=_http_options(self._config), logging_config=_QUIET)
+        serve.start(proxy_location=_NO_PROXY, logging_config=_QUIET)
         self._declare(user_config([]))
         self._wait(self._is_running, _START_TIMEOUT_S, "the replicas do not start")
 
     def _declare(self, config: UserConfig) -> None:
-        schema = {"applications": [application_schema(self._config, config)]}
+        schema = {
+            "applications": [application_schema(self._config, config, _placement(self._config))]
+        }
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(schema))
 
     def _is_running(self) -> bool:
@@ -165,16 +190,19 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
             `ServeHost.deploy` follow.
 
     Raises:
-        AccessError: it would not be protected as it has to be, or as Ray Serve can.
+        AccessError: it would not be protected as it has to be.
         PortInUseError: the port is taken.
         VersionRefusedError: one of the versions cannot be loaded.
         HostError: the replicas do not start.
     """
-    config.require_protected_on_ray()
-    grpc_port = config.grpc_port
-    if grpc_port is not None:
-        grpc_port = claim_port(config.host, grpc_port)
-    host = ServeHost(config, claim_port(config.host, config.port), grpc_port)
+    config.protection.check(config.host)
+    with ExitStack() as claims:
+        chosen: dict[str, int] = {}
+        for name in ("port", "grpc_port"):
+            if (wanted := getattr(config, name)) is not None:
+                claim = claims.enter_context(claim_port(config.host, wanted))
+                chosen[name] = claim.getsockname()[1]
+        host = ServeHost(config.model_copy(update=chosen), claims.pop_all())
     try:
         host._launch()
         if refs:
@@ -185,25 +213,34 @@ def start(config: ServingConfig, refs: Sequence[ModelRef]) -> ServeHost:
     return host
 
 
-def claim_port(host: str, port: int) -> int:
-    """Check that the port can be listened on, and choose one if any will do.
+def claim_port(host: str, port: int) -> socket.socket:
+    """Hold a port for replicas, which share it with who holds it; choose one if any will do.
 
     Raises:
         PortInUseError: the port is taken.
     """
-    with listen(host, port) as probe:
-        claimed: int = probe.getsockname()[1]
-    return claimed
+    with listen(host, port) as probe:  # a port that others share is none of ours
+        number = probe.getsockname()[1]
+    return take_port(host, number, shared=True)
 
 
-def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, Any]:
-    """Write the application as an entry of a Serve config file."""
+def application_schema(
+    config: ServingConfig, models: UserConfig, resources: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Write the application as an entry of a Serve config file.
+
+    Args:
+        config: how to serve.
+        models: what to serve.
+        resources: what else than processors each replica needs of its machine.
+    """
     return {
         "name": APPLICATION,
-        "route_prefix": "/",
+        "route_prefix": None,  # nothing of it goes through Ray Serve's proxy
         "import_path": IMPORT_PATH,
         "args": {
             "limits": asdict(config.limits),
+            "http": {"host": config.host, "port": config.port},
             "models": config.models,
             "grpc": _grpc_address(config),
             "protection": asdict(config.protection),
@@ -213,11 +250,14 @@ def application_schema(config: ServingConfig, models: UserConfig) -> dict[str, A
             {
                 "name": DEPLOYMENT,
                 **_scale(config),
-                "max_ongoing_requests": config.max_ongoing_requests,
-                "max_queued_requests": _max_queued(config),
+                "max_ongoing_requests": _MAX_QUESTIONS,
+                "graceful_shutdown_wait_loop_s": _POLL_S,
                 # A replica that is replaced at all is replaced by one that runs already.
                 "max_surge_percent": 100,
-                "ray_actor_options": {"num_cpus": config.cpus_per_replica},
+                "ray_actor_options": {
+                    "num_cpus": config.cpus_per_replica,
+                    **({"resources": dict(resources)} if resources else {}),
+                },
                 "logging_config": _QUIET,
                 "user_config": models,
             }
@@ -233,28 +273,27 @@ def serve_config(config: ServingConfig, refs: Sequence[ModelRef]) -> dict[str, A
         refs: what to serve, at paths that every node of the cluster can read.
 
     Raises:
-        AccessError: it would not be protected as it has to be, or as Ray Serve can.
+        AccessError: it would not be protected as it has to be.
     """
-    config.require_protected_on_ray()
+    config.protection.check(config.host)
     return {
-        "http_options": _http_options(config),
+        "proxy_location": _NO_PROXY,
         "logging_config": _QUIET,
         "applications": [application_schema(config, user_config(refs))],
     }
 
 
-def _http_options(config: ServingConfig) -> dict[str, Any]:
-    """Say where the proxy listens, and with which certificate."""
-    options: dict[str, Any] = {"host": config.host, "port": config.port}
-    if config.tls_certificate:
-        options |= {"ssl_certfile": config.tls_certificate, "ssl_keyfile": config.tls_key}
-    return options
+def _placement(config: ServingConfig) -> dict[str, float]:
+    """Keep replicas on this machine where they listen at an address of its own.
+
+    Ray gives each machine a resource by its address; a thousandth of it is enough to be there.
+    """
+    return {} if is_everywhere(config.host) else {f"node:{_this_node()}": 0.001}
 
 
-def _max_queued(config: ServingConfig) -> int:
-    if config.max_queued_requests is not None:
-        return config.max_queued_requests
-    return -1 if config.objective_ms is None else config.max_ongoing_requests
+def _this_node() -> str:
+    address: str = ray.util.get_node_ip_address()
+    return address
 
 
 def _scale(config: ServingConfig) -> dict[str, Any]:
@@ -265,6 +304,7 @@ def _scale(config: ServingConfig) -> dict[str, Any]:
         "autoscaling_config": {
             "min_replicas": config.num_replicas,
             "max_replicas": config.max_replicas,
+            "policy": {"policy_function": POLICY},
             "target_ongoing_requests": config.target_ongoing_requests,
             "upscale_delay_s": config.upscale_delay_s,
             "downscale_delay_s": config.downscale_delay_s,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minga.federation.durable import PRIVATE, replace_file
 from minga.inference.errors import AccessError
-from minga.inference.keys import KeyRecord, KeyRing, Role, new_key
+from minga.inference.keys import MAX_NAME_LENGTH, KeyRecord, KeyRing, Role, new_key
 
 
 class KeyStore:
@@ -50,8 +50,13 @@ class KeyStore:
             The key, which is kept nowhere, and its record.
 
         Raises:
-            AccessError: the name is taken, or the file cannot be read or written.
+            AccessError: the name is none or is taken, or the file cannot be read or written.
         """
+        if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+            raise AccessError(
+                f"{name!r:.120} is no name for a key: write 1 to {MAX_NAME_LENGTH} printable "
+                "characters"
+            )
         with self._changing() as ring:
             now = self._now()
             if any(one.name == name and one.state(now) == "valid" for one in ring.keys):

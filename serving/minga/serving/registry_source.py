@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 # MLflow reads these when it is imported: send nothing anywhere, and give up on a registry
 # that is away within seconds, for the watcher asks again anyway.
@@ -33,6 +32,7 @@ from mlflow.utils import get_results_from_paginated_fn
 from sqlalchemy.exc import SQLAlchemyError
 
 from minga.inference.engine import ModelRef
+from minga.inference.uris import local_path, redacted, scrubbed
 from minga.serving.book import RegistryBook
 from minga.serving.errors import NoChampionError, RegistryUnreachableError, ServingError
 
@@ -189,7 +189,7 @@ class RegistrySource:
         return means if all(map(math.isfinite, means)) else ()
 
     def _fetch(self, found: Any, file: str) -> Path:
-        folder = _local_path(found.source)
+        folder = local_path(found.source)
         if folder is not None:
             return folder / file
         target = self._downloads / found.name / str(found.version)
@@ -204,7 +204,8 @@ class RegistrySource:
     def _unreachable(self, error: Exception) -> RegistryUnreachableError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return RegistryUnreachableError(
-            f"the model registry at {self._uri} does not answer ({reason}): "
+            f"the model registry at {redacted(self._uri)} does not answer "
+            f"({scrubbed(reason, self._uri)}): "
             "is MINGA_TRACKING_URI right, and is its server up?"
         )
 
@@ -236,11 +237,3 @@ def parse_pins(words: Iterable[str]) -> dict[str, str | None]:
 def _sqlite_file(uri: str) -> Path | None:
     prefix = "sqlite:///"
     return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) else None
-
-
-def _local_path(uri: str) -> Path | None:
-    """Give the path behind a file URI or a bare path; None if it is somewhere else."""
-    parsed = urlsplit(uri)
-    if parsed.scheme == "file":
-        return Path(unquote(parsed.path))
-    return None if parsed.scheme else Path(uri)

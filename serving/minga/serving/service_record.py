@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from minga.inference.engine import ModelRef
+from minga.inference.uris import scrubbed
 
 EXPERIMENT: Final = "minga-serving"
 SEEN_EVERY_S: Final = 60.0
@@ -130,7 +131,8 @@ class ServiceRecord:
             write()
         except _ERRORS as error:
             if not self._is_complaining:
-                _LOG.warning("the record of what is served cannot be written: %s", error)
+                reason = scrubbed(str(error), self._uri)
+                _LOG.warning("the record of what is served cannot be written: %s", reason)
             self._is_complaining = True
         else:
             self._is_complaining = False

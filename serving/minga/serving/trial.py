@@ -11,18 +11,19 @@ import sys
 
 from minga.inference.engine import ModelRef
 from minga.inference.limits import Limits
-from minga.inference.trial import serve_on_trial
+from minga.inference.trial import until_released
 from minga.serving.application import InferenceReplica, user_config
 
 
 async def _try(path: str, name: str, sha256: str) -> str | None:
     """Serve the model; give the reason if the replica refuses it."""
-    replica = InferenceReplica(Limits(num_threads=1))
+    replica = InferenceReplica(Limits(num_threads=1), {"host": "127.0.0.1", "port": 0})
     wanted = user_config([ModelRef(name=name, version="trial", path=path, sha256=sha256)])
     refusal = await replica.prepare(wanted)
     if refusal is None:
         await replica.reconfigure(wanted)
-        await serve_on_trial(replica.__serve_build_asgi_app__())
+        await until_released(replica.url)
+        await replica.end()
     return refusal
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from minga.federation import transport
 from minga.federation.identity import Identity, Role
+from minga.federation.transfer import BlobStub
 from minga.federation.transport import open_channel
-from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from tests.federation.blobs.depot import Depot
 
 Issue = Callable[..., Identity]
@@ -118,7 +118,7 @@ async def connect(
 
     def open_stub(address: str, name: str = "press-7", role: Role = Role.DEVICE) -> Any:
         channels.append(open_channel(address, issue(name, role)))
-        return pb_grpc.BlobServiceStub(channels[-1])
+        return BlobStub(channels[-1])
 
     yield open_stub
     for channel in channels:

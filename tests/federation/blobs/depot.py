@@ -9,7 +9,6 @@ from minga.federation.coordinator.blob_service import BlobServicer
 from minga.federation.errors import PeerError
 from minga.federation.identity import Principal
 from minga.federation.limits import MIB
-from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
 
 class Depot:
@@ -50,4 +49,4 @@ class Depot:
             on_transfer=self.on_transfer,
             on_refused=self.on_refused,
         )
-        pb_grpc.add_BlobServiceServicer_to_server(servicer, server)
+        servicer.add_to(server)

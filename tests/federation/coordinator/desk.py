@@ -30,7 +30,7 @@ from minga.federation.device.queries import NO_QUERIES
 from minga.federation.device.trainer_process import TrainedUpdate
 from minga.federation.errors import FederationError, PeerError, StorageError, UnreachableError
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
-from minga.federation.parameters import Parameters, from_bytes, read_layout, read_tensors, to_bytes
+from minga.federation.parameters import ParameterFile, Parameters, from_bytes, read_layout, to_bytes
 from minga.federation.trainer import TrainingConfig
 from minga.federation.v1 import federation_pb2 as pb
 
@@ -136,7 +136,7 @@ class StepTrainer:
 
     async def evaluate(self, model: Path, config: TrainingConfig) -> dict[str, float]:
         await self.gate.wait()
-        mean = float(np.mean([value.mean() for value in read_tensors(model)]))
+        mean = float(np.mean([value.mean() for value in ParameterFile.open(model).tensors()]))
         return {"mean": mean, "step": self.step, "num_examples": self.num_examples}
 
 

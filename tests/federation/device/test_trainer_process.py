@@ -44,6 +44,16 @@ async def test_fit_in_child(trainer: TrainerProcess) -> None:
     np.testing.assert_array_equal(update.delta["w"], np.full((2, 3), 0.25, np.float32))
 
 
+async def test_options_are_on_no_command_line() -> None:
+    """A source may hold a password, and every user of a machine reads its command lines."""
+    process = TrainerProcess("constant_trainer:make", {"step": 0.25, "source": "db://a:hush@b"})
+    await process.num_examples()
+    command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    await process.close()
+    assert b"constant_trainer:make" in command
+    assert b"hush" not in command
+
+
 async def test_fit_from_a_file(trainer: TrainerProcess, tmp_path: Path) -> None:
     """The child reads a model from a file, and may write into what it was given."""
     model = tmp_path / "model.safetensors"

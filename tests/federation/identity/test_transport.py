@@ -22,8 +22,10 @@ from minga.federation.errors import (
     UnreachableError,
 )
 from minga.federation.identity import Identity
-from minga.federation.limits import MAX_ERROR_MESSAGE_CHARS, MAX_MESSAGE_BYTES
+from minga.federation.limits import MAX_ERROR_MESSAGE_CHARS, MAX_MESSAGE_BYTES, MAX_STREAMS
 from minga.federation.transport import (
+    ENROLMENT_SERVER_OPTIONS,
+    SERVER_OPTIONS,
     WIRE_ERRORS,
     calling,
     open_channel,
@@ -36,6 +38,36 @@ from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
 Issue = Callable[..., Identity]
 Serve = Callable[..., Awaitable[str]]
+
+
+@pytest.mark.parametrize("options", [SERVER_OPTIONS, ENROLMENT_SERVER_OPTIONS])
+async def test_one_connection_has_so_many_calls_at_once(options: Any) -> None:
+    """Who opens streams without an end has a few served; the others wait, or are refused."""
+    served, release = 0, asyncio.Event()
+
+    async def wait(request: bytes, context: Any) -> bytes:
+        nonlocal served
+        served += 1
+        await release.wait()
+        return request
+
+    methods = {"Wait": grpc.unary_unary_rpc_method_handler(wait)}
+    server = grpc.aio.server(options=options)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ask = channel.unary_unary("/test/Wait")
+        calls = [asyncio.ensure_future(ask(b"x")) for _ in range(MAX_STREAMS + 20)]
+        async with asyncio.timeout(10):
+            while served < MAX_STREAMS:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # for more, if there were any
+        assert served == MAX_STREAMS
+        release.set()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    await server.stop(None)
+    assert answers.count(b"x") >= MAX_STREAMS
 
 
 class ReplayError(PeerError):

@@ -148,6 +148,18 @@ def test_too_many_rows_are_thinned_out(model, tmp_path, monkeypatch):
     assert (observer.observed.rows, observer.observed.skipped) == (1000, 3000)
 
 
+def test_one_request_does_not_fill_the_store(model, tmp_path, monkeypatch):
+    """Of a request with an id and any number of rows no more answers are kept than of many."""
+    monkeypatch.setattr(observing, "MAX_PREDICTIONS", 50)
+    with Keeper(tmp_path) as keeper:
+        observer = Observer(keeper)
+        for number, num_rows in enumerate((40, 1000, 10)):
+            table = rows(num_rows, number)
+            observer.observe(model, {"input": table}, {"output": logits(table)}, f"r{number}")
+        observer.flush()
+    assert Store(tmp_path).count_predictions("yes-or-no") == 50
+
+
 def test_a_sink_that_fails_loses_nothing(model, tmp_path, caplog):
     """While the store does not take it, counts add up; then they are all there, told once."""
     table = rows(100, 1)

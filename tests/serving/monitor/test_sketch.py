@@ -134,6 +134,8 @@ def test_tables_of_text_are_read_as_their_model_reads_them():
         "no JSON",
         '{"layout": 9, "num_held_out": 1, "columns": []}',
         '{"layout": 1, "columns": []}',
+        '{"layout": 1, "num_held_out": 1e999, "columns": []}',
+        "[" * 100_000,
         '{"layout": 1, "num_held_out": 1, "columns": [{"role": "input", "name": "x", '
         '"edges": [1, 0], "shares": [0.2, 0.3, 0.5], "num_examples": 5}]}',
         '{"layout": 1, "num_held_out": 1, "columns": [{"role": "input", "name": "x", '
@@ -141,6 +143,7 @@ def test_tables_of_text_are_read_as_their_model_reads_them():
         '{"layout": 1, "num_held_out": 1, "columns": [], "answers": {"kind": "yes-no", '
         '"rates": [0.5]}}',
     ],
+    ids=range(8),
 )
 def test_broken_references_are_refused(broken):
     """What is no reference is refused with a reason, and a model with one is just not watched."""

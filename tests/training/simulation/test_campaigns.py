@@ -1,5 +1,6 @@
 """Campaigns on virtual devices."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,12 @@ from minga.federation.planning import campaign_plan
 from minga.federation.v1 import federation_pb2 as pb
 from minga.training.network import build_network, parameters_of
 from minga.training.simulation.config import ColumnTable, EqualTable, SourcesTable
+from minga.training.simulation.effort import is_worth_dividing, operations_of_round
+from minga.training.simulation.lesson import Way
+from minga.training.simulation.partition import populate
 from minga.training.simulation.simulate import simulate
 from tests.federation.fleet import Fleet
-from tests.training.simulation.conftest import TASKS
+from tests.training.simulation.conftest import TASKS, reference_to
 
 
 def values_of(simulated):
@@ -164,6 +168,34 @@ def test_devices_measure_on_their_own_data(simulation):
     )
     for record in done.history:
         assert record["devices_accuracy"] == pytest.approx(record["accuracy"], abs=0.02)
+
+
+def test_small_rounds_are_not_divided(simulation):
+    """Left to itself a simulation of small networks starts no Ray, and says how it trained."""
+    entered: list[bool] = []
+
+    @contextmanager
+    def ray():
+        entered.append(True)
+        yield
+
+    played = simulation()
+    config = played.config.model_copy(update={"workers": 0})
+    done = simulate(replace(played, config=config), reference=reference_to("Dense"), ray=ray)
+    assert (done.num_workers, done.way, entered) == (1, Way.DESCENT, [])
+
+
+def test_work_of_a_round_is_counted(simulation):
+    """A forward pass takes two operations for each weight, and a step three times as many."""
+    played = simulation(partition=EqualTable(devices=12))
+    population = populate(played.task, played.splits, played.config.partition, seed=0)
+    network = build_network(played.task, played.task.defaults, played.splits.train, seed=0)
+    forward, examples = 2 * (6 * 12 + 12 * 3), 240 / 12
+    found = operations_of_round(network, population, cohort=6, epochs=2)
+    assert found == 3 * forward * examples * 6 * 2
+    assert not is_worth_dividing(found, update_bytes=4 * 6 * 123)
+    assert is_worth_dividing(10_000 * found, update_bytes=4 * 6 * 123)
+    assert not is_worth_dividing(10_000 * found, update_bytes=1e9)
 
 
 def test_caller_may_end_it(simulation):

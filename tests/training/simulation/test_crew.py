@@ -50,12 +50,15 @@ def test_workers_share_devices(crew):
     assert workers.evaluate(devices, lesson) == alone.evaluate(devices, lesson)
 
 
-def test_campaign_on_ray(ray_cluster, simulation):
+@pytest.mark.parametrize("workers", [2, 0])
+def test_campaign_on_ray(ray_cluster, simulation, monkeypatch, workers):
     """A campaign over two workers comes to the model of one process, up to rounding."""
+    monkeypatch.setattr("minga.training.simulation.effort.OPERATIONS_PER_S", 1.0)
     played = simulation(num_rounds=3)
     here = simulate(played)
-    config = played.config.model_copy(update={"workers": 2})
+    config = played.config.model_copy(update={"workers": workers})
     there = simulate(replace(played, config=config), reference=reference_to("Dense"))
+    assert (here.num_workers, there.num_workers >= 2) == (1, True)
     values = [Layout.of(one.parameters).flatten(one.parameters) for one in (here, there)]
     np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5)
     assert [r["devices"] for r in here.history] == [r["devices"] for r in there.history]

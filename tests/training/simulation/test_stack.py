@@ -9,7 +9,7 @@ from minga.training.simulation import outer
 from minga.training.simulation.config import DirichletTable
 from minga.training.simulation.crew import Worker
 from minga.training.simulation.device import OneByOne
-from minga.training.simulation.lesson import Lesson
+from minga.training.simulation.lesson import Lesson, Way
 from minga.training.simulation.partition import populate
 from minga.training.simulation.stack import Stack
 from tests.training.simulation.conftest import reference_to
@@ -84,12 +84,34 @@ def test_together_is_as_one_by_one(name, config):
     assert_same(*bench.both(bench.lesson(config)))
 
 
-@pytest.mark.parametrize("max_share", [0.0, 100.0])
+@pytest.mark.parametrize("max_share", [0.0, 4.0, 100.0])
 def test_missing_values_are_the_mean_with_and_without_weights(monkeypatch, max_share):
-    """Plain descent gives the same whether devices' weights are built or only their changes."""
+    """Plain descent gives the same whether weights are built always, now and then, or never."""
     monkeypatch.setattr(outer, "MAX_SHARE", max_share)
     bench = Bench("Gaps")
     assert_same(*bench.both(bench.lesson({"epochs": 2, "max_grad_norm": 0.5})))
+
+
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        ({"epochs": 2}, Way.DESCENT),
+        ({"max_grad_norm": 0.05}, Way.DESCENT),
+        ({"momentum": 0.9}, Way.DENSE),
+        ({"proximal_mu": 0.5}, Way.DENSE),
+    ],
+    ids=str,
+)
+def test_short_cuts_lead_where_any_network_goes(config, way):
+    """Dense layers take a faster way than a network that nothing is known of, to the same end."""
+    shorter, longer = Bench("Dense"), Bench("Disguised")
+    lesson = shorter.lesson(config)
+    found, right = (
+        Stack(one.task, one.network, one.population).fit(DEVICES, lesson)
+        for one in (shorter, longer)
+    )
+    assert (found.way, right.way) == (way, Way.FUNCTIONAL)
+    assert_same(found, right)
 
 
 @pytest.mark.parametrize("name", ["Dense", "Convolution"])

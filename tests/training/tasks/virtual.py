@@ -79,6 +79,17 @@ class Headed(Dense):
         return nn.Sequential(OrderedDict(body=body, head=nn.Linear(12, 3)))
 
 
+class Chain(nn.Sequential):
+    """May compute anything, for all that one can see from outside."""
+
+
+class Disguised(Dense):
+    """Is a chain of dense layers, of a kind of its own."""
+
+    def model(self, params):
+        return Chain(*super().model(params))
+
+
 class Convolution(Dense):
     """Is no chain of dense layers."""
 

@@ -44,7 +44,9 @@ class Card(Document):
             "## Training data\n\n" + self._data(),
             "## Lineage\n\n" + _lineage(lineage),
         )
-        return f"---\n{head}---\n\n" + "\n\n".join(sections) + "\n"
+        # Markdown lets HTML through, and a column may be called like a script.
+        body = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", "\n\n".join(sections))
+        return f"---\n{head}---\n\n{body}\n"
 
     def metadata(self) -> dict[str, Any]:
         """Give the head: tags, and the results as a Hugging Face `model-index`."""

@@ -4,11 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
-from minga.training.uris import redacted
+from minga.inference.uris import redacted
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-ColumnName = Annotated[str, Field(pattern=r"^[^,]+$")]
 Positive = Annotated[float, Field(gt=0)]
 
 

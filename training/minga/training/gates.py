@@ -4,6 +4,7 @@ Every gate leaves what it saw and what it wanted, passed or not; the verdict is 
 version. The numbers come from `minga.training.candidate`; here is only the judgement.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -158,13 +159,28 @@ def compare(
     gains = []
     for _ in range(config.num_resamples):
         candidate, champion = measure(generator.integers(num_examples, size=num_examples))
-        gains.append(objective.gain(candidate, champion))
-    # A resample without any positive example can have no value.
-    finite = np.asarray(gains)[np.isfinite(gains)]
-    tail = (1 - config.confidence) / 2
-    low, high = np.quantile(finite, [tail, 1 - tail]) if len(finite) else (-np.inf, np.inf)
-    candidate, champion = measure(np.arange(num_examples))
-    return Difference(gain=objective.gain(candidate, champion), low=float(low), high=float(high))
+        gains.append(_gain(candidate, champion, objective))
+    # A resample without any positive example can have no value, whatever the model.
+    known = sorted(gain for gain in gains if not math.isnan(gain))
+    gain = _gain(*measure(np.arange(num_examples)), objective)
+    if not known or math.isnan(gain):
+        return Difference(gain=gain, low=-math.inf, high=math.inf)
+    outside = math.floor((1 - config.confidence) / 2 * (len(known) - 1))
+    return Difference(gain=gain, low=known[outside], high=known[-1 - outside])
+
+
+def _gain(candidate: float, champion: float, objective: Objective) -> float:
+    """Give how much better a candidate is; not a number if neither has a value.
+
+    A candidate that alone has none, or an infinite loss, is worse without bounds. Were such
+    resamples left out, it would be judged by those that hold none of its worst examples.
+    """
+    if candidate == champion:  # both may be infinite
+        return 0.0
+    gain = objective.gain(candidate, champion)
+    if math.isnan(gain) and not (math.isnan(candidate) and math.isnan(champion)):
+        return -math.inf if math.isnan(candidate) else math.inf
+    return gain
 
 
 def _floors(evidence: Evidence, config: GateConfig, objective: Objective) -> tuple[Gate, ...]:
@@ -189,6 +205,8 @@ def _floor(name: str, seen: float | None, goal: float, objective: Objective) -> 
 def _regression(evidence: Evidence, config: GateConfig, objective: Objective) -> Gate:
     name = f"{objective.metric} against champion"
     goal = f"interval above -{config.max_regression:g}"
+    if math.isnan(evidence.metrics[objective.metric]):  # so it is no better than anything
+        return Gate(name=name, passed=False, seen="the metric is no number", goal=goal)
     if evidence.champion is None:
         return Gate(name=name, passed=True, seen="no champion yet", goal=goal)
     if evidence.difference is None:

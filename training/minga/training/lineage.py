@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -72,6 +73,8 @@ class Lineage(Document):
     num_examples: int
     code: Code
     environment: Environment
+    settings_sha256: str = ""
+    """Of the settings that the run keeps; empty in versions that knew none."""
     parent_version: int | None = None
     campaign: Campaign | None = None
     created_at: str
@@ -90,6 +93,7 @@ def trace(
     data_digest: str,
     data_versions: tuple[DataVersion, ...] = (),
     num_examples: int,
+    settings_sha256: str = "",
     parent_version: int | None = None,
     campaign: Campaign | None = None,
 ) -> Lineage:
@@ -104,12 +108,19 @@ def trace(
         data_digest=data_digest,
         data_versions=data_versions,
         num_examples=num_examples,
+        settings_sha256=settings_sha256,
         code=code_of(reference),
         environment=environment_of(reference.root),
         parent_version=parent_version,
         campaign=campaign,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def digest_of_settings(settings: dict[str, Any]) -> str:
+    """Name settings that a run keeps by a SHA-256; empty if it keeps none."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest() if settings else ""
 
 
 def code_of(reference: TaskReference) -> Code:

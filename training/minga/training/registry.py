@@ -3,18 +3,18 @@
 A version's files are never changed. What it carries is in `minga.training.bundle`. The tag
 `minga.blessed` tells listings what its gates said; promotion believes the signed verdict alone.
 The aliases `champion` and `challenger` say which is used; how the first moves is in
-`minga.training.promotions`.
+`minga.training.promotions`, and who may follow whom in `minga.training.succession`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlparse
 
 from mlflow.exceptions import MlflowException
 from mlflow.utils import get_results_from_paginated_fn
 
+from minga.inference.uris import local_path
 from minga.training.approvals import (
     Approval,
     Approvals,
@@ -24,11 +24,12 @@ from minga.training.approvals import (
     sign_approval,
 )
 from minga.training.bundle import Digests, read_authors, read_verdict
-from minga.training.errors import ConflictError, GateError, RegistryError
+from minga.training.errors import GateError, RegistryError
 from minga.training.progress import OnProgress, silent
 from minga.training.promotions import SUFFIX, Decision, Kind, Ledger, who_and_when
 from minga.training.services import Service, services_of
 from minga.training.signing import Keyring
+from minga.training.succession import last_promotion, require_current, require_same_files
 from minga.training.tracking import connect
 
 Alias = Literal["champion", "challenger"]
@@ -92,6 +93,19 @@ class Registry:
             _PAGE,
         )
         return tuple(sorted(model.name for model in models if not model.name.endswith(SUFFIX)))
+
+    def only_name(self, name: str = "") -> str:
+        """Give the model that is meant: the one that is named, or the only one there is.
+
+        Raises:
+            RegistryError: no name is given, and there is none, or there are several.
+        """
+        names = (name,) if name else self.names()
+        if not names:
+            raise RegistryError("no model is registered yet; make one with: minga run")
+        if len(names) > 1:
+            raise RegistryError(f"there are several models, {', '.join(names)}: name one")
+        return names[0]
 
     def register(
         self, name: str, bundle: Path, *, run_id: str, blessed: bool, tags: dict[str, str]
@@ -241,9 +255,10 @@ class Registry:
         require_approvals(approved, self._policy, model=name, version=version.version)
         ledger = Ledger(self._client, name, self._keys())
         seen, history = ledger.entries(), ledger.decisions()
+        require_same_files(version, history)
         champion = self._champion(name, history)
         if not override:
-            _require_current(version, report.champion, champion, history)
+            require_current(version, report.champion, champion, history)
         decision = self._decision(version, champion, "promoted", override, approved.people)
         ledger.append(seen, decision, source=self._source(version), run_id=version.run_id)
         self._settle(name, ledger)
@@ -355,7 +370,7 @@ class Registry:
         """Give the champion: whom the alias names, or will name as soon as a promotion is done."""
         current = self.find(name, CHAMPION)
         number = current.version if current else None
-        last = _last_promotion(history)
+        last = last_promotion(history)
         if last is not None and number == last.champion_before:
             return last.version
         return number
@@ -367,7 +382,7 @@ class Registry:
         the alias was set leaves the last word to the ledger, whoever writes last.
         """
         settled = 0
-        while (last := _last_promotion(ledger.decisions())) and last.number != settled:
+        while (last := last_promotion(ledger.decisions())) and last.number != settled:
             self.set_alias(name, CHAMPION, last.version)
             settled = last.number
 
@@ -396,7 +411,7 @@ class Registry:
 
     def _folder(self, version: Version) -> Path:
         """Give where a version's files are on this machine, unchecked."""
-        folder = _local_path(self._source(version))
+        folder = local_path(self._source(version))
         return folder or Path(self._client.download_artifacts(version.run_id, ARTIFACT_PATH))
 
     def _tag(self, version: Version, key: str, value: str) -> None:
@@ -415,44 +430,6 @@ class Registry:
         except MlflowException as error:
             known = ", ".join(self.names()) or "none yet; make one with: minga run"
             raise RegistryError(f"no model {name!r} is registered; models: {known}") from error
-
-
-def retired(history: Iterable[Decision]) -> set[int]:
-    """Name the versions on which the last word was that they are retired."""
-    last = {one.version: one.kind for one in history}
-    return {version for version, kind in last.items() if kind == "retired"}
-
-
-def _last_promotion(history: Iterable[Decision]) -> Decision | None:
-    promoted = [one for one in history if one.kind == "promoted"]
-    return promoted[-1] if promoted else None
-
-
-def _require_current(
-    version: Version, judged: int | None, champion: int | None, history: tuple[Decision, ...]
-) -> None:
-    """Refuse what is retired, and what was judged against another champion than today's.
-
-    Raises:
-        GateError: it is retired.
-        ConflictError: somebody else promoted since it was judged.
-    """
-    number = version.version
-    if number in retired(history):
-        last = next(one for one in reversed(history) if one.version == number)
-        raise GateError(
-            f"{version.name} version {number} was retired by {last.by} at {last.at}: "
-            f"{last.reason}; promote it nevertheless with: --override REASON"
-        )
-    if champion in (judged, number) or any(one.version == number for one in history):
-        return
-    last_one = next((one for one in reversed(history) if one.version == champion), None)
-    since = f" (by {last_one.by} at {last_one.at})" if last_one else ""
-    against = f"against version {judged}" if judged else "when there was no champion"
-    raise ConflictError(
-        f"{version.name} version {number} was judged {against}, but version {champion} "
-        f"is champion now{since}; judge it anew with: minga model judge {number}"
-    )
 
 
 def _number(which: int | str, aliases: dict[str, str]) -> int | None:
@@ -480,11 +457,3 @@ def _version(item: Any, aliases: dict[str, str]) -> Version:
         ),
         tags=tags,
     )
-
-
-def _local_path(uri: str) -> Path | None:
-    """Give the path behind a file URI or a bare path; None if it is somewhere else."""
-    parsed = urlparse(uri)
-    if parsed.scheme == "file":
-        return Path(unquote(parsed.path))
-    return Path(uri) if not parsed.scheme else None

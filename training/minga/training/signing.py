@@ -94,7 +94,7 @@ class Keyring:
                 for one in parts["signatures"]
             }
             found = str(parts["payloadType"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise VerdictError(f"the signed statement cannot be read: {error!r}") from error
         if found != kind:
             raise VerdictError(f"the signed statement is a {found!r}, not a {kind!r}")

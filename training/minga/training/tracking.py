@@ -25,6 +25,8 @@ from minga.training.space import Params
 # to show.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# A server that is away is asked for half a minute; MLflow's own seven tries take four in silence.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
 
 import mlflow.onnx
 import onnx
@@ -34,9 +36,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from onnx.helper import tensor_dtype_to_np_dtype
+from sqlalchemy.exc import SQLAlchemyError
 
 for _noisy in ("alembic", "mlflow"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+REGISTRY_ERRORS = (MlflowException, SQLAlchemyError)
+"""What MLflow's client raises where its database or server does not answer as it should."""
 
 PARENT_TAG = "mlflow.parentRunId"
 
@@ -217,6 +223,15 @@ class Tracker:
         """Keep the resolved settings with a run, as its artifact `minga.json`."""
         self.client.log_dict(run_id, settings, SETTINGS)
 
+    def read_settings(self, run_id: str) -> dict[str, Any]:
+        """Read the settings that a run keeps; empty if it keeps none."""
+        kept = {artifact.path for artifact in self.client.list_artifacts(run_id)}
+        if SETTINGS not in kept:
+            return {}
+        file = self.client.download_artifacts(run_id, SETTINGS)
+        settings: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        return settings
+
     def read(self, run_id: str) -> Recorded:
         """Read what a run left behind."""
         run = self.client.get_run(run_id)
@@ -226,14 +241,9 @@ class Tracker:
                 for metric in self.client.get_metric_history(run_id, name):
                     record = records.setdefault(metric.step, {"epoch": float(metric.step)})
                     record[name] = metric.value
-        kept = {artifact.path for artifact in self.client.list_artifacts(run_id)}
-        settings: dict[str, Any] = {}
-        if SETTINGS in kept:
-            file = self.client.download_artifacts(run_id, SETTINGS)
-            settings = json.loads(Path(file).read_text(encoding="utf-8"))
         return Recorded(
             tags=run.data.tags,
-            settings=settings,
+            settings=self.read_settings(run_id),
             history=tuple(record for _, record in sorted(records.items())),
             metrics={
                 name.removeprefix(TEST): value

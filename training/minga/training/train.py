@@ -33,7 +33,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from minga.federation.parameters import Parameters
 from minga.training.config import TrainConfig
@@ -45,6 +45,7 @@ from minga.training.network import build_network, parameters_of
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Objective, Params
 from minga.training.task import Splits, Task, TaskReference
+from minga.training.trainers import trainer_class
 
 CHECKPOINT = "learner.pt"
 HISTORY = "history.json"
@@ -52,8 +53,8 @@ POLL_S = 0.3
 RESIZE_CHECK_S = 20.0
 """How often a shrunken training looks for machines that came back."""
 
-CHECKPOINT_SHARE = 0.03
-"""So much of the time may go into checkpoints."""
+CHECKPOINT_SHARE = 0.02
+"""So much of the time may go into checkpoints; what Ray does with them comes on top."""
 
 CHECKPOINT_EVERY_S = 30.0
 """But after so long the next epoch leaves one, whatever it takes."""
@@ -111,7 +112,7 @@ def train(
         KeyboardInterrupt: the user stopped it; its checkpoints are kept in `folder`.
     """
     use_gpu = _use_gpu(config)
-    trainer = TorchTrainer(
+    trainer = trainer_class(num_workers_vary=bool(config.min_workers))(
         _work,
         train_loop_config={
             "reference": reference,

@@ -15,22 +15,12 @@ import os
 import re
 from enum import StrEnum
 from typing import Annotated
-from urllib.parse import unquote
 
 from pydantic import AfterValidator
 
+from minga.inference.uris import PLACEHOLDER, redacted
 from minga.training.errors import DataError
 
-HIDDEN = "***"
-
-# A password may hold characters that should be escaped: up to the last @ before ? or #, else any @.
-_USER = re.compile(r"(?<=//)(?P<user>[^/?#@:]*):(?P<secret>[^?#\s]*|[^@\s]*)@")
-_QUERY = re.compile(
-    r"(?i)(?P<name>[?&;][^=&;#]*"
-    r"(?:password|passwd|pwd|secret|token|signature|sig|credential|key)[^=&;#]*=)"
-    r"(?P<secret>[^&;#]*)"
-)
-_PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 _DATABASES = frozenset(
     {"sqlite", "postgresql", "postgres", "mysql", "mariadb", "oracle", "mssql", "duckdb"}
 )
@@ -70,18 +60,6 @@ def kind_of(uri: str) -> Kind:
     )
 
 
-def redacted(uri: str) -> str:
-    """Cut passwords, keys and signatures out of a URI; placeholders stay."""
-
-    def hide(found: re.Match[str]) -> str:
-        secret = found["secret"]
-        if not secret or _PLACEHOLDER.fullmatch(secret):
-            return found[0]
-        return found[0].replace(secret, HIDDEN)
-
-    return _QUERY.sub(hide, _USER.sub(hide, uri))
-
-
 def expanded(uri: str) -> str:
     """Put the environment's values in place of `${NAME}`.
 
@@ -97,17 +75,7 @@ def expanded(uri: str) -> str:
             )
         return os.environ[found[1]]
 
-    return _PLACEHOLDER.sub(value, uri)
-
-
-def scrubbed(text: str, uri: str) -> str:
-    """Cut a URI's secrets, also those from the environment, out of what a driver says about it."""
-    filled = _PLACEHOLDER.sub(lambda found: os.environ.get(found[1], ""), uri)
-    for pattern in (_USER, _QUERY):
-        for found in pattern.finditer(filled):
-            for secret in {found["secret"], unquote(found["secret"])} - {""}:
-                text = text.replace(secret, HIDDEN)
-    return text
+    return PLACEHOLDER.sub(value, uri)
 
 
 PublicUri = Annotated[str, AfterValidator(redacted)]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
-from minga.training.uris import redacted
+from minga.inference.uris import redacted
 
 Seconds = Annotated[float, Field(ge=0)]
 

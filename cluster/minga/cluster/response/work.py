@@ -35,12 +35,12 @@ from minga.federation.operator import Operator, connect
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.v1 import federation_pb2 as pb
 from minga.inference.comparing import Mode
+from minga.inference.uris import redacted
 from minga.serving.book import Plan, Status, Story
 from minga.serving.errors import RegistryUnreachableError, ServingError
 from minga.serving.registry_source import RegistrySource
 from minga.training.registry import CHAMPION, Version
 from minga.training.space import is_network
-from minga.training.uris import redacted
 
 _log = logging.getLogger(__name__)
 

@@ -41,10 +41,9 @@ from minga.federation.coordinator.rounds import (
 )
 from minga.federation.errors import StorageError
 from minga.federation.parameters import (
+    ParameterFile,
     from_bytes,
-    read_blocks,
-    read_layout,
-    read_tensors,
+    read_parameters,
     to_bytes,
     to_pieces,
 )
@@ -257,18 +256,17 @@ def aggregate(
         if not isinstance(round_.order.work, Training):
             return measured(round_, uploads, optimizer_digest)
         blobs = uploads.blobs
-        model = blobs.path(round_.order.model_digest)
-        layout = read_layout(model)
-        state = _state(recipe.optimizer, blobs, optimizer_digest, layout.num_values)
+        model = ParameterFile.open(blobs.path(round_.order.model_digest))
+        state = _state(recipe.optimizer, blobs, optimizer_digest, model.layout.num_values)
         taken = take_step(
             round_,
             uploads,
             recipe,
-            model=read_blocks(model),
+            model=model.blocks(),
             state=state,
         )
         return SumComputed(
-            model_digest=blobs.put_bytes(*to_pieces(layout.unflatten(taken.values))),
+            model_digest=blobs.put_bytes(*to_pieces(model.layout.unflatten(taken.values))),
             total_weight=taken.total_weight,
             optimizer_digest=blobs.put_bytes(*to_pieces(state)) if state else b"",
             rejected=taken.rejected,
@@ -326,8 +324,7 @@ def _state(
     """Read what the optimiser kept, each vector as long as the model."""
     if not digest:
         return initial_state(optimizer, num_values)
-    path = blobs.path(digest)
-    return dict(zip(read_layout(path).names, read_tensors(path), strict=True))
+    return read_parameters(blobs.path(digest))
 
 
 def _private_mean(

@@ -5,16 +5,23 @@ blocks on the disk runs in threads, so that a large blob holds up nobody's contr
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+import os
+from collections.abc import AsyncIterator
+from typing import BinaryIO, Protocol
 
+import grpc
+
+from minga.federation import chunks
 from minga.federation.blobs import BlobStore
 from minga.federation.blobs import Upload as OpenUpload
+from minga.federation.chunks import Chunk
 from minga.federation.compression import Packer, unpack
 from minga.federation.coordinator.access import principal_of_call
 from minga.federation.errors import AccessError, PeerError
 from minga.federation.identity import Principal
 from minga.federation.interception import Context
+from minga.federation.limits import CHUNK_BYTES
+from minga.federation.transfer import SERVICE
 from minga.federation.transport import ACCEPTED_KEY
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
@@ -70,12 +77,29 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         self._on_transfer = on_transfer
         self._on_refused = on_refused
 
-    async def Upload(
-        self, request_iterator: AsyncIterator[pb.UploadRequest | None], context: Context
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve this on a server, with chunks that are not copied; see `chunks`."""
+        handlers = {
+            "Upload": grpc.stream_unary_rpc_method_handler(
+                self.Upload, chunks.read_upload, pb.UploadResponse.SerializeToString
+            ),
+            "GetUploadOffset": grpc.unary_unary_rpc_method_handler(
+                self.GetUploadOffset,
+                pb.GetUploadOffsetRequest.FromString,
+                pb.GetUploadOffsetResponse.SerializeToString,
+            ),
+            "Download": grpc.unary_stream_rpc_method_handler(
+                self.Download, pb.DownloadRequest.FromString, chunks.serialize
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    async def Upload(  # type: ignore[override] # chunks come as they are
+        self, request_iterator: AsyncIterator[Chunk | pb.UploadRequest | None], context: Context
     ) -> pb.UploadResponse:
         """Take a blob, from the offset that is here; a broken link leaves what came for later."""
         first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("part") != "header":
+        if not isinstance(first, pb.UploadRequest) or not first.HasField("header"):
             raise PeerError("an upload starts with its header")
         header = first.header
         principal = principal_of_call(context)
@@ -105,65 +129,69 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
             complete=self._blobs.has(request.digest),
         )
 
-    async def Download(
+    async def Download(  # type: ignore[override] # the bytes of its messages
         self, request: pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[pb.DownloadResponse]:
+    ) -> AsyncIterator[bytes]:
         """Give a blob from an offset on; of an empty rest comes one empty message."""
         principal = principal_of_call(context)
         if not self._may_download(principal, request.digest):
             raise AccessError(f"{principal} may not download blob {request.digest.hex()} now")
-        size = self._blobs.size(request.digest)
-        if request.offset > size:
-            raise PeerError(f"the blob has {size} bytes, none at offset {request.offset}")
-        chunks = self._blobs.chunks(request.digest, offset=request.offset)
-        packer = Packer() if request.takes_zstd else None
-        sent = 0
-        try:
-            response = await asyncio.to_thread(_next_response, chunks, size, packer)
-            while True:
-                yield response
-                sent += len(response.chunk or response.zstd_chunk)
-                response = await asyncio.to_thread(_next_response, chunks, size, packer)
-                if not (response.chunk or response.zstd_chunk):
-                    break
-        finally:
-            self._on_transfer(principal, received=0, sent=sent)
+        sent, packer = 0, Packer() if request.takes_zstd else None
+        with self._blobs.open(request.digest) as file:
+            size, offset = file.seek(0, os.SEEK_END), request.offset
+            if offset > size:
+                raise PeerError(f"the blob has {size} bytes, none at offset {offset}")
+            buffer = memoryview(bytearray(min(CHUNK_BYTES, size - offset)))
+            try:
+                while True:
+                    chunk = buffer[: await _read(file, offset, buffer)]
+                    frame = await asyncio.to_thread(packer.pack, chunk) if packer else None
+                    content = chunk if frame is None else frame
+                    yield chunks.download_response(content, size, is_packed=frame is not None)
+                    sent, offset = sent + len(content), offset + len(chunk)
+                    if offset >= size:
+                        break
+            finally:
+                self._on_transfer(principal, received=0, sent=sent)
 
     async def _receive(
         self,
         upload: OpenUpload,
         offset: int,
-        requests: AsyncIterator[pb.UploadRequest | None],
+        requests: AsyncIterator[Chunk | pb.UploadRequest | None],
         principal: Principal,
     ) -> None:
         """Take the chunks that follow a header, and finish."""
         received = 0
         try:
-            async for request in requests:
-                chunk = b"" if request is None else request.chunk  # each access copies
-                if chunk:
-                    received += len(chunk)
-                elif request is not None and (frame := request.zstd_chunk):
-                    received += len(frame)
-                    chunk = await asyncio.to_thread(unpack, frame)
-                if not chunk:
+            async for chunk in requests:
+                if not isinstance(chunk, Chunk):
                     raise PeerError("after the header come chunks, and none is empty")
-                await asyncio.to_thread(upload.append, offset, chunk)
-                offset += len(chunk)
+                received += len(chunk.content)
+                offset += await asyncio.to_thread(_append, upload, offset, chunk)
         finally:
             self._on_transfer(principal, received=received, sent=0)
         await asyncio.to_thread(upload.finish)
 
 
-def _next_response(
-    chunks: Iterator[bytes], size: int, packer: Packer | None
-) -> pb.DownloadResponse:
-    """Read and pack the next piece of a blob; an empty one comes after the last."""
-    chunk = next(chunks, b"")
-    frame = packer.pack(chunk) if packer else None
-    if frame is not None:
-        return pb.DownloadResponse(zstd_chunk=frame, size=size)
-    return pb.DownloadResponse(chunk=chunk, size=size)
+def _append(upload: OpenUpload, offset: int, chunk: Chunk) -> int:
+    """Add a chunk to an upload; gives how many bytes it holds."""
+    content = unpack(chunk.content) if chunk.is_packed else chunk.content
+    if not content:
+        raise PeerError("a chunk is empty")
+    upload.append(offset, content)
+    return len(content)
+
+
+async def _read(file: BinaryIO, offset: int, buffer: memoryview) -> int:
+    """Fill a buffer from a file, and say how far.
+
+    What the kernel has in memory is there sooner than a thread would be; for the disk one waits.
+    """
+    try:
+        return os.preadv(file.fileno(), [buffer], offset, os.RWF_NOWAIT)
+    except OSError:  # it is not in memory, or the file system cannot tell
+        return await asyncio.to_thread(os.preadv, file.fileno(), [buffer], offset)
 
 
 def sender_of(principal: Principal) -> str:

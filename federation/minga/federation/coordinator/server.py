@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -322,7 +323,7 @@ class Coordinator:
             on_transfer=self._count_transfer,
             on_refused=self._note_refused_blob,
         )
-        pb_grpc.add_BlobServiceServicer_to_server(blobs, device_server)
+        blobs.add_to(device_server)
         operators = OperatorService(
             store=self._store,
             blobs=self._blobs,
@@ -472,4 +473,5 @@ async def run(
         _log.info("devices: %s (mutual TLS)", coordinator.addresses.device)
         _log.info("enrolment: %s (TLS)", coordinator.addresses.enrol)
         _log.info("metrics: http://%s/metrics", coordinator.addresses.metrics)
+        gc.freeze()  # what is loaded stays; looking through it again costs rounds their time
         await coordinator.wait()

@@ -384,7 +384,7 @@ class Agent:
 
     async def _download(self, digest: bytes, path: Path, *, is_durable: bool = True) -> None:
         async with self._link.channel() as channel:
-            stub = pb_grpc.BlobServiceStub(channel)
+            stub = transfer.BlobStub(channel)
             moved = await transfer.download(
                 stub,
                 digest,
@@ -397,7 +397,7 @@ class Agent:
 
     async def _upload(self, digest: bytes, data: bytes | memoryview) -> None:
         async with self._link.channel() as channel:
-            stub = pb_grpc.BlobServiceStub(channel)
+            stub = transfer.BlobStub(channel)
             moved = await transfer.upload(
                 stub,
                 data,

@@ -199,7 +199,7 @@ class Participant:
         delta, weight = await self._contribution()
         if self._encoding is not None:
             delta, _ = clip_length(delta, self._encoding.max_norm)
-        data = update_to_bytes(delta)
+        data = await asyncio.to_thread(update_to_bytes, delta)
         digest = await self._put(data)
         return pb.SessionRequest(
             plain_update=pb.PlainUpdate(
@@ -213,7 +213,7 @@ class Participant:
         Asked once more, after a reconnect, for what it took meanwhile, the coordinator expects no
         upload any more.
         """
-        digest = digest_of(data)
+        digest = await asyncio.to_thread(digest_of, data)
         try:
             await self._upload(digest, data)
         except AccessError:

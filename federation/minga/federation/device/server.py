@@ -1,5 +1,6 @@
 """Puts one device together and runs it: the agent and the local inference server."""
 
+import gc
 import json
 import logging
 from contextlib import AsyncExitStack
@@ -80,4 +81,5 @@ async def run(settings: DeviceSettings) -> None:
             endpoints["grpc"] = (await stack.enter_async_context(grpc)).url
         replace_file(settings.folder / ENDPOINTS_FILE, json.dumps(endpoints).encode())
         _log.info("models: %s", server.url)
+        gc.freeze()  # what is loaded stays; looking through it again costs rounds their time
         await agent.run()

@@ -7,9 +7,11 @@ the header names a file that holds them; of an answer its tensors' float32 value
 other, as the header's names and shapes say. Nothing is pickled. A second set of tensors, such as a
 correction, travels with the first under the names of control variates.
 
-Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE OPTIONS_JSON`.
+Run as `python -m minga.federation.device.trainer_host MODULE:ATTRIBUTE`; the first frame holds the
+options that the trainer is made with.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -161,15 +163,17 @@ def _end_with_agent() -> None:
 def main() -> None:
     """Make the trainer that the command line names and serve it."""
     threading.Thread(target=_end_with_agent, daemon=True).start()
-    reference, options = sys.argv[1], json.loads(sys.argv[2])
     # Whatever user code prints goes to the log, not into the frames.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    if (first := _read_frame(sys.stdin.buffer)) is None:
+        return  # the agent is gone
     try:
-        trainer = load_factory(reference)(options)
+        trainer = load_factory(sys.argv[1])(first[0]["options"])
     except Exception as error:  # noqa: BLE001 - as above
         _write_frame(answers, {"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)
+    gc.freeze()  # what is loaded stays
     _write_frame(answers, {"ready": True})
     serve(trainer, sys.stdin.buffer, answers)
 

@@ -55,8 +55,10 @@ class TrainerProcess:
             "-m",
             "minga.federation.device.trainer_host",
             reference,
-            json.dumps(dict(options)),
         ]
+        # Not on the command line, which every user of the machine reads: a source may hold a
+        # password.
+        self._options = dict(options)
         self._child: _Child | None = None
         self._lock = asyncio.Lock()
 
@@ -165,6 +167,7 @@ class TrainerProcess:
     async def _start(self) -> "_Child":
         self._child = await _Child.start(self._command)
         try:
+            await self._child.send(pack_frame({"options": self._options}))
             await self._child.receive()
         except TrainerError:
             await self.close()

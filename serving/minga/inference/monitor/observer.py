@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
@@ -32,7 +31,7 @@ from minga.inference.tensors import Array
 
 MAX_PENDING_BYTES: Final = 16 * 1024 * 1024
 MAX_PENDING_REQUESTS: Final = 50_000
-MAX_CELLS: Final = 500_000
+MAX_CELLS: Final = 250_000
 """How many values of one version are looked at between two flushes."""
 
 MAX_PREDICTIONS: Final = 20_000
@@ -117,12 +116,7 @@ class Observer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def start(self) -> None:
@@ -238,9 +232,11 @@ class Observer:
             return
         kept = self._of(model, reference).predictions
         for one in requests:
-            if one.id is None or len(one.id) > MAX_ID_LENGTH or len(kept) >= MAX_PREDICTIONS:
+            left = MAX_PREDICTIONS - len(kept)
+            if one.id is None or len(one.id) > MAX_ID_LENGTH or left <= 0:
                 continue
-            scores, classes = scores_of(reference.answers.kind, one.outputs[output])
+            # A request has as many rows as its caller likes.
+            scores, classes = scores_of(reference.answers.kind, one.outputs[output][:left])
             answers = scores if classes is None else classes
             for place, (score, answer) in enumerate(zip(scores, answers, strict=True)):
                 if np.isfinite(score):

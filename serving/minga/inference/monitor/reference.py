@@ -169,7 +169,14 @@ class Reference:
                 outliers=Outliers(**outliers) if outliers else None,
                 answers=_answers(answers) if answers else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,  # an endless number
+            RecursionError,  # lists in lists
+        ) as error:
             raise ModelError(f"the model's reference cannot be read: {error}") from error
         score = reference.only(Role.SCORE)
         rates = reference.answers.rates if reference.answers else ()

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.inference.uris import redacted
 from minga.training.data.sources import stream_table
 from minga.training.data.tables import matrix, numbers
 from minga.training.data.versions import path_of
 from minga.training.errors import DataError
 from minga.training.stored import RowWriter, StoredRows
 from minga.training.task import Split, SplitName, Splits
-from minga.training.uris import redacted
 
 NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 

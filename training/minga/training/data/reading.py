@@ -4,11 +4,11 @@ import hashlib
 
 import numpy as np
 
+from minga.inference.uris import redacted, scrubbed
 from minga.training.errors import DataError
 from minga.training.profile import Profile, profile_columns
 from minga.training.stored import StoredRows, chunks_of, sample_places
 from minga.training.task import Split, SplitName, Splits, Task
-from minga.training.uris import redacted, scrubbed
 
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 

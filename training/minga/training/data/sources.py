@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.inference.uris import redacted, scrubbed
 from minga.training.errors import DataError
-from minga.training.uris import Kind, expanded, kind_of, redacted, scrubbed
+from minga.training.uris import Kind, expanded, kind_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

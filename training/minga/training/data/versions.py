@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from minga.inference.uris import redacted
 from minga.training.document import Document
 from minga.training.errors import DataError, TamperedError
-from minga.training.uris import Kind, PublicUri, kind_of, redacted
+from minga.training.uris import Kind, PublicUri, kind_of
 
 CHUNK_BYTES = 1 << 20
 

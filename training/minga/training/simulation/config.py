@@ -88,8 +88,8 @@ class SimulationConfig(Table):
     """The global model is measured on the validation split after so many rounds each."""
 
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes on Ray that train devices; 0: as many as Ray has processors, or GPUs; 1: this
-    process alone, without Ray."""
+    """Processes on Ray that train devices; 1: this process alone, without Ray; 0: as many as Ray
+    has processors, or GPUs, where a round is enough work for several, else this process alone."""
 
     vectorise: bool = True
     """Train many devices as one batched computation where that gives what one by one gives."""

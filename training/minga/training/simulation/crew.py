@@ -16,7 +16,7 @@ from minga.federation.parameters import Layout
 from minga.federation.trainer import Scalar
 from minga.training.network import build_network, parameters_of
 from minga.training.simulation.device import OneByOne
-from minga.training.simulation.lesson import Learnt, Lesson, Matrix, Vector
+from minga.training.simulation.lesson import Learnt, Lesson, Matrix, Vector, Way
 from minga.training.simulation.partition import Places, Population
 from minga.training.simulation.stack import Stack
 from minga.training.task import Task, TaskReference
@@ -31,12 +31,22 @@ but for optimisers that divide by the size of tiny gradients."""
 class Crew(Protocol):
     """Trains and measures virtual devices."""
 
+    @property
+    def num_workers(self) -> int:
+        """How many processes there are."""
+        ...
+
     def fit(self, devices: Sequence[int], lesson: Lesson) -> Learnt:
         """Train devices; rows are in their order."""
         ...
 
     def evaluate(self, devices: Sequence[int], lesson: Lesson) -> list[Mapping[str, float]]:
         """Measure on each device's own validation examples, of which it has some."""
+        ...
+
+    @property
+    def way(self) -> Way | None:
+        """How devices were trained last; None if none were yet."""
         ...
 
     @property
@@ -72,6 +82,8 @@ class Worker:
         self._single = OneByOne(task, layout, population)
         self._stack: Stack | None = None
         self._is_checked = False
+        self.num_workers = 1
+        self.way: Way | None = None
         self.one_by_one = "" if vectorise else "vectorise is off in [simulation]"
         if vectorise:
             try:
@@ -83,9 +95,9 @@ class Worker:
         """Train devices."""
         if self._stack is not None and not self._is_checked and devices:
             self._check(self._stack, devices, lesson)
-        if self._stack is None:
-            return self._single.fit(devices, lesson)
-        return self._stack.fit(devices, lesson)
+        learnt = (self._stack or self._single).fit(devices, lesson)
+        self.way = learnt.way
+        return learnt
 
     def evaluate(self, devices: Sequence[int], lesson: Lesson) -> list[Mapping[str, float]]:
         """Measure on each device's own validation examples."""
@@ -163,6 +175,7 @@ class RayCrew:
         self._workers = [
             actor.remote(reference, self._stored, dict(config), vectorise) for _ in range(count)
         ]
+        self.way: Way | None = None
         self.one_by_one = ""
 
     def __enter__(self) -> Self:
@@ -192,7 +205,8 @@ class RayCrew:
                 gradients[rows] = learnt.gradients
             failures |= {int(rows[row]): why for row, why in learnt.failures.items()}
             self.one_by_one = self.one_by_one or reason
-        return Learnt(deltas=deltas, gradients=gradients, failures=failures)
+        way = self.way = found[0][0].way
+        return Learnt(deltas=deltas, gradients=gradients, way=way, failures=failures)
 
     def evaluate(self, devices: Sequence[int], lesson: Lesson) -> list[Mapping[str, float]]:
         """Measure on each device's own validation examples."""

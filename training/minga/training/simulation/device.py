@@ -11,7 +11,7 @@ import numpy as np
 from minga.federation.parameters import Layout
 from minga.training.errors import TrainingError
 from minga.training.federated import TaskTrainer
-from minga.training.simulation.lesson import Learnt, Lesson
+from minga.training.simulation.lesson import Learnt, Lesson, Way
 from minga.training.simulation.partition import Population
 from minga.training.task import Task
 
@@ -40,7 +40,7 @@ class OneByOne:
                 self._fit(row, device, lesson, deltas, gradients)
             except TrainingError as error:
                 failures[row] = str(error)
-        return Learnt(deltas=deltas, gradients=gradients, failures=failures)
+        return Learnt(deltas=deltas, gradients=gradients, way=Way.ONE_BY_ONE, failures=failures)
 
     def _fit(
         self,

@@ -6,6 +6,7 @@ are one matrix.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,15 @@ class Lesson:
         return None if self.corrections is None else layout.unflatten(self.corrections[row])
 
 
+class Way(Enum):
+    """How devices were trained; all ways lead to the same, up to rounding."""
+
+    ONE_BY_ONE = "one by one"
+    FUNCTIONAL = "together, any network by torch.func"
+    DENSE = "together, dense layers by batched products"
+    DESCENT = "together, plain descent of dense layers without gradients"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
     """What some devices made of a lesson, in their order."""
@@ -80,5 +90,6 @@ class Learnt:
     """How each one's parameters changed, shape `(num_devices, num_values)`."""
     gradients: Matrix | None = None
     """The mean of each one's uncorrected gradients, where they were corrected."""
+    way: Way
     failures: Mapping[int, str] = field(default_factory=dict)
     """Rows that came to nothing, and why."""

@@ -57,48 +57,51 @@ class StackedLoss:
         """The network, if it is computed by batched products."""
         return self._dense
 
-    def __call__(
+    def backward(
         self, stacks: Mapping[str, Tensor], shared: Mapping[str, Tensor], batches: Batches
-    ) -> Tensor:
-        """Give the sum, a scalar.
+    ) -> None:
+        """Add the sum's gradient to that of the stacks.
 
         Args:
             stacks: the network's parameters by name, with a first axis for the devices.
             shared: those that are the same for all devices, without it.
             batches: what each device learns from in this step.
         """
-        if self._dense is not None:
-            return self._dense_sum(stacks, shared, batches)
+        if self._dense is None:
+            self._sum(stacks, shared, batches).backward()  # type: ignore[no-untyped-call]
+            return
+        values = {**{name: value.unsqueeze(0) for name, value in shared.items()}, **stacks}
+        outputs = self._dense(values, batches.inputs)
+        outputs.backward(self.gradient_at(outputs, batches))  # type: ignore[no-untyped-call]
+
+    def gradient_at(self, outputs: Tensor, batches: Batches) -> Tensor:
+        """Give the sum's gradient at a dense network's outputs, of their shape.
+
+        The loss of all devices' examples together is the mean of theirs. So its gradient has each
+        example's own, which is scaled to what the example counts on its device.
+
+        Args:
+            outputs: shape `(num_devices, longest, ...)`.
+            batches: what they are outputs for.
+        """
+        outputs = outputs.detach().requires_grad_()
+        mean = self._task.loss(outputs.flatten(0, 1), batches.targets.flatten(0, 1))
+        (gradient,) = torch.autograd.grad(mean, outputs)
+        if batches.is_even:
+            return gradient * len(batches.sizes)
+        weights = _weights(batches) * batches.targets.shape[:2].numel()
+        return gradient * weights.view(*weights.shape, *[1] * (outputs.dim() - 2))
+
+    def _sum(
+        self, stacks: Mapping[str, Tensor], shared: Mapping[str, Tensor], batches: Batches
+    ) -> Tensor:
+        """Give the sum, a scalar."""
         if batches.is_even:
             return self._losses(stacks, shared, batches.inputs, batches.targets).sum()
         if self._is_examplewise:
             each = self._example_losses(stacks, shared, batches)
             return (each * _weights(batches)).sum()
         return self._sum_by_size(stacks, shared, batches)
-
-    def _dense_sum(
-        self, stacks: Mapping[str, Tensor], shared: Mapping[str, Tensor], batches: Batches
-    ) -> Tensor:
-        assert self._dense is not None
-        values = {**{name: value.unsqueeze(0) for name, value in shared.items()}, **stacks}
-        return self._sum_of(self._dense(values, batches.inputs), batches)
-
-    def gradient_at(self, outputs: Tensor, batches: Batches) -> Tensor:
-        """Give the sum's gradient at a dense network's outputs, of their shape."""
-        outputs = outputs.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._sum_of(outputs, batches), outputs)
-        return gradient
-
-    def _sum_of(self, outputs: Tensor, batches: Batches) -> Tensor:
-        """Give the sum of outputs of shape `(num_devices, longest, ...)`."""
-        if batches.is_even:  # a mean of means of equally many is the mean of all
-            mean = self._task.loss(outputs.flatten(0, 1), batches.targets.flatten(0, 1))
-            return mean * len(batches.sizes)
-        each = vmap(vmap(self._single_loss))(outputs, batches.targets)
-        return (each * _weights(batches)).sum()
-
-    def _single_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return self._task.loss(output.unsqueeze(0), target.unsqueeze(0))
 
     def _losses(
         self,

@@ -1,4 +1,4 @@
-"""A few steps of gradient descent of many devices, without building any device's weights.
+"""Gradient descent of many devices that begin with the same dense network.
 
 A dense layer's gradient is a sum of outer products over the examples of a batch: of what the loss
 says of the layer's output, and of its input. With h_k the input at example k, g_k the gradient at
@@ -8,9 +8,12 @@ the output there, and r the learning rate, a device's weights after some steps a
 
 and what they make of an input x is W x - sum_k r g_k (h_k . x). The first part is one product with
 one matrix for all devices together; the second is small as long as a device has seen few examples.
-Weights are computed once, at the end. Gradients' lengths, for clipping, come from inner products as
-well: |sum_k g_k h_k^T|^2 = sum_kl (g_k . g_l) (h_k . h_l) (Goodfellow, "Efficient per-example
-gradient computations", arXiv:1510.01799, 2015).
+So weights are built only when examples have come together that take about as much as they do, and
+the last ones' part goes into the change that a device sends, at once. No gradient is ever built.
+
+Gradients' lengths, for clipping, come from inner products as well: |sum_k g_k h_k^T|^2 =
+sum_kl (g_k . g_l) (h_k . h_l) (Goodfellow, "Efficient per-example gradient computations",
+arXiv:1510.01799, 2015). Mostly sum_k |g_k| |h_k| is below the limit, so that they need not.
 
 For plain gradient descent alone: whatever scales coordinates apart from each other, or keeps a
 momentum, leaves no such sum. Each bias is a weight whose input is 1.
@@ -26,9 +29,12 @@ from torch import Tensor, nn
 
 from minga.training.simulation.dense import DenseNetwork, apply
 
+ROUNDING: Final = 1e-4
+"""More than bounds and sums of float32 are off by."""
+
 MAX_SHARE: Final = 2.0
-"""So many times the values of a network may a device's inputs and gradients have; with more of them
-weights are faster."""
+"""So many times the values of a layer's weights may the inputs and gradients of a device's examples
+have before they are made weights."""
 
 Gradient = Callable[[Tensor], Tensor]
 """Gives the gradient of the devices' losses at the network's outputs."""
@@ -42,17 +48,16 @@ def rate_of(optimiser: torch.optim.Optimizer) -> float | None:
     if any(group["momentum"] or group["weight_decay"] or group["maximize"] for group in groups):
         return None
     rates = {float(group["lr"]) for group in groups}
-    return rates.pop() if len(rates) == 1 else None
+    rate = rates.pop()
+    return rate if rate > 0 and not rates else None
 
 
-def is_worth_it(network: DenseNetwork | None, num_examples: int) -> bool:
-    """Tell whether so many examples of a device take less than its weights."""
-    if network is None:
-        return False
+def room_for(network: DenseNetwork) -> int:
+    """Give how many of a device's examples are remembered before they are made weights."""
     layers = [layer for _, layer in network.layers if isinstance(layer, nn.Linear)]
     num_weights = sum(layer.weight.numel() for layer in layers)
     width = sum(layer.in_features + layer.out_features for layer in layers)
-    return 0 < num_examples * width <= MAX_SHARE * num_weights
+    return int(MAX_SHARE * num_weights / max(width, 1))
 
 
 class Scratch:
@@ -63,10 +68,10 @@ class Scratch:
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Give a tensor of any values, until the same name is taken again."""
-        kept = self._kept.get(name)
-        if kept is None or kept.numel() < prod(shape):
-            kept = self._kept[name] = like.new_empty(prod(shape))
-        return kept[: prod(shape)].view(shape)
+        size, kept = prod(shape), self._kept.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = like.new_empty(size)
+        return kept[:size].view(shape)
 
 
 class Descent:
@@ -78,7 +83,7 @@ class Descent:
         values: its parameters and buffers by name.
         rate: the learning rate.
         num_devices: how many devices there are.
-        num_examples: how many examples each will have seen in the end, padding included.
+        room: how many examples of each are remembered; no batch is longer.
     """
 
     def __init__(
@@ -89,14 +94,15 @@ class Descent:
         *,
         rate: float,
         num_devices: int,
-        num_examples: int,
+        room: int,
     ) -> None:
         self._rate = rate
-        self._scratch = scratch
+        self._room = room
+        self._num_seen = 0
         self._parts: list[_Part] = []
         for name, layer in network.layers:
             if isinstance(layer, nn.Linear):
-                self._parts.append(_Dense(scratch, name, values, (num_devices, num_examples)))
+                self._parts.append(_Dense(scratch, name, values, (num_devices, room)))
             elif isinstance(layer, nn.ReLU):
                 self._parts.append(_Rectified())
             else:
@@ -113,40 +119,48 @@ class Descent:
             gradient_of: the loss's.
             max_norm: longer gradients are scaled down to it, each device's by itself.
         """
+        if self._num_seen + inputs.shape[1] > self._room:
+            for dense in self._dense:
+                dense.build()
+            self._num_seen = 0
+        self._num_seen += inputs.shape[1]
         hidden = inputs
         for part in self._parts:
             hidden = part.forward(hidden)
-        gradient = gradient_of(hidden)
+        # What follows is linear in this gradient, so moves are computed in its place.
+        move = gradient_of(hidden).mul_(-self._rate)
         for part in reversed(self._parts[self._first + 1 :]):
-            gradient = part.backward(gradient)
-        self._dense[0].keep(gradient)  # nothing is learnt from what is before it
-        squares = torch.stack([dense.squared_norm() for dense in self._dense]).sum(0)
-        factors = max_norm / (squares.clamp_min_(0.0).sqrt_() + 1e-6)
-        is_long = bool((factors < 1).any())
-        move = -self._rate * factors.clamp_(max=1.0).view(-1, 1, 1) if is_long else -self._rate
-        for dense in self._dense:
-            dense.step(move)
+            move = part.backward(move)
+        self._dense[0].keep(move)  # nothing is learnt from what is before it
+        self._clip(self._rate * max_norm)
 
     def changes(self) -> Iterator[tuple[str, Tensor]]:
         """Give how much each parameter changed on each device: a name, and a stack.
 
-        A stack holds until the next one is asked for.
+        A stack holds until the next one is asked for. No step can be taken any more.
         """
         for dense in self._dense:
-            moves = dense.moves.transpose(1, 2)
-            shape = (len(moves), *dense.weight.shape)
-            change = self._scratch.take("change", shape, moves)
-            yield f"{dense.name}weight", torch.bmm(moves, dense.inputs, out=change)
-            if dense.bias is not None:
-                yield f"{dense.name}bias", dense.moves.sum(1)
+            yield from dense.changes()
+
+    def _clip(self, longest: float) -> None:
+        """Shorten the moves of the batch under way, each device's by itself."""
+        most = torch.stack([dense.most_squared() for dense in self._dense]).sum(0)
+        if bool((most < (1 - ROUNDING) * longest**2).all()):
+            return
+        squares = torch.stack([dense.squared() for dense in self._dense]).sum(0)
+        norms = squares.clamp_min_(0.0).sqrt_()
+        factors = longest / (norms + 1e-6 * self._rate)
+        if bool((factors < 1).any()):
+            for dense in self._dense:
+                dense.shorten(factors.clamp(max=1.0).view(-1, 1, 1))
 
 
 class _Part(Protocol):
-    """A layer: outputs from inputs, and the gradient at the inputs from that at the outputs."""
+    """A layer: outputs from inputs, and the move at the inputs from that at the outputs."""
 
     def forward(self, inputs: Tensor) -> Tensor: ...
 
-    def backward(self, gradient: Tensor) -> Tensor: ...
+    def backward(self, move: Tensor) -> Tensor: ...
 
 
 class _Elementwise:
@@ -160,8 +174,8 @@ class _Elementwise:
         self._outputs = self._layer(self._inputs)
         return self._outputs.detach()
 
-    def backward(self, gradient: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(self._outputs, self._inputs, gradient)
+    def backward(self, move: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(self._outputs, self._inputs, move)
         return found
 
 
@@ -172,8 +186,9 @@ class _Rectified:
         self._outputs = inputs.clamp_(min=0.0)
         return self._outputs
 
-    def backward(self, gradient: Tensor) -> Tensor:
-        return gradient.mul_(self._outputs > 0)
+    def backward(self, move: Tensor) -> Tensor:
+        found: Tensor = torch.ops.aten.threshold_backward(move, self._outputs, 0)
+        return found
 
 
 class _Dense:
@@ -183,11 +198,14 @@ class _Dense:
         name: prefix of its parameters' names.
         weight: at the start, shape `(outputs, inputs)`.
         bias: likewise, shape `(outputs,)`, or None.
-        inputs: of all examples so far and of the batch under way, shape `(devices, k, inputs)`.
-        moves: gradients at the outputs, those of examples before the batch under way times minus
-            the learning rate, shape `(devices, k, outputs)`.
-        likeness: of the batch's inputs and of all inputs, shape `(devices, batch, k)`.
-        num_seen: how many examples were before the batch under way.
+        built: devices' weights and biases, once they are built.
+        inputs: of the examples that are remembered, shape `(devices, room, inputs)`.
+        moves: gradients at the outputs times minus the learning rate, shape
+            `(devices, room, outputs)`.
+        before: how many examples are remembered of batches before the one under way.
+        seen: likewise, with that one.
+        begun: how many devices took the step that is remembered longest.
+        count: how many devices take the one under way.
     """
 
     def __init__(
@@ -197,59 +215,119 @@ class _Dense:
         self.weight = values[f"{name}weight"]
         self.bias = values.get(f"{name}bias")
         num_outputs, num_inputs = self.weight.shape
+        self.built: tuple[Tensor, Tensor | None] | None = None
         self.inputs = scratch.take(f"{name} inputs", (*shape, num_inputs), self.weight)
         self.moves = scratch.take(f"{name} moves", (*shape, num_outputs), self.weight)
-        self.num_seen = 0
+        self.before = self.seen = 0
+        self.begun = self.count = shape[0]
         self._scratch = scratch
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Give outputs of a batch, shape `(devices, batch, outputs)`."""
-        seen, (count, batch, _) = self.num_seen, inputs.shape
-        self.inputs[:count, seen : seen + batch] = inputs
-        self.inputs[count:, seen : seen + batch] = 0.0
-        self.likeness = torch.bmm(inputs, self.inputs[:count, : seen + batch].transpose(1, 2))
-        if self.bias is not None:
-            self.likeness += 1.0
-        shape = (count, batch, len(self.weight))
+        self.count, batch, _ = inputs.shape
+        self.before, self.seen = self.seen, self.seen + batch
+        if not self.before:
+            self.begun = self.count
+        self._put(self.inputs, inputs)
+        shape = (self.count, batch, len(self.weight))
         outputs = self._scratch.take(f"{self.name} outputs", shape, inputs)
-        flat, rows = outputs.view(-1, len(self.weight)), inputs.reshape(-1, inputs.shape[-1])
-        if self.bias is None:
-            torch.mm(rows, self.weight.t(), out=flat)
+        if self.built is None:
+            rows, flat = inputs.reshape(-1, inputs.shape[-1]), outputs.view(-1, len(self.weight))
+            if self.bias is None:
+                torch.mm(rows, self.weight.t(), out=flat)
+            else:
+                torch.addmm(self.bias, rows, self.weight.t(), out=flat)
         else:
-            torch.addmm(self.bias, rows, self.weight.t(), out=flat)
-        if seen:
-            outputs.baddbmm_(self.likeness[:, :, :seen], self.moves[:count, :seen])
+            weight, bias = self.built
+            if bias is None:
+                torch.bmm(inputs, weight[: self.count].transpose(1, 2), out=outputs)
+            else:
+                own = bias[: self.count].unsqueeze(1)
+                torch.baddbmm(own, inputs, weight[: self.count].transpose(1, 2), out=outputs)
+        if self.before:
+            earlier = self.inputs[: self.count, : self.before]
+            likeness = self._likeness(inputs, earlier)
+            outputs.baddbmm_(likeness, self.moves[: self.count, : self.before])
         return outputs
 
-    def keep(self, gradient: Tensor) -> None:
-        """Take the gradient at the outputs of the batch under way."""
-        count, batch, _ = gradient.shape
-        self.moves[:count, self.num_seen : self.num_seen + batch] = gradient
-        self.moves[count:, self.num_seen : self.num_seen + batch] = 0.0
+    def keep(self, move: Tensor) -> None:
+        """Take the move at the outputs of the batch under way."""
+        self._put(self.moves, move)
 
-    def backward(self, gradient: Tensor) -> Tensor:
-        """Take the gradient at the outputs, and give the one at the inputs."""
-        self.keep(gradient)
-        found = gradient @ self.weight
-        if self.num_seen:
-            count = len(gradient)
-            before = self.moves[:count, : self.num_seen]
-            towards = torch.bmm(gradient, before.transpose(1, 2))
-            found.baddbmm_(towards, self.inputs[:count, : self.num_seen])
+    def backward(self, move: Tensor) -> Tensor:
+        """Take the move at the outputs, and give the one at the inputs."""
+        self.keep(move)
+        found = move @ self.weight if self.built is None else move @ self.built[0][: self.count]
+        if self.before:
+            earlier = self.moves[: self.count, : self.before]
+            towards = torch.bmm(move, earlier.transpose(1, 2))
+            found.baddbmm_(towards, self.inputs[: self.count, : self.before])
         return found
 
-    def squared_norm(self) -> Tensor:
-        """Give the squared length of each device's gradient of the batch, shape `(devices,)`."""
-        batch = self._batch()
-        own = torch.bmm(batch, batch.transpose(1, 2))
-        return own.mul_(self.likeness[:, :, self.num_seen :]).sum((1, 2))
+    def most_squared(self) -> Tensor:
+        """Give what no device's move in this batch is longer than, squared; shape `(devices,)`."""
+        lengths: Tensor = torch.linalg.vector_norm(self._batch(self.inputs), dim=2)
+        if self.bias is not None:
+            lengths = lengths.square_().add_(1.0).sqrt_()
+        moves = torch.linalg.vector_norm(self._batch(self.moves), dim=2)
+        return lengths.mul_(moves).sum(1).square_()
 
-    def step(self, move: Tensor | float) -> None:
-        """Move along the gradient, so many times its length: shape `(devices, 1, 1)`, or one."""
-        self._batch().mul_(move)
-        self.num_seen += self.likeness.shape[1]
+    def squared(self) -> Tensor:
+        """Give the squared length of each device's move in this batch, shape `(devices,)`."""
+        moves, inputs = self._batch(self.moves), self._batch(self.inputs)
+        products = torch.bmm(moves, moves.transpose(1, 2))
+        return products.mul_(self._likeness(inputs, inputs)).sum((1, 2))
 
-    def _batch(self) -> Tensor:
-        """Give the gradients of the batch under way."""
-        count, batch, _ = self.likeness.shape
-        return self.moves[:count, self.num_seen : self.num_seen + batch]
+    def shorten(self, factors: Tensor) -> None:
+        """Scale each device's move in this batch, by factors of shape `(devices, 1, 1)`."""
+        self._batch(self.moves).mul_(factors)
+
+    def build(self) -> None:
+        """Build devices' weights of the examples so far, and forget these."""
+        moves, inputs = self._remembered()
+        if self.built is None:
+            stack = self._scratch.take(
+                f"{self.name} built", (self.begun, *self.weight.shape), moves
+            )
+            torch.baddbmm(self.weight, moves.transpose(1, 2), inputs, out=stack)
+            self.built = stack, None if self.bias is None else self.bias + moves.sum(1)
+        else:
+            weight, bias = self.built
+            weight[: self.begun].baddbmm_(moves.transpose(1, 2), inputs)
+            if bias is not None:
+                bias[: self.begun] += moves.sum(1)
+        self.before = self.seen = 0
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Give how much weights and biases changed: a name, and a stack."""
+        if self.built is not None:
+            if self.seen:
+                self.build()
+            weight, bias = self.built
+            yield f"{self.name}weight", weight.sub_(self.weight)
+            if bias is not None and self.bias is not None:
+                yield f"{self.name}bias", bias.sub_(self.bias)
+            return
+        moves, inputs = self._remembered()
+        change = self._scratch.take("change", (self.begun, *self.weight.shape), moves)
+        yield f"{self.name}weight", torch.bmm(moves.transpose(1, 2), inputs, out=change)
+        if self.bias is not None:
+            yield f"{self.name}bias", moves.sum(1)
+
+    def _put(self, memory: Tensor, batch: Tensor) -> None:
+        """Remember a batch; devices that are done learn nothing from it."""
+        place = slice(self.before, self.seen)
+        memory[: self.count, place] = batch
+        memory[self.count : self.begun, place] = 0.0
+
+    def _batch(self, memory: Tensor) -> Tensor:
+        return memory[: self.count, self.before : self.seen]
+
+    def _remembered(self) -> tuple[Tensor, Tensor]:
+        """Give all moves and inputs that are remembered."""
+        return self.moves[: self.begun, : self.seen], self.inputs[: self.begun, : self.seen]
+
+    def _likeness(self, some: Tensor, others: Tensor) -> Tensor:
+        """Give inner products of inputs, with the 1 that a bias's is."""
+        found = torch.bmm(some, others.transpose(1, 2))
+        return found if self.bias is None else found.add_(1.0)

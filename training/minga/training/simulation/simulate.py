@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,9 @@ from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.simulation.campaign import VirtualCampaign
 from minga.training.simulation.config import SimulationConfig
 from minga.training.simulation.crew import Crew, RayCrew, Worker
+from minga.training.simulation.effort import is_worth_dividing, operations_of_round
 from minga.training.simulation.fleet import Fleet
+from minga.training.simulation.lesson import Way
 from minga.training.simulation.partition import Population, populate
 from minga.training.simulation.parts import Parts
 from minga.training.simulation.state import State, read_state, write_state
@@ -69,6 +71,10 @@ class Simulated:
     parameters: Parameters
     """The last model's, the whole network's."""
     num_devices: int
+    num_workers: int
+    """How many processes trained them."""
+    way: Way | None
+    """How devices were trained in the last round; None if there was no round left."""
     one_by_one: str
     """Why devices were not trained together; empty if they were."""
     seconds: float
@@ -83,6 +89,7 @@ def simulate(
     simulation: Simulation,
     *,
     reference: TaskReference | None = None,
+    ray: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_round: OnRound | None = None,
     state: Path | None = None,
 ) -> Simulated:
@@ -90,8 +97,9 @@ def simulate(
 
     Args:
         simulation: what is played.
-        reference: of the Task, for workers on Ray; without it, or with `workers = 1`, all is done
-            in this process.
+        reference: of the Task, for workers on Ray; without it, with `workers = 1`, or with 0 and
+            rounds that are too little work to divide, all is done in this process.
+        ray: what Ray runs in while there are workers; by default it runs already.
         on_round: hears of each committed round, and may end the simulation.
         state: a file that the state is written to now and then, and at Ctrl-C; if it is there the
             simulation goes on from it, with the same result. It is deleted at the end.
@@ -105,7 +113,7 @@ def simulate(
     """
     stage = _Stage.of(simulation)
     seed, parts = simulation.seed, stage.parts
-    with _crew(simulation, stage.population, reference) as crew:
+    with _crew(simulation, stage, reference, ray) as crew:
         fleet = Fleet.of(
             simulation.task, stage.population, simulation.config, parts=parts, crew=crew, seed=seed
         )
@@ -181,20 +189,43 @@ def _plan(simulation: Simulation, population: Population) -> pb.CampaignPlan:
 
 @contextmanager
 def _crew(
-    simulation: Simulation, population: Population, reference: TaskReference | None
+    simulation: Simulation,
+    stage: _Stage,
+    reference: TaskReference | None,
+    ray: Callable[[], AbstractContextManager[object]],
 ) -> Iterator[Crew]:
-    config, told = simulation.config, _params(simulation)
-    if reference is None or config.workers == 1:
+    config, population, told = simulation.config, stage.population, _params(simulation)
+    if (
+        reference is None
+        or config.workers == 1
+        or not (config.workers or _is_much(simulation, stage))
+    ):
         yield Worker(simulation.task, population, told, vectorise=config.vectorise)
         return
-    with RayCrew(
-        reference,
-        population,
-        told,
-        num_workers=config.workers,
-        vectorise=config.vectorise,
-    ) as crew:
+    with (
+        ray(),
+        RayCrew(
+            reference,
+            population,
+            told,
+            num_workers=config.workers,
+            vectorise=config.vectorise,
+        ) as crew,
+    ):
         yield crew
+
+
+def _is_much(simulation: Simulation, stage: _Stage) -> bool:
+    """Tell whether a round is work enough for several processes."""
+    cohort = simulation.federation.cohort
+    operations = operations_of_round(
+        stage.network,
+        stage.population,
+        cohort=cohort,
+        epochs=int(simulation.federation.training.get("epochs", 1)),
+    )
+    update_bytes = 4.0 * cohort * stage.parts.network.num_values
+    return not simulation.config.vectorise or is_worth_dividing(operations, update_bytes)
 
 
 class _Player:
@@ -240,6 +271,8 @@ class _Player:
             history=tuple(self._history),
             parameters=self._parameters(),
             num_devices=len(running.fleet.population),
+            num_workers=running.fleet.crew.num_workers,
+            way=running.fleet.crew.way,
             one_by_one=running.fleet.crew.one_by_one,
             seconds=seconds,
             num_rounds=num_rounds,

@@ -9,15 +9,18 @@ Everything else is as in `minga.training.loop`: the same batches in the same ord
 loss and optimiser, FedProx and SCAFFOLD, and gradients clipped, each device's by itself. An
 optimiser is used on the stack as it is, which is right for those that treat each coordinate alone.
 
-Devices are sorted by their numbers of steps and cut into chunks of about equally many; nothing is
-computed for devices that are done. Batches of unequal size are padded with examples of no weight,
-where the loss of a batch is the mean of its examples' losses; else each size goes by itself.
+Which devices train together in which steps: see `chunks`. Batches of unequal size are padded with
+examples of no weight, where the loss of a batch is the mean of its examples' losses; else each size
+goes by itself.
+
+Plain gradient descent of dense networks builds no gradients, and weights only now and then: see
+`outer`.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache, partial
-from itertools import groupby, pairwise, zip_longest
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Final
 
@@ -28,15 +31,16 @@ from torch import Tensor, nn
 
 from minga.federation.flower.arrays import without_names
 from minga.federation.parameters import Layout
-from minga.federation.trainer import Scalar, proximal_mu
+from minga.federation.trainer import proximal_mu
 from minga.training.errors import TaskError
-from minga.training.loop import BATCH_SIZE, MAX_GRAD_NORM, batch_places, epoch_seed
+from minga.training.loop import BATCH_SIZE, MAX_GRAD_NORM
 from minga.training.network import one_thread, parameters_of
 from minga.training.proximal import Pull
 from minga.training.scaffold import Correction
-from minga.training.simulation.lesson import Learnt, Lesson, Matrix
+from minga.training.simulation.chunks import Chunk, Step, alike, chunk_of, in_order, plan_of
+from minga.training.simulation.lesson import Learnt, Lesson, Matrix, Way
 from minga.training.simulation.losses import PROBED_EXAMPLES, Batches, StackedLoss
-from minga.training.simulation.outer import Descent, Scratch, is_worth_it, rate_of
+from minga.training.simulation.outer import Descent, Scratch, rate_of, room_for
 from minga.training.simulation.partition import Places, Population
 from minga.training.space import Params
 from minga.training.task import Batch, Task
@@ -46,9 +50,6 @@ CHUNK_BYTES: Final = 2 << 20
 
 CHUNK_BYTES_GPU: Final = 1 << 30
 """Parameters of one chunk on a GPU; gradients, optimiser and activations take several times it."""
-
-STEP_DEVICES: Final = 16
-"""To call the operations of a step takes about as long as to compute it for so many devices."""
 
 Stacks = dict[str, Tensor]
 """The network's tensors by name; stacks have a first axis for the devices."""
@@ -99,6 +100,7 @@ class Stack:
         self._network = network.to(self._at).train()
         self._skeleton = copy.deepcopy(self._network)
         self._scratch = Scratch()
+        self._known_rate: tuple[Params, float | None] | None = None
         self._inputs = torch.from_numpy(population.train.inputs).to(self._at)
         self._targets = torch.from_numpy(population.train.targets).to(self._at)
         some = np.linspace(0, len(population.train) - 1, PROBED_EXAMPLES).astype(np.int64)
@@ -119,46 +121,37 @@ class Stack:
         deltas = np.empty((len(devices), self._num_values), np.float32)
         gradients = None if lesson.corrections is None else np.zeros_like(deltas)
         rate = self._plain_rate(params, lesson)
+        examples = [self._population.train_of[device] for device in devices]
+        batch_size = int(params.get("batch_size", BATCH_SIZE))
+        epochs, seed = int(lesson.config.get("epochs", 1)), int(lesson.config.get("seed", 0))
+        plans = [plan_of(len(own), batch_size, epochs, seed) for own in examples]
+        rows = in_order(plans)
         with one_thread():
-            for rows, steps in self._chunks(devices, lesson.config):
-                if rate is not None and is_worth_it(self._loss.dense, _num_examples(steps)):
-                    self._descend(rows, steps, lesson, rate, deltas)
-                else:
-                    self._fit_chunk(rows, steps, lesson.of(rows), deltas, gradients)
+            # Descent computes nothing at all for devices that are done, so none are parted.
+            for together in alike(rows, plans) if rate is None else [rows]:
+                for low in range(0, len(together), self._num_together):
+                    part = together[low : low + self._num_together]
+                    chunk = chunk_of(part, examples, plans)
+                    if rate is not None:
+                        self._descend(chunk, lesson, rate, deltas)
+                    else:
+                        self._fit_chunk(chunk, lesson.of(chunk.rows), deltas, gradients)
             diverged = np.flatnonzero(~np.isfinite(torch.from_numpy(deltas).sum(1).numpy()))
         reason = "the loss is no longer a finite number"
         failures = {int(row): reason for row in diverged}
-        return Learnt(deltas=deltas, gradients=gradients, failures=failures)
-
-    def _chunks(
-        self, devices: Sequence[int], config: Mapping[str, Scalar]
-    ) -> Iterator[tuple[Places, list[list[Places]]]]:
-        """Cut devices into chunks of about equally many steps.
-
-        Yields:
-            The devices' rows, and for each step the batches of the first devices: those that have
-            so many steps.
-        """
-        params = {**self._task.defaults, **config}
-        batch_size = int(params.get("batch_size", BATCH_SIZE))
-        epochs, seed = int(config.get("epochs", 1)), int(config.get("seed", 0))
-        examples = [self._population.train_of[device] for device in devices]
-        plans = [_plan(len(own), batch_size, epochs, seed) for own in examples]
-        size = max(1, self._chunk_bytes // (4 * self._num_values))
-        # The longest first: those that still learn are the first ones of a chunk in every step.
-        rows = sorted(
-            range(len(devices)), key=lambda row: (len(plans[row]), len(examples[row])), reverse=True
+        way = Way.FUNCTIONAL if self._loss.dense is None else Way.DENSE
+        return Learnt(
+            deltas=deltas,
+            gradients=gradients,
+            way=way if rate is None else Way.DESCENT,
+            failures=failures,
         )
-        for alike in _alike(rows, [len(plan) for plan in plans]):
-            for low in range(0, len(alike), size):
-                chunk = alike[low : low + size]
-                places = ([examples[row][part] for part in plans[row]] for row in chunk)
-                steps = [[own for own in step if own is not None] for step in zip_longest(*places)]
-                yield np.array(chunk), steps
 
     @property
-    def _chunk_bytes(self) -> int:
-        return CHUNK_BYTES_GPU if self._at.type == "cuda" else CHUNK_BYTES
+    def _num_together(self) -> int:
+        """How many devices a chunk has at most."""
+        chunk_bytes = CHUNK_BYTES_GPU if self._at.type == "cuda" else CHUNK_BYTES
+        return max(1, chunk_bytes // (4 * self._num_values))
 
     def _plain_rate(self, params: Params, lesson: Lesson) -> float | None:
         """Give the learning rate, if `Descent` can take the devices' steps.
@@ -169,20 +162,19 @@ class Stack:
             return None
         if lesson.own is not None or lesson.corrections is not None or proximal_mu(lesson.config):
             return None
+        if self._known_rate is None or self._known_rate[0] != params:
+            self._known_rate = params, self._rate_of(params)
+        return self._known_rate[1]
+
+    def _rate_of(self, params: Params) -> float | None:
+        """Give the learning rate, if the Task's optimiser descends with it and nothing else."""
         optimiser = self._task.optimiser(self._network, without_names(params))
         moved = [one for group in optimiser.param_groups for one in group["params"]]
         is_all = {*map(id, moved)} == {id(one) for one in self._network.parameters()}
         return rate_of(optimiser) if is_all and all(one.requires_grad for one in moved) else None
 
-    def _descend(
-        self,
-        rows: Places,
-        steps: Sequence[Sequence[Places]],
-        lesson: Lesson,
-        rate: float,
-        deltas: Matrix,
-    ) -> None:
-        """Take all steps of one chunk without building weights, and write the devices' changes."""
+    def _descend(self, chunk: Chunk, lesson: Lesson, rate: float, deltas: Matrix) -> None:
+        """Take all steps of one chunk by plain descent, and write the devices' changes."""
         params = {**self._task.defaults, **lesson.config}
         max_norm = float(params.get("max_grad_norm", MAX_GRAD_NORM))
         start = torch.from_numpy(lesson.start).to(self._at)
@@ -190,27 +182,28 @@ class Stack:
             name: start[columns].view(self._shapes[name]) for name, columns in self._columns.items()
         }
         assert self._loss.dense is not None
+        longest = max(max(step.sizes) for step in chunk.steps)
+        room = min(chunk.places.shape[1], max(longest, room_for(self._loss.dense)))
         descent = Descent(
             self._scratch,
             self._loss.dense,
             values,
             rate=rate,
-            num_devices=len(rows),
-            num_examples=_num_examples(steps),
+            num_devices=len(chunk.rows),
+            room=room,
         )
-        for step in steps:
-            batches = self._batches(step)
+        for step in chunk.steps:
+            batches = self._batches(chunk, step)
             descent.step(batches.inputs, partial(self._loss.gradient_at, batches=batches), max_norm)
-        where = _span(rows)
+        where = _span(chunk.rows)
         for name in self._shapes.keys() - self._trained:
             deltas[where, self._columns[name]] = 0.0
         for name, change in descent.changes():
-            deltas[where, self._columns[name]] = change.reshape(len(rows), -1).cpu().numpy()
+            deltas[where, self._columns[name]] = change.reshape(len(change), -1).cpu().numpy()
 
     def _fit_chunk(
         self,
-        rows: Places,
-        steps: Sequence[Sequence[Places]],
+        chunk: Chunk,
         lesson: Lesson,
         deltas: Matrix,
         gradients: Matrix | None,
@@ -218,6 +211,7 @@ class Stack:
         """Take all steps of one chunk, and write what came of it into the devices' rows."""
         params = {**self._task.defaults, **without_names(lesson.config)}
         max_norm = float(params.get("max_grad_norm", MAX_GRAD_NORM))
+        rows, counts = chunk.rows, [step.num_devices for step in chunk.steps]
         learning, fixed, shared = self._start(lesson, len(rows))
         optimiser = self._optimiser(params, learning)
         corrected, pull, mu = None, None, proximal_mu(lesson.config)
@@ -225,13 +219,12 @@ class Stack:
             corrected = Correction(self._skeleton, self._cut(lesson.corrections))
         if mu > 0:
             pull = Pull(self._skeleton, mu)
-        for step, left in zip(steps, [*map(len, steps[1:]), 0], strict=True):
+        for step, count, left in zip(chunk.steps, counts, [*counts[1:], 0], strict=True):
             optimiser.zero_grad()
             stacks: Stacks = {**learning, **fixed}
-            if len(step) < len(rows):
-                stacks = {name: stack[: len(step)] for name, stack in stacks.items()}
-            loss = self._loss(stacks, shared, self._batches(step))
-            loss.backward()  # type: ignore[no-untyped-call]
+            if count < len(rows):
+                stacks = {name: stack[:count] for name, stack in stacks.items()}
+            self._loss.backward(stacks, shared, self._batches(chunk, step))
             if corrected is not None:
                 corrected()
             if pull is not None:
@@ -240,14 +233,14 @@ class Stack:
                 [stack.grad for stack in learning.values() if stack.grad is not None], max_norm
             )
             optimiser.step()
-            if left == len(step):
+            if left == count:
                 continue
             # These are done; what the optimiser makes of them further on is not looked at.
-            done = slice(left, len(step))
+            done = slice(left, count)
             self._write_changes(rows, done, learning, lesson, deltas)
             if corrected is not None and gradients is not None:
                 for name, mean in corrected.mean_gradient().items():
-                    found = mean[done].reshape(len(step) - left, -1)
+                    found = mean[done].reshape(count - left, -1)
                     gradients[_span(rows[done]), self._columns[name]] = found
 
     def _start(self, lesson: Lesson, count: int) -> tuple[Stacks, Stacks, Stacks]:
@@ -310,18 +303,10 @@ class Stack:
         ]
         return kind(groups)
 
-    def _batches(self, step: Sequence[Places]) -> Batches:
+    def _batches(self, chunk: Chunk, step: Step) -> Batches:
         """Read one step's batches."""
-        sizes = tuple(len(places) for places in step)
-        longest = max(sizes)
-        if min(sizes) == longest:
-            places = np.stack(step)
-        else:
-            places = np.empty((len(step), longest), np.int64)
-            for row, own in zip(places, step, strict=True):
-                row[: len(own)], row[len(own) :] = own, own[0]  # padding is a real example: finite
-        read = self._read(places)
-        return Batches(inputs=read.inputs, targets=read.targets, sizes=sizes)
+        read = self._read(chunk.places[: step.num_devices, step.columns])
+        return Batches(inputs=read.inputs, targets=read.targets, sizes=step.sizes)
 
     def _read(self, places: Places) -> Batch:
         """Read examples: shapes `places.shape + ...`."""
@@ -358,27 +343,6 @@ class Stack:
                 deltas[where, columns] = values - start
 
 
-def _alike(rows: Sequence[int], num_steps: Sequence[int]) -> Iterator[list[int]]:
-    """Put devices together, the longest first, as long as that takes less than to part them.
-
-    To go on for those that are done costs something in each step; so does each step of its own.
-    """
-    found: list[int] = []
-    for steps, group in groupby(rows, key=lambda row: num_steps[row]):
-        more = list(group)
-        if found and len(more) * (num_steps[found[0]] - steps) > STEP_DEVICES * steps:
-            yield found
-            found = []
-        found += more
-    if found:
-        yield found
-
-
-def _num_examples(steps: Sequence[Sequence[Places]]) -> int:
-    """Give how many examples each device of a chunk sees, padding included."""
-    return sum(max(map(len, step)) for step in steps)
-
-
 def _twins(network: nn.Module) -> dict[str, str]:
     """Give the names under which a parameter is in a network again -> its first name."""
     first = {id(parameter): name for name, parameter in network.named_parameters()}
@@ -404,13 +368,3 @@ def _clip_rows(gradients: Sequence[Tensor], max_norm: float) -> None:
         factors.clamp_(max=1.0)
         for gradient in gradients:
             gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
-
-
-@lru_cache(maxsize=4096)
-def _plan(num_examples: int, batch_size: int, epochs: int, seed: int) -> tuple[Places, ...]:
-    """Give the places of each batch of all epochs, of a device with so many examples."""
-    return tuple(
-        part.numpy()
-        for epoch in range(epochs)
-        for part in batch_places(num_examples, batch_size, epoch_seed(seed, epoch))
-    )
