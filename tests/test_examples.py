@@ -16,9 +16,15 @@ NAMES = sorted(folder.name for folder in EXAMPLES.iterdir() if (folder / "minga.
 
 
 def test_examples_are_those_that_are_listed() -> None:
-    """Every example has a line in the list of examples, and there are four."""
+    """Every example has a line in the list of examples, and there are five."""
     listed = (EXAMPLES / "README.md").read_text()
-    assert NAMES == ["chest-x-ray", "credit-default", "energy-forecast", "water-circuit"]
+    assert NAMES == [
+        "chest-x-ray",
+        "credit-default",
+        "energy-forecast",
+        "load-days",
+        "water-circuit",
+    ]
     assert all(f"`{name}/`" in listed for name in NAMES)
 
 

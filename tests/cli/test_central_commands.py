@@ -61,6 +61,7 @@ def project(tmp_path):
         ("data check", SOUND.replace('"1"', '"nowhere"'), 13, "cannot read"),
         ("model show", SOUND, 16, "no model is registered yet; make one with: minga run"),
         ("train --params absent.json", SOUND, 10, "absent.json cannot be read"),
+        ("run --from champion --auto", SOUND, 10, "leave --auto and --fresh out"),
     ],
     ids=lambda value: value if isinstance(value, str) and "\n" not in value else "",
 )

@@ -3,10 +3,12 @@
 Only `task.py` and `minga.toml` are edited, to what `docs/how-to/start-from-your-csv.md` shows.
 """
 
+import asyncio
 import csv
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from minga.cluster import pipeline
 from minga.cluster.project import load
 from minga.cluster.reproduction import reproduce
 from minga.cluster.response.alarms import Alarm
-from minga.cluster.response.policy import Kind
-from minga.cluster.response.responder import open_journal
+from minga.cluster.response.journal import Journal
+from minga.cluster.response.looking import see_agreement
+from minga.cluster.response.policy import SIGNATURES, Kind
+from minga.cluster.response.responder import JOURNAL_FILE, Responder, folder_of, open_journal
 from minga.cluster.response.work import work
 from minga.cluster.selecting import select_model
 from minga.training.bundle import LINEAGE, WEIGHTS
@@ -214,7 +218,8 @@ def test_trees_need_a_second_person_and_are_retrained_on_an_alarm(
     """Approvals at the command line, and an alarm about a champion that is no network.
 
     Who registered a version cannot approve it, a second person can, and then it is promoted. The
-    version that an alarm makes waits for people too, and says so.
+    version that an alarm makes waits for people too, and says so; a responder that is started anew
+    finds their approval, and the case goes on.
     """
     project = load(after_run)
     bob = Keyring.open(tmp_path / "bob.pem")
@@ -254,12 +259,51 @@ def test_trees_need_a_second_person_and_are_retrained_on_an_alarm(
         )
         number = journal.open_case((heard,), "retrain")
         work(project, journal, number)
-        told = [(one.kind, one.detail) for one in journal.story(number)]
+        waiting = journal.story(number)
+        shutil.copy(journal_of(project), tmp_path / "copy.db")
         journal.close()
+        expires(project, tmp_path / "copy.db", number)
+        assert run("respond", "approve", number, *words) == 52
+        monkeypatch.setenv("MINGA_SIGNING_KEY", str(tmp_path / "bob.pem"))
+        assert run("model", "approve", which + 1, *words) == 0
+        monkeypatch.delenv("MINGA_SIGNING_KEY")
+        told = asyncio.run(responded(load(after_run)))
     finally:
         file.write_text(before)
-    judged = next(detail for kind, detail in told if kind is Kind.JUDGED)
+    judged = next(one.detail for one in waiting if one.kind is Kind.JUDGED)
     assert judged["blessed"], judged
     assert judged["version"] == which + 1
-    assert told[-1][0] is Kind.FAILED
-    assert "has 0 of 1 approvals" in told[-1][1]["reason"]
+    assert waiting[-1].kind is Kind.WAITING
+    assert "has 0 of 1 approvals" in waiting[-1].detail["reason"]
+    assert told == [*(one.kind for one in waiting), Kind.AGREED, Kind.STARTED, Kind.PROMOTED]
+    assert project.registry().get("machine-failure", "champion").version == which + 1
+
+
+def journal_of(project):
+    """The file of a project's journal."""
+    return folder_of(project) / JOURNAL_FILE
+
+
+def expires(project, file, number):
+    """A case waits as long as it may, and not longer; told in a copy of the journal."""
+    copy = Journal(file)
+    until = copy.case(number).done[Kind.WAITING]["until"]
+    see_agreement(project, copy, copy.case(number), until - 1)
+    assert copy.case(number).awaited(project.respond) == SIGNATURES
+    see_agreement(project, copy, copy.case(number), until)
+    assert copy.case(number).end is Kind.EXPIRED
+    copy.close()
+
+
+async def responded(project):
+    """Run a new responder until the case has ended; gives the kinds of the case's entries."""
+    journal = open_journal(project)
+    running = asyncio.create_task(Responder(project, journal).run())
+    async with asyncio.timeout(120):
+        while not running.done() and journal.cases()[-1].end is None:
+            await asyncio.sleep(0.2)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    told = [one.kind for one in journal.story(journal.cases()[-1].number)]
+    journal.close()
+    return told

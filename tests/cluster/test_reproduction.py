@@ -84,13 +84,12 @@ def git(folder, *words):
     subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True)
 
 
-def train(folder):
-    """Train with the Task's defaults and register."""
+def train(folder, parent=None):
+    """Train with the Task's defaults, or a version further, and register."""
     project = load(folder)
-    trained = pipeline.train_model(project, project.loaded_task.defaults)
-    return pipeline.register_candidate(
-        project, parameters=trained.parameters, params=trained.params, run_id=trained.run_id
-    )
+    start = pipeline.parent_of(project, parent) if parent else None
+    trained = pipeline.train_model(project, project.loaded_task.defaults, parent=start)
+    return pipeline.register_trained(project, trained)
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +140,20 @@ def test_two_workers_give_the_same_bits_again(folder):
 
 @pytest.fixture(scope="module")
 def by_one(folder):
-    """The version that one worker trained, from a tree with uncommitted changes."""
+    """What one worker made of version 1, from a tree with uncommitted changes."""
     (folder / "minga.toml").write_text(SETTINGS.replace("num_workers = 2", "num_workers = 1"))
-    return load(folder).registry().get("line", train(folder).version)
+    return load(folder).registry().get("line", train(folder, parent=1).version)
 
 
 def test_one_worker_gives_the_same_bits_again(folder, by_one):
-    """One worker gives the recorded weights too; that the tree was dirty then is said."""
+    """One worker gives the recorded weights too, going on from the weights of version 1.
+
+    That the tree was dirty then is said.
+    """
     found = reproduce(load(folder), by_one)
     assert found.is_equal, found.first_difference
+    files = load(folder).registry().fetch("line", by_one.version)
+    assert Lineage.read(files / LINEAGE).parent_version == 1
     assert [one.what for one in found.conditions] == ["Git tree"]
     assert "uncommitted changes" in found.conditions[0].recorded
 

@@ -22,6 +22,7 @@ from minga.inference.monitor.alarms import Alarm as MonitorAlarm
 from minga.inference.monitor.alarms import AlarmLog
 from minga.inference.monitor.judgement import AlarmKind
 from minga.inference.monitor.store import Store
+from minga.training.config import GateConfig
 
 HOUR = 3600.0
 CONFIG = RespondConfig(alarms=("Drift",), cooldown_s=HOUR, max_cases=2, period_days=1.0)
@@ -133,8 +134,11 @@ def test_only_named_alarms_of_our_model_act() -> None:
 def test_settings_in_the_documentation_are_valid() -> None:
     """What the how-to shows of [respond] is what `minga.toml` takes."""
     page = Path(__file__).parents[2] / "docs" / "how-to" / "let-alarms-act.md"
-    (shown,) = re.findall(r"^```toml\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
-    RespondConfig.model_validate(tomllib.loads(shown)["respond"])
+    shown = re.findall(r"^```toml\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
+    for tables in map(tomllib.loads, shown):
+        GateConfig.model_validate(tables.get("gates", {}))
+        RespondConfig.model_validate(tables.get("respond", tables if "gates" not in tables else {}))
+    assert len(shown) == 3
 
 
 def test_a_campaign_needs_a_coordinator() -> None:

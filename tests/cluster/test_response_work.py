@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,17 +16,21 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from minga.cli.app import main
+from minga.cluster.ancestry import stale_everywhere
 from minga.cluster.federate import start
 from minga.cluster.pipeline import judge_anew
 from minga.cluster.project import load
 from minga.cluster.response.alarms import Alarm
-from minga.cluster.response.policy import Kind
-from minga.cluster.response.responder import open_journal
+from minga.cluster.response.policy import DAY_S, Kind
+from minga.cluster.response.responder import LOOK_S, Responder, open_journal
 from minga.cluster.response.work import work
 from minga.cluster.traffic import Traffic
 from minga.inference.client import InferenceClient
+from minga.inference.monitor.store import Store, Watched, WindowRow
 from minga.serving.book import Status, Story
 from minga.serving.registry_source import RegistrySource
+from minga.training.bundle import LINEAGE
+from minga.training.lineage import Lineage
 from tests.cluster.conftest import UNTOUCHED
 from tests.cluster.watched import Processes, until
 from tests.federation.fleet import Fleet
@@ -38,6 +43,7 @@ RESPOND = """
 [respond]
 alarms = ["drift"]
 source = "data/new/central.csv"
+weights = "champion"
 port = 0
 """
 CANARY = """rollout = "canary"
@@ -139,7 +145,8 @@ def precision(url: str, table: np.ndarray) -> tuple[str, float]:
 def test_a_model_recovers_from_drift_without_a_hand(plant: Path, tmp_path: Path) -> None:
     """Sensors are replaced; the monitor sees it, and what its alarm trains is served and right.
 
-    Responder and work are killed in the middle of training. Nothing is started twice.
+    The champion's weights are trained further. Responder and work are killed in the middle of
+    training. Nothing is started twice.
     """
     configure(plant, RESPOND)
     new = np.loadtxt(plant / "data/new/test.csv", np.float32, delimiter=",", skiprows=1)
@@ -173,6 +180,9 @@ def test_a_model_recovers_from_drift_without_a_hand(plant: Path, tmp_path: Path)
     tracker = load(plant).tracker()
     runs = tracker.client.search_runs([tracker.experiment_id], "tags.`minga.case` = '1'")
     assert len(runs) == 1
+    champion = registry.get(MODEL, "champion")
+    files = registry.fetch(MODEL, champion.version)
+    assert str(Lineage.read(files / LINEAGE).parent_version) == version
 
 
 def test_an_alarm_about_a_former_champion_trains_nothing(plant: Path) -> None:
@@ -184,6 +194,57 @@ def test_an_alarm_about_a_former_champion_trains_nothing(plant: Path) -> None:
     work(project, journal, number)
     assert journal.case(number).end is Kind.OVERTAKEN
     journal.close()
+
+
+async def test_a_champion_that_is_stale_is_an_alarm(plant: Path) -> None:
+    """Age and rows make a champion stale; that opens a case within the limits, and not for ever.
+
+    The report of what ages says the same. A dismissed case is not opened again before its time.
+    """
+    asked = RESPOND.replace('"drift"', '"stale"') + 'approval = "start"\ncooldown_s = 60.0\n'
+    configure(plant, asked)
+    settings = (plant / "minga.toml").read_text()
+    (plant / "minga.toml").write_text(settings.replace("[gates]", "[gates]\nmax_rows = 500"))
+    project, clock = load(plant), Clock()
+    journal = open_journal(project, clock=clock)
+    responder = Responder(project, journal, clock=clock)
+    await responder.tick()
+    assert journal.story() == ()
+    with contextlib.closing(Store(project.monitor_folder)) as store:
+        answer(store, rows=501)
+    assert any("501 rows" in one.finding for one in stale_everywhere(project))
+    await responder.tick()
+    assert journal.story() == ()  # the registry is not asked twice a second
+    clock.now += LOOK_S
+    await responder.tick()
+    assert [str(one.kind) for one in journal.story()] == ["alarm", "opened"]
+    assert "stale: has answered 501 rows" in journal.story()[0].detail["summary"]
+    assert journal.cases()[-1].awaited(project.respond) == "start"
+    journal.tell(Kind.DISMISSED, 1, by="ana", reason="the plant stands still")
+    for days, num_cases in ((0.1, 1), (89, 1), (91, 2)):
+        clock.now = journal.cases()[0].ended_at + days * DAY_S
+        await responder.tick()
+        assert len(journal.cases()) == num_cases
+    assert [one.kind for one in journal.story()][-2:] == [Kind.DISMISSED, Kind.OPENED]
+    journal.close()
+
+
+class Clock:
+    """A time that is moved by hand, from now on."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def answer(store: Store, rows: int) -> None:
+    """Let a monitor have seen rows that version 1 has answered."""
+    named = {"model": MODEL, "version": "1", "source": "traffic"}
+    state = Watched(**named, reference="", began=None, open={}, number=2, streaks={})
+    window = WindowRow(**named, number=1, began=0, ended=1, rows=rows, content={}, judgement={})
+    store.close_window(window, state, ())
 
 
 def test_work_that_cannot_be_done_says_why(plant: Path, capsys) -> None:

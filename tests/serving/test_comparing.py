@@ -3,6 +3,7 @@
 import asyncio
 import math
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import given
@@ -111,7 +112,10 @@ async def test_a_split_is_sticky(compared):
 
 
 async def test_outcomes_are_the_versions_that_gave_the_answers(compared):
-    """Outcomes are counted by key, in whichever process; malformed ones are refused whole."""
+    """Outcomes are counted by key, in whichever process; malformed ones are refused whole.
+
+    Over gRPC as over HTTP.
+    """
     app = compared(comparison(Mode.SPLIT, 0.5))
     compare = app.service.side_by_side.declared[0]
     keys = [f"user-{number}" for number in range(50)]
@@ -133,6 +137,33 @@ async def test_outcomes_are_the_versions_that_gave_the_answers(compared):
         response = await client.post(OUTCOMES, json={"outcomes": outcomes})
         assert response.json() == {"counted": 0}
     app.service.side_by_side.declare([compare])
+    async with channel_to(app) as channel:
+        told = [pb.ReportOutcomesRequest.Outcome(**outcome) for outcome in outcomes]
+        assert await report(channel, "scaling", told) == 50
+        baseline, challenger = counts(app)
+        assert baseline.outcomes.count + challenger.outcomes.count == 50
+        assert (baseline.outcomes.mean, challenger.outcomes.mean) == (0.0, 1.0)
+        broken = pb.ReportOutcomesRequest.Outcome(key="a", value=float("nan"))
+        for model, wrong, status in (
+            ("scaling", [*told, broken], grpc.StatusCode.INVALID_ARGUMENT),
+            ("scaling", told * 2000, grpc.StatusCode.INVALID_ARGUMENT),  # more than 1 MB
+            ("no", told, grpc.StatusCode.NOT_FOUND),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await report(channel, model, wrong)
+            assert refused.value.code() is status
+        assert sum(tally.outcomes.count for tally in counts(app)) == 50
+
+
+async def report(channel, model: str, outcomes) -> int:
+    """Report outcomes over gRPC; gives how many were counted."""
+    method = channel.unary_unary(
+        "/inference.OutcomeService/ReportOutcomes",
+        request_serializer=pb.ReportOutcomesRequest.SerializeToString,
+        response_deserializer=pb.ReportOutcomesResponse.FromString,
+    )
+    request = pb.ReportOutcomesRequest(model_name=model, outcomes=outcomes)
+    return (await method(request)).counted
 
 
 async def test_a_shadow_answers_nobody_and_is_compared(compared):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ import yaml
 
 from minga.inference.client import InferenceClient, ready
 from minga.inference.server import listen
+from minga.serving.monitor_actor import end_actors
+from tests.serving.monitor.test_on_ray import rows_of
 from tests.serving.test_commands import exit_code, run
 from tests.serving.test_host import replica_pids
+from tests.serving.watched import rows as rows_to_watch
+from tests.serving.watched import watched_model
 
 pytestmark = pytest.mark.slow
 
@@ -36,11 +41,12 @@ def project(tmp_path, registry_uri, monkeypatch):
 def exported(project, register, models, tmp_path):
     """The file, and the port that it names."""
     register("exported", 2)
+    register("yes-or-no", 1, content=watched_model())
     with listen("127.0.0.1", 0) as probe:
         port = probe.getsockname()[1]
     file = tmp_path / "serve.yaml"
     words = ("--project", project, "--port", str(port), "--export", str(file))
-    run("serve", "exported", *words)
+    run("serve", "exported", "yes-or-no", *words)
     return file, port
 
 
@@ -79,12 +85,14 @@ def deployed(ray_cluster, exported):
         yield url
     finally:
         serve.shutdown()
+        end_actors()
 
 
-def test_the_file_deploys_and_follows_the_load(deployed):
+def test_the_file_deploys_and_follows_the_load(deployed, project):
     """Ray's command serves it; a step of load brings a second replica, its end takes it away.
 
-    Meanwhile somebody asks without a pause and tries nothing twice, and nothing fails.
+    Meanwhile somebody asks without a pause and tries nothing twice, and nothing fails. What is
+    answered is watched in the project's folder, as `minga serve` does.
     """
     rows = {"input": np.ones((60_000, 3), np.float32)}  # slow enough that callers pile up
     failures: list[Exception] = []
@@ -103,6 +111,7 @@ def test_the_file_deploys_and_follows_the_load(deployed):
     with InferenceClient(deployed) as client:
         output = client.infer("exported", {"input": rows["input"][:1]})["output"]
         assert output.tolist() == [[2, 2, 2]]
+        client.infer("yes-or-no", {"input": rows_to_watch(40, 1)})
     wait_for(1)
     few = {"input": rows["input"][:1]}
     callers = [threading.Thread(target=call, args=(rows, stop)) for _ in range(6)]
@@ -119,6 +128,7 @@ def test_the_file_deploys_and_follows_the_load(deployed):
         for caller in callers:
             caller.join()
     assert failures == []
+    wait_until(lambda: rows_of(Path(project) / ".minga" / "monitor") == 40, "nobody watches")
 
 
 def test_the_file_names_versions_and_their_digests(exported):
@@ -127,11 +137,24 @@ def test_the_file_names_versions_and_their_digests(exported):
     config = yaml.safe_load(file.read_text())
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
-    (model,) = deployment["user_config"]["models"]
+    model, _ = deployment["user_config"]["models"]
     assert config["proxy_location"] == "Disabled"
     assert application["args"]["http"] == {"host": "127.0.0.1", "port": port}
     assert (model["name"], len(model["sha256"])) == ("exported", 64)
     assert deployment["autoscaling_config"]["max_replicas"] == 2
+    assert application["args"]["monitor"]["folder"] == str(Path(project) / ".minga" / "monitor")
+
+
+def test_without_a_project_the_monitor_is_where_the_file_was_written(
+    register, registry_uri, tmp_path, monkeypatch
+):
+    """Replicas work in folders of their own, so a file never names a folder relative to theirs."""
+    monkeypatch.setenv("MINGA_TRACKING_URI", registry_uri)
+    monkeypatch.chdir(tmp_path)
+    register("alone", 3)
+    run("serve", "alone", "--port", "8123", "--export", "alone.yaml")
+    (application,) = yaml.safe_load(Path("alone.yaml").read_text())["applications"]
+    assert application["args"]["monitor"]["folder"] == str(tmp_path / ".minga" / "monitor")
 
 
 def test_a_file_needs_ports_and_a_place(project, register, tmp_path, capsys):

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from minga.training.ageing import find_stale
+from minga.training.ageing import Limits, Wear, find_stale
 from minga.training.ancestry import build_ancestry, version_id
 from minga.training.bundle import LINEAGE, Digests
 from minga.training.lineage import Campaign, Code, Environment, Lineage
@@ -119,8 +119,27 @@ def test_real_versions_form_a_graph(registry, register):
 
 def findings(versions, services=(), retired=()):
     max_age = timedelta(days=90)
-    found = find_stale(versions, services, retired, now=NOW, max_age=max_age)
+    found = find_stale(versions, services, retired, now=NOW, limits=Limits(max_age=max_age))
     return [(one.version, one.finding) for one in found]
+
+
+def test_what_is_worn_is_found():
+    """A champion that has answered more rows than it may, or is worse by labels, is stale."""
+    champion = version(1, aliases=["champion"])
+    limits = Limits(max_age=timedelta(days=90), max_rows=1000)
+
+    def reasons(limits=limits, **wear):
+        found = find_stale(
+            [champion], [service(1)], (), now=NOW, limits=limits, wear={1: Wear(**wear)}
+        )
+        return [one.finding for one in found]
+
+    assert reasons(rows=1000) == []
+    assert reasons(rows=1001, worse=("f1",)) == [
+        "champion, has answered 1001 rows",
+        "champion, its f1 is worse by labels",
+    ]
+    assert reasons(Limits(max_age=timedelta(days=90)), rows=10**9) == []
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def run_train(ray_cluster, tmp_path):
     """Trains a Task of the tests with its defaults."""
     from minga.training.train import train
 
-    def run(name, *, params=None, on_progress=lambda progress: None, **settings):
+    def run(name, *, params=None, start=None, on_progress=lambda progress: None, **settings):
         reference = TaskReference(root=TASKS, name=f"blobs.py:{name}")
         task = reference.load()
         return train(
@@ -38,6 +38,7 @@ def run_train(ray_cluster, tmp_path):
             config=TrainConfig(**{"epochs": 6} | settings),
             seed=7,
             folder=tmp_path / "train",
+            start=start,
             on_progress=on_progress,
         )
 
@@ -131,6 +132,13 @@ def test_training_goes_on_after_ctrl_c_and_a_killed_driver(run_train, blobs, spl
         all(np.array_equal(trained.parameters[n], weights[int(epoch) - 1][n]) for n in weights[0])
         for epoch in best
     )
+
+
+def test_training_goes_on_from_given_weights(run_train, blobs, splits):
+    """With a rate of nothing the weights that come in come out; not those that a seed draws."""
+    before = parameters_of(build_network(blobs, blobs.defaults, splits.train, seed=99))
+    trained = run_train("Blobs", params={"lr": 0.0}, start=before, num_workers=1, epochs=1)
+    assert to_bytes(trained.parameters) == to_bytes(before)
 
 
 def test_bug_in_the_task_is_one_line(run_train):

@@ -1,7 +1,9 @@
 """`minga init`, `run`, `tune`, `train`: a project from nothing to a registered model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from minga.cli.output import (
     print_gates,
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from minga.training.trials import SearchResult
 
 
+From = Annotated[str, Parameter(name="--from")]
+
+
 def init(directory: Path, *, sites: int = 0) -> None:
     """Write a runnable example project: find anomalies in real sensor readings.
 
@@ -36,7 +41,12 @@ def init(directory: Path, *, sites: int = 0) -> None:
 
 
 def run(
-    *, project: Path = Path(), auto: bool = False, fresh: bool = False, json: bool = False
+    *,
+    project: Path = Path(),
+    auto: bool = False,
+    fresh: bool = False,
+    from_: From = "",
+    json: bool = False,
 ) -> None:
     """Check data, search, train, judge, register; promote to champion if all gates pass.
 
@@ -47,20 +57,33 @@ def run(
 
     Example: minga run --auto
 
+    Example: minga run --from champion
+
     Args:
         project: The project folder.
         auto: Compare kinds of models first, by cross-validation: the Task's own, a linear one, a
             plain network, boosted trees, and what else the Task names. The simplest that is as
             good as the best is trained. How is said by [selection] of minga.toml.
         fresh: Search and compare anew even if a result is kept.
+        from_: A version's number or alias: train its weights further, on the data of now and with
+            its hyper-parameters, in place of a search.
         json: Print JSON.
     """
     loaded = _load(project)
+    from minga.cluster.errors import ProjectError
+
+    if from_ and (auto or fresh):
+        raise ProjectError(
+            "--from goes on with what a version is, so there is nothing to search or to compare; "
+            "leave --auto and --fresh out"
+        )
+    from minga.cluster.pipeline import parent_of
     from minga.cluster.pipeline import run as run_pipeline
     from minga.training.errors import GateError
 
+    parent = parent_of(loaded, from_) if from_ else None
     with show_progress() as show:
-        report = run_pipeline(loaded, show, fresh_search=fresh, auto=auto)
+        report = run_pipeline(loaded, show, fresh_search=fresh, auto=auto, parent=parent)
     if json:
         data = report.data.model_dump(include={"source", "digest", "num_examples", "violations"})
         print_json(
@@ -123,7 +146,13 @@ def tune(*, project: Path = Path(), fresh: bool = False, json: bool = False) -> 
         print_note(f"picture: {picture_of(loaded)}")
 
 
-def train(*, project: Path = Path(), params: Path | None = None, json: bool = False) -> None:
+def train(
+    *,
+    project: Path = Path(),
+    params: Path | None = None,
+    from_: From = "",
+    json: bool = False,
+) -> None:
     """Train once, judge, and register a candidate; promote it with `minga model promote`.
 
     Parameters come from --params, else from a finished search of the same code, data and settings,
@@ -133,17 +162,25 @@ def train(*, project: Path = Path(), params: Path | None = None, json: bool = Fa
 
     Args:
         project: The project folder.
-        params: A JSON file with hyper-parameters; what it leaves out is taken from the defaults.
+        params: A JSON file with hyper-parameters; what it leaves out is taken from the defaults,
+            or from the version that --from names.
+        from_: A version's number or alias: train its weights further, on the data of now.
         json: Print JSON.
     """
     loaded = _load(project)
-    from minga.cluster.pipeline import register_trained
+    from minga.cluster.pipeline import parent_of, register_trained
     from minga.cluster.pipeline import train as train_once
 
-    chosen, origin = choose_params(loaded, params)
+    parent = parent_of(loaded, from_) if from_ else None
+    if parent is None:
+        chosen, origin = choose_params(loaded, params)
+    else:
+        chosen = {**parent.params, **(_read_params(params) if params else {})}
+        origin = f"version {parent.version}"
     print_note(f"parameters from {origin}: {_words(chosen)}")
     with show_progress() as show:
-        registered = register_trained(loaded, train_once(loaded, chosen, show), show)
+        trained = train_once(loaded, chosen, show, parent=parent)
+        registered = register_trained(loaded, trained, show)
     if json:
         print_json(_registered(registered) | {"params": dict(chosen)})
         return

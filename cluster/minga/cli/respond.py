@@ -92,6 +92,7 @@ def approve(case: int, *, project: Path = Path()) -> None:
     """
     from minga.cluster.errors import ResponseError
     from minga.cluster.project import load
+    from minga.cluster.response.policy import SIGNATURES, Kind
     from minga.cluster.response.responder import open_journal
 
     loaded = load(project)
@@ -99,6 +100,12 @@ def approve(case: int, *, project: Path = Path()) -> None:
     awaited = journal.case(case).awaited(loaded.respond)
     if not awaited:
         raise ResponseError(f"case {case} waits for nobody; see: minga respond story --case {case}")
+    if awaited == SIGNATURES:
+        version = journal.case(case).done[Kind.JUDGED]["version"]
+        raise ResponseError(
+            f"case {case} waits for the approvals that [gates] asks for, by other people and with "
+            f"their keys: minga model approve {version}"
+        )
     journal.approve(case, awaited, by=getpass.getuser())
     print_line(f"case {case}: {awaited} is approved")
 

@@ -113,7 +113,7 @@ def configured(
     from minga.serving.config import ServingConfig
 
     config, uri = ServingConfig.model_validate({}), Settings().tracking_uri
-    monitor_folder = Path(MONITOR_FOLDER)
+    monitor_folder = Path(MONITOR_FOLDER).absolute()  # replicas work in folders of their own
     if project is not None or not uri or Path(FILE).is_file():
         loaded = load(project or Path())
         config, uri = loaded.protected_serving, loaded.tracking_uri

@@ -1,6 +1,7 @@
 """Lineage, services and ageing over everything that a project can see: registry and fleet."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -8,7 +9,11 @@ from minga.cluster.project import Project
 from minga.federation.audit import Entry
 from minga.federation.coordinator.audit_log import Kind, read_log
 from minga.federation.coordinator.store import DATABASE_FILE
-from minga.training.ageing import Finding, find_stale
+from minga.inference.monitor.alarms import DATABASE_FILE as MONITOR_FILE
+from minga.inference.monitor.alarms import AlarmLog
+from minga.inference.monitor.judgement import AlarmKind
+from minga.inference.monitor.store import Store
+from minga.training.ageing import Finding, Limits, Wear, find_stale
 from minga.training.ancestry import Ancestry, build_ancestry
 from minga.training.bundle import LINEAGE
 from minga.training.errors import RegistryError
@@ -43,6 +48,7 @@ def stale_everywhere(project: Project, state: Path | None = None) -> tuple[Findi
     if not project.has_registry:
         return ()
     registry, services = project.registry(), services_everywhere(project, state=state)
+    worn = wear_everywhere(project)
     return tuple(
         finding
         for name in registry.names()
@@ -51,9 +57,42 @@ def stale_everywhere(project: Project, state: Path | None = None) -> tuple[Findi
             [one for one in services if one.model == name],
             retired(registry.decisions(name)),
             now=datetime.now(UTC),
-            max_age=timedelta(days=project.gates.max_age_days),
+            limits=limits_of(project),
+            wear={version: wear for (model, version), wear in worn.items() if model == name},
         )
     )
+
+
+def limits_of(project: Project) -> Limits:
+    """Say what a project calls stale."""
+    return Limits(
+        max_age=timedelta(days=project.gates.max_age_days), max_rows=project.gates.max_rows
+    )
+
+
+def wear_everywhere(project: Project) -> dict[tuple[str, int], Wear]:
+    """Tell what versions have been through, by model and number: what the project's monitor knows.
+
+    Raises:
+        MonitorError: the monitor's files cannot be read.
+    """
+    folder = project.monitor_folder
+    if not (folder / MONITOR_FILE).is_file():
+        return {}
+    worse: dict[tuple[str, str], list[str]] = {}
+    for alarm in AlarmLog(folder).standing():
+        if alarm.kind is AlarmKind.PERFORMANCE:
+            worse.setdefault((alarm.model, alarm.version), []).append(alarm.subject)
+    with closing(Store(folder)) as store:
+        seen = {(one.model, one.version) for one in store.watched()}
+        return {
+            (model, int(version)): Wear(
+                rows=store.count_rows(model, version),
+                worse=tuple(worse.get((model, version), ())),
+            )
+            for model, version in seen
+            if version.isdecimal()
+        }
 
 
 def ancestry_of(project: Project, name: str = "", state: Path | None = None) -> Ancestry:

@@ -17,8 +17,12 @@ from minga.cluster.checking import data_tags, require_valid_data
 from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
+from minga.federation.parameters import Parameters, to_bytes
+from minga.training.bundle import LINEAGE, read_parameters
 from minga.training.data import digest_of
 from minga.training.evaluate import measure
+from minga.training.lineage import Lineage
+from minga.training.network import build_network, load_parameters
 from minga.training.probe import probe
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.search.picture import search_page
@@ -47,6 +51,21 @@ class Fitted:
     params: Params
     metrics: Mapping[str, float]
     run_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """A version that training goes on from.
+
+    Attributes:
+        version: its number.
+        parameters: of its network.
+        params: the hyper-parameters that this is built with.
+    """
+
+    version: int
+    parameters: Parameters
+    params: Params
 
 
 PAGE = "search.html"
@@ -175,25 +194,56 @@ def picture_of(project: Project) -> Path:
     return _search_file(project).with_suffix(".html")
 
 
-def train_model(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained":
+def parent_of(project: Project, which: int | str) -> Parent:
+    """Read a version that training is to go on from, by number or alias.
+
+    Raises:
+        RegistryError: there is no such version, it is no network, or its files are not what was
+            registered.
+    """
+    registry, name = project.registry(), project.loaded_task.name
+    version = registry.get(name, which)
+    folder = registry.fetch(name, version.version)
+    return Parent(
+        version=version.version,
+        parameters=read_parameters(folder),
+        params=Lineage.read(folder / LINEAGE).params,
+    )
+
+
+def train_model(
+    project: Project,
+    params: Params,
+    on_progress: OnProgress = silent,
+    *,
+    parent: Parent | None = None,
+) -> "Trained":
     """Train with given hyper-parameters, as the `[training]` table says.
 
     Args:
         project: the project.
         params: complete hyper-parameters, such as `SearchResult.params`.
         on_progress: hears of every epoch.
+        parent: whose weights to go on from; new ones are drawn without.
 
     Raises:
         SchemaError: the data breaks its schema; nothing was started.
-        ShapeError: one training step does not work; nothing was started.
+        ShapeError: one training step does not work, or the Task's network is not the parent's any
+            more; nothing was started.
         TrainingError: it failed more often than it may.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
     require_valid_data(project)
     probe(project.loaded_task, params, project.splits)
+    if parent is not None:
+        train_split = project.splits.train
+        network = build_network(project.loaded_task, params, train_split, seed=project.seed)
+        load_parameters(network, parent.parameters)
     tracker = project.tracker(on_progress)
-    folder = _training_folder(project, params)
+    folder = _training_folder(project, params, parent)
     tags = {"minga.step": "train", **data_tags(project)}
+    if parent is not None:
+        tags["minga.parent_version"] = str(parent.version)
     with (
         occupied(project),
         tracker.run("train", tags=tags, kept=folder.with_suffix(".run")) as run_id,
@@ -215,10 +265,11 @@ def train_model(project: Project, params: Params, on_progress: OnProgress = sile
                 config=project.training,
                 seed=project.seed,
                 folder=folder,
+                start=parent.parameters if parent else None,
                 on_progress=on_progress,
                 on_epoch=partial(recorder.note, run_id),
             )
-    return replace(trained, run_id=run_id)
+    return replace(trained, run_id=run_id, parent_version=parent.version if parent else None)
 
 
 def fit_contender(project: Project, params: Params, on_progress: OnProgress = silent) -> Fitted:
@@ -253,8 +304,11 @@ def fit_contender(project: Project, params: Params, on_progress: OnProgress = si
     return Fitted(model=model, params=dict(params), metrics=metrics, run_id=run_id)
 
 
-def _training_folder(project: Project, params: Params) -> Path:
-    work = fingerprint(project, (project.training, dict(params)))
+def _training_folder(project: Project, params: Params, parent: Parent | None) -> Path:
+    settings: tuple[object, ...] = (project.training, dict(params))
+    if parent is not None:
+        settings += (parent.version, hashlib.sha256(to_bytes(parent.parameters)).hexdigest())
+    work = fingerprint(project, settings)
     return project.ray_storage / f"train-{work}"
 
 

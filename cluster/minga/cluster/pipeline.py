@@ -22,9 +22,11 @@ from torch import nn
 from minga.cluster.checking import find_champion, require_valid_data
 from minga.cluster.learning import (
     Fitted,
+    Parent,
     fingerprint,
     finished_search,
     fit_contender,
+    parent_of,
     search,
     train_model,
 )
@@ -68,12 +70,14 @@ if TYPE_CHECKING:
     from minga.training.train import Trained
 
 __all__ = [
+    "Parent",
     "Registered",
     "RunReport",
     "evaluate",
     "find_registered",
     "fingerprint",
     "finished_search",
+    "parent_of",
     "promote",
     "register_candidate",
     "register_trained",
@@ -137,6 +141,7 @@ def run(
     *,
     fresh_search: bool = False,
     auto: bool = False,
+    parent: Parent | None = None,
 ) -> RunReport:
     """Check data, search, train, judge, register, and promote if all gates passed.
 
@@ -145,6 +150,7 @@ def run(
         on_progress: hears of each part.
         fresh_search: search and compare anew, even if a result is kept.
         auto: compare kinds of models after the search, and train the one that is chosen.
+        parent: train this version further, with its hyper-parameters, in place of a search.
 
     Raises:
         SchemaError: the data breaks its schema.
@@ -161,14 +167,19 @@ def run(
     meanwhile = partial(project.tracker, on_progress)
     with occupied(project), local_ray(meanwhile=meanwhile):
         with clock.step("search"):
-            found = search(project, on_progress, fresh=fresh_search)
+            if parent is None:
+                found = search(project, on_progress, fresh=fresh_search)
+            else:
+                found = SearchResult(
+                    params=dict(parent.params), metrics={}, trials=(), resumed=False
+                )
         params: Params = found.params
         selection = None
         if auto:
             with clock.step("compare"):
                 selection, params = select_model(project, params, on_progress, fresh=fresh_search)
         with clock.step("train"):
-            trained = train(project, params, on_progress)
+            trained = train(project, params, on_progress, parent=parent)
     with clock.step("gate and register"):
         registered = register_trained(project, trained, on_progress)
     promoted = promote_if_allowed(project, registered)
@@ -183,14 +194,27 @@ def run(
     )
 
 
-def train(project: Project, params: Params, on_progress: OnProgress = silent) -> "Trained | Fitted":
+def train(
+    project: Project,
+    params: Params,
+    on_progress: OnProgress = silent,
+    *,
+    parent: Parent | None = None,
+) -> "Trained | Fitted":
     """Train what hyper-parameters stand for: a network, or another contender.
+
+    Args:
+        project: the project.
+        params: complete hyper-parameters.
+        on_progress: hears of every epoch.
+        parent: a network whose weights to go on from.
 
     Raises:
         Exception: as `train_model` and `fit_contender` do.
     """
-    make = train_model if is_network(params) else fit_contender
-    return make(project, params, on_progress)
+    if is_network(params) or parent is not None:
+        return train_model(project, params, on_progress, parent=parent)
+    return fit_contender(project, params, on_progress)
 
 
 def register_trained(
@@ -200,7 +224,7 @@ def register_trained(
     if isinstance(trained, Fitted):
         made: dict[str, Any] = {"model": trained.model}
     else:
-        made = {"parameters": trained.parameters}
+        made = {"parameters": trained.parameters, "parent_version": trained.parent_version}
     return register_candidate(
         project, **made, params=trained.params, run_id=trained.run_id, on_progress=on_progress
     )

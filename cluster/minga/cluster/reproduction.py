@@ -127,6 +127,7 @@ def reproduce(project: Project, version: Version, on_progress: OnProgress = sile
             data_digest=lineage.data_digest,
             params=lineage.params,
             reproduces=version.run_id,
+            parent_version=lineage.parent_version,
         )
         again = _train(project, job, on_progress)
     before = _Made.read(folder)

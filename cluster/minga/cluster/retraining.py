@@ -35,6 +35,8 @@ class Job(Document):
     params: dict[str, Param]
     reproduces: str
     """The run that is repeated."""
+    parent_version: int | None = None
+    """The version whose weights it went on from."""
 
 
 class Result(Document):
@@ -60,7 +62,10 @@ def retrain(job: Job, folder: Path) -> None:
 
     project = restore(job.settings, Path(job.root), source=job.source)
     _require_data(project, job)
-    trained = pipeline.train(project, job.params, _tell)
+    parent = None
+    if job.parent_version is not None:
+        parent = pipeline.parent_of(project, job.parent_version)
+    trained = pipeline.train(project, job.params, _tell, parent=parent)
     tags = {"mlflow.runName": "reproduce", "minga.reproduces": job.reproduces}
     project.tracker().log(trained.run_id, tags=tags)
     history: tuple[Record, ...] = ()

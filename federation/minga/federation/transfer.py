@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import grpc
+from google.protobuf.message import Message
 
 from minga.federation import chunks
 from minga.federation.chunks import Chunk
@@ -27,7 +28,6 @@ from minga.federation.limits import CALL_TIMEOUT_S, CHUNK_BYTES, MAX_BLOB_BYTES,
 from minga.federation.part_file import PartFile
 from minga.federation.transport import ACCEPTED_KEY, calling
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
 _CHUNKS_AT_ONCE: Final = 4
 """A download goes to the disk so many chunks at a time."""
@@ -35,17 +35,21 @@ _CHUNKS_AT_ONCE: Final = 4
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["BlobService"].full_name
 
 
-class BlobStub(pb_grpc.BlobServiceStub):
+class BlobStub:
     """The blob service as its callers see it, with chunks that are not copied; see `chunks`."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        super().__init__(channel)
-        self.Upload: Any = channel.stream_unary(
+        self.Upload = channel.stream_unary(
             f"/{SERVICE}/Upload",
             request_serializer=chunks.serialize,
             response_deserializer=pb.UploadResponse.FromString,
         )
-        self.Download: Any = channel.unary_stream(
+        self.GetUploadOffset = channel.unary_unary(
+            f"/{SERVICE}/GetUploadOffset",
+            request_serializer=pb.GetUploadOffsetRequest.SerializeToString,
+            response_deserializer=pb.GetUploadOffsetResponse.FromString,
+        )
+        self.Download = channel.unary_stream(
             f"/{SERVICE}/Download",
             request_serializer=pb.DownloadRequest.SerializeToString,
             response_deserializer=chunks.read_download,
@@ -104,7 +108,7 @@ class _Progress:
         self.offset = offset
 
 
-UploadCall = grpc.aio.StreamUnaryCall[pb.UploadRequest | bytes, pb.UploadResponse]
+UploadCall = grpc.aio.StreamUnaryCall[Message | bytes, pb.UploadResponse]
 
 Content = Path | bytes | memoryview
 """What is sent: a file's content, or bytes."""

@@ -79,7 +79,7 @@ class GrpcServer:
             options=self._options(),
             maximum_concurrent_rpcs=_MAX_RPCS,
         )
-        server.add_generic_rpc_handlers((self._methods.handlers(),))
+        server.add_generic_rpc_handlers(self._methods.handlers())
         try:
             host = f"[{self._host}]" if ":" in self._host else self._host
             address = f"{host}:{self._wanted_port}"

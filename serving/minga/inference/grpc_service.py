@@ -16,6 +16,7 @@ from minga.inference.access import Access
 from minga.inference.engine import PLATFORM, OnnxModel
 from minga.inference.errors import BadRequestError, InferenceError, UnavailableError
 from minga.inference.grpc_wire import (
+    OUTCOMES,
     SERVICE,
     STATUS_KEY,
     read_request,
@@ -31,6 +32,7 @@ from minga.inference.tensors import TensorSpec
 from minga.inference.v2 import open_inference_pb2 as pb
 
 _LOG: Final = logging.getLogger(__name__)
+_MAX_REPORT_BYTES: Final = 1024 * 1024  # of outcomes, as over HTTP
 
 # What is not here needs leave to ask.
 _PERMISSIONS: Final[dict[str, Permission | None]] = {
@@ -58,8 +60,8 @@ class GrpcService:
         self._service = service
         self.num_requests = 0
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """Give the methods as a server takes them."""
+    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        """Give the methods as a server takes them, by service."""
         methods: dict[str, tuple[Any, Callable[[Any], Awaitable[Any]]]] = {
             "ServerLive": (pb.ServerLiveRequest, self.server_live),
             "ServerReady": (pb.ServerReadyRequest, self.server_ready),
@@ -72,12 +74,18 @@ class GrpcService:
             "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, self.load),
             "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, self.unload),
         }
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                name: grpc.unary_unary_rpc_method_handler(self._behaviour(kind, method))
-                for name, (kind, method) in methods.items()
-            },
+        own: dict[str, tuple[Any, Callable[[Any], Awaitable[Any]]]] = {
+            "ReportOutcomes": (pb.ReportOutcomesRequest, self.report_outcomes),
+        }
+        return tuple(
+            grpc.method_handlers_generic_handler(
+                service,
+                {
+                    name: grpc.unary_unary_rpc_method_handler(self._behaviour(kind, method))
+                    for name, (kind, method) in offered.items()
+                },
+            )
+            for service, offered in ((SERVICE, methods), (OUTCOMES, own))
         )
 
     def _behaviour(self, kind: Any, method: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -164,6 +172,14 @@ class GrpcService:
         return pb.RepositoryIndexResponse(
             models=[pb.RepositoryIndexResponse.ModelIndex(**entry) for entry in index]
         )
+
+    async def report_outcomes(self, request: pb.ReportOutcomesRequest) -> pb.ReportOutcomesResponse:
+        """Count outcomes for the versions that gave the answers."""
+        if request.ByteSize() > _MAX_REPORT_BYTES:
+            raise BadRequestError("a report may be 1 MB long; send several")
+        outcomes = [(one.key, one.value) for one in request.outcomes]
+        counted = self._service.report_outcomes(request.model_name, outcomes)
+        return pb.ReportOutcomesResponse(counted=counted)
 
     async def load(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
         """Let an unloaded model answer again."""

@@ -27,6 +27,8 @@ from minga.inference.tensors import (
 from minga.inference.v2 import open_inference_pb2 as pb
 
 SERVICE: Final = "inference.GRPCInferenceService"
+OUTCOMES: Final = "inference.OutcomeService"
+"""Minga's own service beside the protocol's."""
 STATUSES: Final = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,

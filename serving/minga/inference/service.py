@@ -11,7 +11,7 @@ that a thread that computes never waits for JSON.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from minga.inference.comparing import Mode
 from minga.inference.engine import OnnxModel
 from minga.inference.errors import (
     AsleepError,
+    BadRequestError,
     ForbiddenError,
     InferenceError,
     ModelError,
@@ -46,6 +47,7 @@ from minga.inference.statistics import Execution
 from minga.inference.tensors import Array
 
 SERVER_NAME: Final = "minga"
+MAX_OUTCOME: Final = 1e100  # squares of such still add up
 EXTENSIONS: Final = (BINARY_EXTENSION, "statistics", "model_repository")
 """What is served beyond the protocol's core, by Triton's names."""
 
@@ -411,7 +413,7 @@ class InferenceService:
             if entry.is_loaded or not only_ready
         ]
 
-    def report_outcomes(self, name: str, outcomes: Iterable[tuple[str, float]]) -> int:
+    def report_outcomes(self, name: str, outcomes: Sequence[tuple[str, float]]) -> int:
         """Count what became of answers for the versions that gave them, while a split runs.
 
         Args:
@@ -423,9 +425,14 @@ class InferenceService:
             How many were counted: none where no split runs.
 
         Raises:
+            BadRequestError: an outcome is no finite number, or none that adds up; none is counted.
             UnknownModelError: no such model is served.
             UnavailableError: nothing is served yet.
         """
+        if not all(abs(value) <= MAX_OUTCOME for _, value in outcomes):
+            raise BadRequestError(
+                f"the value of an outcome must be a number from -{MAX_OUTCOME:g} to {MAX_OUTCOME:g}"
+            )
         self.repository.find(name)
         arms = self.side_by_side.arms.get(name)
         if arms is None or arms.comparison.mode is not Mode.SPLIT:

@@ -30,7 +30,7 @@ from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
 from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError, VersionRefusedError
-from minga.serving.monitor_actor import end_actor
+from minga.serving.monitor_actor import end_actors
 from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
 from minga.serving.scaling import POLICY
 
@@ -133,7 +133,7 @@ class ServeHost:
         self._let_go()
 
     def _let_go(self) -> None:
-        end_actor()
+        end_actors()
         self._claims.close()
 
     def _find_replica(self) -> str:

@@ -121,7 +121,8 @@ class Card(Document):
 
 def _origin(lineage: Lineage) -> str:
     if lineage.campaign is None:
-        return f"It was trained centrally on {lineage.num_examples} examples."
+        begun = f", from version {lineage.parent_version} on" if lineage.parent_version else ""
+        return f"It was trained centrally on {lineage.num_examples} examples{begun}."
     campaign = lineage.campaign
     return (
         f"It is the product of federated campaign {campaign.name}: {campaign.rounds} rounds, "

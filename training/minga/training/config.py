@@ -190,7 +190,10 @@ class GateConfig(Table):
     trial_timeout_s: Positive = 60.0
     """How long a fresh process of each runtime may take to load the model and to answer."""
     max_age_days: Positive = 90.0
-    """A champion that was made longer ago is reported as stale."""
+    """A champion that was made longer ago is stale."""
+    max_rows: Annotated[int, Field(ge=0)] = 0
+    """A champion that has answered more rows, by the monitor's closed windows, is stale; 0: never
+    for that."""
     trusted_keys: tuple[str, ...] = Field(default=(), strict=False)
     """Public keys of colleagues and machines whose verdicts are believed beside this project's
     own; each is what their `minga model key` prints."""

@@ -59,7 +59,10 @@ def build_network(task: Task, params: Params, train: Split, *, seed: int) -> nn.
         model = plain_model(
             architecture, preparation=preparation, own=model, example=train.inputs[:1]
         )
-    return nn.Sequential(OrderedDict(preparation=preparation, model=model))
+    network = nn.Sequential(OrderedDict(preparation=preparation, model=model))
+    if architecture == OWN:
+        task.begin(network, train, seed=seed)
+    return network
 
 
 def build_preparation(task: Task, params: Params, train: Split) -> nn.Module:

@@ -6,6 +6,7 @@ on the test split: quantiles, ranges, shares and rates, never a row.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ from minga.inference.monitor.reference import (
     Column,
     Role,
 )
-from minga.inference.monitor.sketch import outlier_lengths, scores_of
+from minga.inference.monitor.sketch import loss_rows, outlier_lengths, scores_of
 from minga.training.calibration import as_classes
+from minga.training.losses import MAX_ROWS, grow_losses
 from minga.training.profile import ColumnProfile, Profile, profile_columns
 from minga.training.schema import Column as SchemaColumn
 from minga.training.schema import Schema
@@ -100,7 +102,7 @@ def describe(
     given: dict[str, Any] = {
         "layout": LAYOUT,
         "num_held_out": len(test),
-        "columns": [*inputs, *_outputs(outputs)],
+        "columns": [*inputs, *_outputs(task, outputs)],
     }
     outliers = _outliers(inputs, test.inputs)
     if outliers:
@@ -109,6 +111,8 @@ def describe(
     if answers:
         given["answers"] = answers.judged
         given["columns"] += answers.columns
+        if answers.judged["kind"] is AnswerKind.NUMBER:
+            given |= _losses(given["columns"], inputs, test, outputs)
     return given
 
 
@@ -125,15 +129,36 @@ def _input(profile: ColumnProfile, described: SchemaColumn, num_examples: int) -
     }
 
 
-def _outputs(outputs: NDArray[Any]) -> list[dict[str, Any]]:
+def _outputs(task: Task, outputs: NDArray[Any]) -> list[dict[str, Any]]:
     profiles = profile_columns(outputs)
     names = (
         ["output"] if len(profiles) == 1 else [f"output {place}" for place in range(len(profiles))]
     )
+    kinds: Sequence[str] = ["number"] * len(profiles)
+    if len(task.outputs) == len(profiles):
+        names, kinds = list(task.outputs), list(task.outputs.values())
     return [
-        _column(Role.OUTPUT, name, profile, len(outputs))
-        for name, profile in zip(names, profiles, strict=True)
+        _numbered(name, outputs.reshape(len(outputs), -1)[:, place])
+        if kinds[place] == "category"
+        else _column(Role.OUTPUT, name, profiles[place], len(outputs))
+        for place, name in enumerate(names)
     ]
+
+
+def _numbered(name: str, values: NDArray[Any]) -> dict[str, Any]:
+    """Describe an output that is one of 0, 1, 2 and so on, each of which has a bin.
+
+    What is above all that the test split has is in a last bin of its own.
+    """
+    counts = np.bincount(values.round().astype(np.int64))
+    return {
+        "role": Role.OUTPUT,
+        "name": name,
+        "edges": [number + 0.5 for number in range(len(counts))],
+        "shares": [*(counts / counts.sum()).tolist(), 0.0],
+        "num_examples": len(values),
+        "categories": list(map(float, range(len(counts)))),
+    }
 
 
 def _column(role: Role, name: str, profile: ColumnProfile, num_examples: int) -> dict[str, Any]:
@@ -198,6 +223,23 @@ def _number(targets: NDArray[Any], outputs: NDArray[Any]) -> _Answers:
         "error_deviation": float(errors.std()),
     }
     return _Answers(judged, [])
+
+
+def _losses(
+    columns: list[dict[str, Any]], inputs: list[dict[str, Any]], test: Split, outputs: NDArray[Any]
+) -> dict[str, Any]:
+    """Say where errors of numbers are large, and in which bins that is counted; nothing if not."""
+    if test.inputs.ndim != 2 or test.inputs.shape[1] > MAX_COLUMNS:
+        return {}
+    rows, answers = test.inputs[:MAX_ROWS].T.astype(np.float64), outputs[:MAX_ROWS]
+    means = np.array([column["mean"] for column in inputs])
+    errors = np.abs(test.targets[:MAX_ROWS].reshape(-1).astype(np.float64) - answers.reshape(-1))
+    found = grow_losses(loss_rows(means, rows, answers), errors)
+    if found is None:
+        return {}
+    edges = np.arange(0.5, len(found.shares) - 1, dtype=np.float64)
+    score = _score_column(edges, found.shares, found.num_examples)
+    return {"columns": [*columns, score], "losses": found.tree}
 
 
 def _yes_no(

@@ -38,10 +38,10 @@ CHAMPION: Alias = "champion"
 CHALLENGER: Alias = "challenger"
 
 ARTIFACT_PATH = "bundle"
+"""Where in its run's artifacts a version's files are."""
 
 _PAGE = 1000
 """Models that MLflow is asked for at a time; 1000 is its most."""
-"""Where in its run's artifacts a version's files are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +311,16 @@ class Registry:
         folder = self.fetch(name, version.version)
         read_verdict(folder, name, self._keys())
         return self._approvals(version, folder)
+
+    def require_approved(self, name: str, version: int) -> Approvals:
+        """Give the approvals of a version that may be promoted as far as other people go.
+
+        Raises:
+            ApprovalError: too few others approved it; and what `approvals` raises.
+        """
+        found = self.approvals(name, version)
+        require_approvals(found, self._policy, model=name, version=version)
+        return found
 
     def retire(self, name: str, which: int | str, *, reason: str) -> Version:
         """Take a version out of use: it is promoted no more, unless somebody overrides that.

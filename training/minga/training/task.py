@@ -48,6 +48,8 @@ SplitName = Literal["train", "validation", "test"]
 
 Folds = Literal["shuffled", "grouped", "ordered"]
 
+OutputKind = Literal["number", "category"]
+
 
 class Batch(NamedTuple):
     """The examples of one training step, first axis the batch; `weights` if they count unalike."""
@@ -137,6 +139,8 @@ class Task(ABC):
             stand for the numbers 0, 1, 2 and so on.
         folds: how `minga run --auto` divides examples: `shuffled`, `grouped` by their owners, or
             `ordered` by time as they stand; see `minga.training.selection.folds`.
+        outputs: names of the columns of the model's outputs, for the monitor, and whether each is a
+            number, or a category: 0, 1, 2 and so on, whose shares are watched.
     """
 
     name: ClassVar[str]
@@ -146,6 +150,7 @@ class Task(ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     categories: ClassVar[Mapping[str, tuple[str | float, ...]]] = {}
     folds: ClassVar[Folds] = "shuffled"
+    outputs: ClassVar[Mapping[str, OutputKind]] = {}
 
     @abstractmethod
     def data(self, source: str) -> Splits:
@@ -203,6 +208,13 @@ class Task(ABC):
         from minga.training.weighting import weighted_loss
 
         return weighted_loss(self.loss, outputs, batch.targets, batch.weights)
+
+    def begin(self, network: "torch.nn.Module", train: Split, *, seed: int) -> None:  # noqa: B027
+        """Set what first weights take from the training split, such as the centres of clusters.
+
+        Nothing unless overridden. It must give the same each time that it is called; its
+        `network` is a preparation and a model, called so.
+        """
 
     def finish(self, network: "torch.nn.Module", validation: Split) -> None:  # noqa: B027
         """Set what is chosen on the validation split once training is over, such as a threshold.

@@ -41,7 +41,7 @@ from minga.training.errors import TrainingError
 from minga.training.history import OnEpoch, Record, is_stalled, unheard
 from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, Shard, fit
-from minga.training.network import build_network, parameters_of
+from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.progress import OnProgress, Progress, silent
 from minga.training.space import Objective, Params
 from minga.training.task import Splits, Task, TaskReference
@@ -70,6 +70,7 @@ class Trained:
         metrics: the best epoch's, on the validation split.
         history: one record for each epoch.
         run_id: of the MLflow run that recorded it, if one did.
+        parent_version: whose weights it went on from; None if it began anew.
     """
 
     parameters: Parameters
@@ -77,6 +78,7 @@ class Trained:
     metrics: Mapping[str, float]
     history: tuple[Record, ...]
     run_id: str = ""
+    parent_version: int | None = None
 
 
 def train(
@@ -88,6 +90,7 @@ def train(
     config: TrainConfig,
     seed: int,
     folder: Path,
+    start: Parameters | None = None,
     on_progress: OnProgress = silent,
     on_epoch: OnEpoch = unheard,
 ) -> Trained:
@@ -104,6 +107,8 @@ def train(
         config: how many workers and epochs, and how often lost workers are replaced.
         seed: of the first weights and of the order of examples.
         folder: of this training and no other; only reuse it with the same arguments.
+        start: parameters to go on from, of a network of the same shape; without them the first
+            weights are drawn. The preparation is among them, and stays what it was fitted to.
         on_progress: hears of every epoch.
         on_epoch: gets every epoch's record, those of an interrupted training once more.
 
@@ -117,6 +122,7 @@ def train(
         train_loop_config={
             "reference": reference,
             "splits": ray.put(splits),
+            "start": None if start is None else ray.put(start),
             "params": dict(params),
             "config": config,
             "seed": seed,
@@ -171,7 +177,8 @@ def _work(settings: dict[str, Any]) -> None:
     config: TrainConfig = settings["config"]
     splits: Splits = ray.get(settings["splits"])
     task: Task = settings["reference"].load()
-    learner = _learner(task, settings["params"], splits, config, settings["seed"])
+    start: Parameters | None = None if settings["start"] is None else ray.get(settings["start"])
+    learner = _learner(task, settings["params"], splits, config, seed=settings["seed"], start=start)
     is_first = shard.rank == 0
     best = _Best(task.objective, learner)
     saving = _Saving()
@@ -252,10 +259,21 @@ class _Saving:
         self._wait_s = min((self._at - began) / CHECKPOINT_SHARE, CHECKPOINT_EVERY_S)
 
 
-def _learner(task: Task, params: Params, splits: Splits, config: TrainConfig, seed: int) -> Learner:
+def _learner(
+    task: Task,
+    params: Params,
+    splits: Splits,
+    config: TrainConfig,
+    *,
+    seed: int,
+    start: Parameters | None,
+) -> Learner:
     """Make the learner, or restore it from the last checkpoint, and wrap it for several workers."""
     device = ray.train.torch.get_device()
-    network = build_network(task, params, splits.train, seed=seed).to(device)
+    network = build_network(task, params, splits.train, seed=seed)
+    if start is not None:
+        load_parameters(network, start)
+    network = network.to(device)
     mixed = config.precision == "mixed" and device.type == "cuda"
     half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     learner = Learner(task, network, params, half=half if mixed else None)

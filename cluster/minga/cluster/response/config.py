@@ -21,9 +21,11 @@ class RespondConfig(BaseModel):
         "performance",
         "concept-drift",
     )
-    """The alarms that act: kinds of the monitor's, names of Alertmanager's. Others are not kept. An
-    alarm that names another model than the project's does not act. By default a model that has
-    become worse acts; that its inputs have drifted need not hurt."""
+    """The alarms that act: kinds of the monitor's, names of Alertmanager's, and `stale`, which is
+    raised when the champion is what `minga model stale` calls old or worn ([gates] max_age_days,
+    max_rows). Others are not kept. An alarm that names another model than the project's does not
+    act. By default a model that has become worse acts; that its inputs have drifted need not
+    hurt."""
 
     action: Literal["retrain", "federate"] = "retrain"
     """retrain: train centrally with the champion's hyper-parameters, on `source`. federate: start a
@@ -32,7 +34,12 @@ class RespondConfig(BaseModel):
     source: str = ""
     """What `Task.data` gets when an alarm trains anew; by default what `[data] source` says, read
     again. `{since}` and `{until}` stand for when the alarm began and when its case was opened, as
-    2026-11-23T14:00:00Z."""
+    2026-11-23T14:00:00Z. `stale` began when the champion was made."""
+
+    weights: Literal["new", "champion"] = "new"
+    """new: train from the beginning. champion: train the champion's weights further, which keeps
+    what earlier data taught, and the preparation of inputs as it was fitted then; what is no
+    network is fitted anew in any case."""
 
     coordinator: str = ""
     """The coordinator's state folder, or an operator's identity folder: needed for campaigns, and
@@ -41,6 +48,10 @@ class RespondConfig(BaseModel):
     approval: Literal["none", "start", "promotion"] = "none"
     """What waits for `minga respond approve`: nothing, the start of the work, or the promotion of a
     version that passed its gates."""
+
+    approval_days: Annotated[float, Field(gt=0)] = 14.0
+    """How long a case waits for the approvals that [gates] approvals asks for, before it ends as
+    expired."""
 
     rollout: Literal["at once", "canary"] = "at once"
     """at once: a version that passed its gates is promoted. canary: it takes growing shares of the

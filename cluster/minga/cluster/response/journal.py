@@ -60,6 +60,10 @@ class Journal:
         if version > _VERSION:
             raise ResponseError(f"{path} was written by a later Minga; use that one")
 
+    def now(self) -> float:
+        """Give the journal's time, in seconds since 1970."""
+        return self._clock()
+
     def close(self) -> None:
         """Close the file."""
         self._connection.close()

@@ -6,7 +6,8 @@ A case is the fold of its entries in the journal:
                    |           |                               |           |            |
                dismissed     failed                         refused    dismissed    rolled-back
 
-and, where none of these ends comes, promoted.
+and, where none of these ends comes, promoted. Where `[gates] approvals` asks for other people's
+signatures a case is `waiting` before canary and promotion, until it is `agreed` or has `expired`.
 
 `started` comes again after each crash; what is behind it is not done again.
 """
@@ -22,7 +23,10 @@ from minga.cluster.response.config import RespondConfig
 MAX_ATTEMPTS = 3
 """How often the work of a case may end without a word before the case has failed."""
 
-_DAY_S = 86_400.0
+DAY_S = 86_400.0
+
+STALE = "stale"
+"""The alarm about a champion that is old or worn."""
 
 
 class Kind(StrEnum):
@@ -39,11 +43,14 @@ class Kind(StrEnum):
     CAMPAIGN = "campaign"
     TRAINED = "trained"
     JUDGED = "judged"
+    WAITING = "waiting"
+    AGREED = "agreed"
     CANARY = "canary"
     ROLLED_BACK = "rolled-back"
     PROMOTED = "promoted"
     REFUSED = "refused"
     OVERTAKEN = "overtaken"
+    EXPIRED = "expired"
     FAILED = "failed"
 
 
@@ -54,11 +61,15 @@ ENDS = frozenset(
         Kind.REFUSED,
         Kind.ROLLED_BACK,
         Kind.OVERTAKEN,
+        Kind.EXPIRED,
         Kind.FAILED,
     }
 )
 FREE = frozenset({Kind.DISMISSED, Kind.OVERTAKEN})
-"""Ends of cases that trained nothing and do not count against the budget."""
+"""Ends of cases that do not count against the budget."""
+
+SIGNATURES = "signatures"
+"""What a case waits for that needs the approvals of `[gates]`; `minga model approve` gives one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +121,11 @@ class Case:
 
     def awaited(self, config: RespondConfig) -> str:
         """Tell what a person has to agree to before this goes on; empty if nothing."""
-        if self.end is not None or config.approval == "none":
+        if self.end is not None:
+            return ""
+        if Kind.WAITING in self.done:
+            return SIGNATURES
+        if config.approval == "none":
             return ""
         if config.approval == "start":
             return "" if "start" in self.approved else "start"
@@ -140,6 +155,9 @@ def _after(case: Case, entry: Entry) -> Case:
         case Kind.APPROVED:
             approved = case.approved | {str(entry.detail["what"])}
             return replace(case, done=done, approved=approved, attempts=0)
+        case Kind.AGREED:
+            done.pop(Kind.WAITING, None)
+            return replace(case, done=done, attempts=0)
         case Kind.STARTED:
             return replace(case, done=done, attempts=case.attempts + 1)
         case kind if kind in ENDS:
@@ -194,10 +212,10 @@ def decide(
     if worked and now < worked[-1].ended_at + config.cooldown_s:
         until = worked[-1].ended_at + config.cooldown_s
         return Hold(f"case {worked[-1].number} ended a short time ago", until)
-    since = now - config.period_days * _DAY_S
+    since = now - config.period_days * DAY_S
     counted = [each for each in cases if each.opened_at > since and each.end not in FREE]
     if len(counted) >= config.max_cases:
-        until = counted[-config.max_cases].opened_at + config.period_days * _DAY_S
+        until = counted[-config.max_cases].opened_at + config.period_days * DAY_S
         return Hold(
             f"{len(counted)} cases in {config.period_days:g} days are all that may be", until
         )

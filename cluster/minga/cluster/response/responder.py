@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 from minga.cluster.occupation import held
@@ -14,7 +14,15 @@ from minga.cluster.project import Project
 from minga.cluster.response.alarms import Alarm, read_log
 from minga.cluster.response.journal import Journal
 from minga.cluster.response.metrics import Metrics
-from minga.cluster.response.policy import MAX_ATTEMPTS, Hold, Kind, Open, decide, is_ours
+from minga.cluster.response.policy import (
+    MAX_ATTEMPTS,
+    STALE,
+    Hold,
+    Kind,
+    Open,
+    decide,
+    is_ours,
+)
 from minga.cluster.response.receiver import Receiver, token_of
 from minga.inference.monitor.alarms import AlarmLog
 from minga.inference.server import Server
@@ -24,6 +32,9 @@ _log = logging.getLogger(__name__)
 JOURNAL_FILE = "journal.db"
 STOP_GRACE_S = 30.0
 _TICK_S = 0.5
+LOOK_S = 30.0
+"""How often the registry is asked for stale champions and for approvals."""
+
 _PAUSE_S = 10.0
 """Between two attempts at the work of a case."""
 
@@ -33,9 +44,9 @@ def folder_of(project: Project) -> Path:
     return project.work_folder / "respond"
 
 
-def open_journal(project: Project) -> Journal:
+def open_journal(project: Project, *, clock: Callable[[], float] = time.time) -> Journal:
     """Open a project's journal."""
-    return Journal(folder_of(project) / JOURNAL_FILE)
+    return Journal(folder_of(project) / JOURNAL_FILE, clock=clock)
 
 
 class Responder:
@@ -58,6 +69,7 @@ class Responder:
         self._clock = clock
         self._child: asyncio.subprocess.Process | None = None
         self._not_before = 0.0
+        self._look_after = 0.0
 
     async def hear(self, alarms: tuple[Alarm, ...]) -> int:
         """Take alarms in; those that may not act are not kept. Gives how many may."""
@@ -79,6 +91,12 @@ class Responder:
         """Look at everything once."""
         self._read_monitor()
         now = self._clock()
+        if now >= self._look_after:
+            self._look_after = now + LOOK_S
+            try:
+                await asyncio.to_thread(self._look_at_registry, now)
+            except Exception as error:  # noqa: BLE001 - it is asked again; alarms must go on
+                _log.warning("the registry cannot be asked: %s", error)
         cases, firing = self._journal.cases(), self._journal.firing()
         self.metrics.observe(len(firing), cases, self._config, now)
         decision = decide(firing, cases, self._config, now)
@@ -102,6 +120,23 @@ class Responder:
         if last != known:
             ours = tuple(alarm for alarm in alarms if is_ours(alarm, self._model, self._config))
             self._journal.hear(ours, read_to=(folder, last))
+
+    def _look_at_registry(self, now: float) -> None:
+        """See whether the champion is stale, and whether people agreed to what waits for them."""
+        if not self._project.has_registry:
+            return
+        # SQLite's connections stay in their thread.
+        with closing(open_journal(self._project, clock=self._clock)) as journal:
+            cases = journal.cases()
+            is_open = bool(cases) and cases[-1].end is None
+            if is_open and Kind.WAITING in cases[-1].done:
+                from minga.cluster.response.looking import see_agreement  # noqa: PLC0415 - MLflow
+
+                see_agreement(self._project, journal, cases[-1], now)
+            elif not is_open and STALE in self._config.alarms:
+                from minga.cluster.response.looking import see_age  # noqa: PLC0415 - MLflow
+
+                see_age(self._project, journal, cases, now)
 
     async def _go_on(self, number: int, now: float) -> None:
         """See to it that the work of the open case runs, unless a person is waited for."""

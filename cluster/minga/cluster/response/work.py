@@ -1,6 +1,6 @@
 """The work of one case, in a process: `python -m minga.cluster.response.work PROJECT CASE`.
 
-    train | campaign -> judge and register -> [canary] -> promote -> tell the devices
+    train | campaign -> judge and register -> [signatures] -> [canary] -> promote -> tell devices
 
 Each step is in the journal once it is done, and is not done again by whoever comes after a crash;
 what the crash left between a step and its entry is found again: a finished training by its weights
@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from minga.cluster.fleet import follow_campaign
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project, load
 from minga.cluster.response.journal import Journal
-from minga.cluster.response.policy import Case, Kind
+from minga.cluster.response.policy import DAY_S, Case, Kind
 from minga.cluster.response.responder import case_folder, open_journal
 from minga.federation.durable import replace_file
 from minga.federation.errors import UnreachableError
@@ -39,6 +39,7 @@ from minga.inference.uris import redacted
 from minga.serving.book import Plan, Status, Story
 from minga.serving.errors import RegistryUnreachableError, ServingError
 from minga.serving.registry_source import RegistrySource
+from minga.training.errors import ApprovalError
 from minga.training.registry import CHAMPION, Version
 from minga.training.space import is_network
 
@@ -71,6 +72,10 @@ def work(project: Project, journal: Journal, number: int) -> None:
             raise
         except ResponseError as error:  # a person has dismissed it meanwhile
             _log.info("%s", error)
+        except ApprovalError as error:
+            until = journal.now() + project.respond.approval_days * DAY_S
+            with suppress(ResponseError):  # dismissed in this moment
+                journal.tell(Kind.WAITING, number, reason=str(error), until=until)
         except Exception as error:  # noqa: BLE001 - whatever it is, the story tells it
             _log.exception("case %d has failed", number)
             journal.tell(Kind.FAILED, number, reason=f"{type(error).__name__}: {error}")
@@ -92,8 +97,7 @@ class _Work:
         if judged is None:
             versions = {alarm["version"] for alarm in self._case.opening["alarms"]} - {""}
             if versions and str(champion.version) not in versions:
-                self._tell(Kind.OVERTAKEN, champion=champion.version)
-                self._journal.forget_versions(but=champion.version)
+                self._is_overtaken(champion.version)
                 return
             judged = self._judge(champion)
         if not judged["blessed"]:
@@ -121,9 +125,22 @@ class _Work:
         return judged
 
     def _roll_out(self, judged: Mapping[str, Any]) -> None:
-        """Promote a version, after live traffic has spoken for it if that is wanted."""
+        """Promote a version, after live traffic has spoken for it if that is wanted.
+
+        Raises:
+            ApprovalError: too few others approved it.
+        """
+        version = int(judged["version"])
+        if self._is_promoted(version):  # an attempt before has done it, or a person
+            self._promote(judged)
+            return
+        champion = self._registry.get(self._name, CHAMPION).version
+        if champion != judged["champion"]:
+            self._is_overtaken(champion)
+            return
+        self._registry.require_approved(self._name, version)
         if self._project.respond.rollout == "canary":
-            story = self._canary(str(judged["version"]))
+            story = self._canary(str(version))
             if story is None:
                 return  # a person has ended the case
             if story.status is not Status.PASSED:
@@ -151,13 +168,20 @@ class _Work:
 
     def _promote(self, judged: Mapping[str, Any]) -> None:
         version = int(judged["version"])
-        decisions = self._registry.decisions(self._name)
-        if not any(d.version == version and d.kind == "promoted" for d in decisions):
-            pipeline.promote(self._project, version)  # else an attempt before has done it
+        if not self._is_promoted(version):
+            pipeline.promote(self._project, version)
         state = _state_of(self._project)
         told = publish(self._project, state, version) if state else 0
         self._tell(Kind.PROMOTED, version=version, before=judged["champion"], devices_told=told)
         self._journal.forget_versions(but=version)
+
+    def _is_overtaken(self, champion: int) -> None:
+        self._tell(Kind.OVERTAKEN, champion=champion)
+        self._journal.forget_versions(but=champion)
+
+    def _is_promoted(self, version: int) -> bool:
+        decisions = self._registry.decisions(self._name)
+        return any(one.version == version and one.kind == "promoted" for one in decisions)
 
     # --- central ---
 
@@ -168,11 +192,15 @@ class _Work:
         weights = case_folder(self._project, self._case.number) / WEIGHTS
         trained = self._case.done.get(Kind.TRAINED)
         if trained is None:
-            made = _when_free(lambda: pipeline.train_model(self._project, params))
+            goes_on = self._project.respond.weights == "champion"
+            parent = pipeline.parent_of(self._project, champion.version) if goes_on else None
+            made = _when_free(lambda: pipeline.train_model(self._project, params, parent=parent))
             replace_file(weights, to_bytes(made.parameters))
             tags = {"minga.case": str(self._case.number)}
             self._project.tracker().log(made.run_id, tags=tags)
             trained = {"run_id": made.run_id, "source": redacted(self._project.source)}
+            if parent is not None:
+                trained["parent"] = parent.version
             self._tell(Kind.TRAINED, **trained)
         found = pipeline.find_registered(self._project, run_id=trained["run_id"])
         return found or pipeline.register_candidate(
@@ -180,6 +208,7 @@ class _Work:
             parameters=from_bytes(weights.read_bytes()),
             params=params,
             run_id=trained["run_id"],
+            parent_version=trained.get("parent"),
         )
 
     def _fit(self, params: Mapping[str, Any]) -> Registered:

@@ -19,7 +19,7 @@ from minga.federation.compression import Packer, unpack
 from minga.federation.coordinator.access import principal_of_call
 from minga.federation.errors import AccessError, PeerError
 from minga.federation.identity import Principal
-from minga.federation.interception import Context
+from minga.federation.interception import Context, Handler
 from minga.federation.limits import CHUNK_BYTES
 from minga.federation.transfer import SERVICE
 from minga.federation.transport import ACCEPTED_KEY
@@ -79,7 +79,7 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve this on a server, with chunks that are not copied; see `chunks`."""
-        handlers = {
+        handlers: dict[str, Handler] = {
             "Upload": grpc.stream_unary_rpc_method_handler(
                 self.Upload, chunks.read_upload, pb.UploadResponse.SerializeToString
             ),
@@ -94,7 +94,7 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
-    async def Upload(  # type: ignore[override] # chunks come as they are
+    async def Upload(
         self, request_iterator: AsyncIterator[Chunk | pb.UploadRequest | None], context: Context
     ) -> pb.UploadResponse:
         """Take a blob, from the offset that is here; a broken link leaves what came for later."""

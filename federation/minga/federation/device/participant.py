@@ -9,6 +9,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -187,10 +188,9 @@ class Participant:
         delta, weight = await self._contribution()
         inbox = [wire.share_from_wire(share) for share in message.shares]
         encode = encode_update if self._encoding is None else self._encoding.encode
-        masked = await asyncio.to_thread(session.mask, inbox, delta, weight, encode)
-        digest = await self._put(masked)
+        digest, size = await self._put(partial(session.mask, inbox, delta, weight, encode))
         return pb.SessionRequest(
-            masked_update=pb.MaskedUpdate(round_id=self.round_id, digest=digest, size=len(masked))
+            masked_update=pb.MaskedUpdate(round_id=self.round_id, digest=digest, size=size)
         )
 
     async def _send_plain(self, message: pb.SessionResponse) -> pb.SessionRequest:
@@ -199,28 +199,27 @@ class Participant:
         delta, weight = await self._contribution()
         if self._encoding is not None:
             delta, _ = clip_length(delta, self._encoding.max_norm)
-        data = await asyncio.to_thread(update_to_bytes, delta)
-        digest = await self._put(data)
+        digest, size = await self._put(partial(update_to_bytes, delta))
         return pb.SessionRequest(
             plain_update=pb.PlainUpdate(
-                round_id=self.round_id, digest=digest, size=len(data), num_examples=weight
+                round_id=self.round_id, digest=digest, size=size, num_examples=weight
             )
         )
 
-    async def _put(self, data: bytes | memoryview) -> bytes:
-        """Upload an update and give its digest.
+    async def _put(self, make: Callable[[], bytes | memoryview]) -> tuple[bytes, int]:
+        """Make an update off the loop, upload it, and give its digest and size.
 
         Asked once more, after a reconnect, for what it took meanwhile, the coordinator expects no
         upload any more.
         """
-        digest = await asyncio.to_thread(digest_of, data)
+        data, digest = await asyncio.to_thread(_with_digest, make)
         try:
             await self._upload(digest, data)
         except AccessError:
             if digest != self._sent:
                 raise
         self._sent = digest
-        return digest
+        return digest, len(data)
 
     async def _contribution(self) -> Contribution:
         """Wait for the work's result; work that could not fetch its model begins anew."""
@@ -299,6 +298,11 @@ class Participant:
 
     def _withdraw(self, reason: str) -> pb.SessionRequest:
         return wire.withdrawal(self.round_id, reason)
+
+
+def _with_digest(make: Callable[[], bytes | memoryview]) -> tuple[bytes | memoryview, bytes]:
+    data = make()
+    return data, digest_of(data)
 
 
 def control_clip(plan: RoundPlan | PlainPlan) -> float | None:

@@ -6,6 +6,8 @@ A. Bifet, Estimating Model Performance Under Covariate Shift Without Labels, arX
 alone tell how many answers are right. Here it works on counts: each bin of the score has its share
 of yes (or of right answers) on the test split, fitted to rise with the score.
 
+Errors of a model that answers numbers are estimated by `minga.inference.monitor.losses` instead.
+
 It sees what changed in the inputs. It cannot see a change in what the right answer to an input is
 (concept drift): only labels tell that.
 
@@ -63,10 +65,14 @@ def estimated(reference: Reference, scores: Counts) -> tuple[Performance, ...]:
     """Estimate measures from the scores of a window, without labels.
 
     Args:
-        reference: of the model; gives nothing unless it tells the rates of scores.
+        reference: of the model; gives nothing unless it tells the rates of scores, or losses.
         scores: how many scores fell into each bin, at least one.
     """
     answers, score = reference.answers, reference.only(Role.SCORE)
+    if score is not None and reference.losses is not None and scores.sum():
+        value, usual, deviation = reference.losses.expected(scores, score.share_array)
+        p_value = upper_normal((value - usual) / max(deviation, _TINY))
+        return (Performance(metric=ERROR, value=value, reference=usual, p_value=p_value),)
     if answers is None or score is None or not answers.rates or not scores.sum():
         return ()
     cells = _expected(answers, scores)

@@ -19,6 +19,7 @@ import numpy as np
 
 from minga.inference.errors import ModelError
 from minga.inference.monitor.indices import Floats
+from minga.inference.monitor.losses import LossTree
 
 METADATA_KEY: Final = "minga.reference"
 LAYOUT: Final = 1
@@ -137,6 +138,8 @@ class Reference:
         num_held_out: the test split's rows.
         outliers: None if there are no numbers to standardise.
         answers: None if it is not known how answers are judged.
+        losses: tells what errors to expect of a model that answers numbers, if anything does; its
+            leaves are the bins of the column of role `SCORE`.
     """
 
     digest: str
@@ -145,6 +148,7 @@ class Reference:
     num_held_out: int
     outliers: Outliers | None
     answers: Answers | None
+    losses: LossTree | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -168,6 +172,7 @@ class Reference:
                 num_held_out=int(given["num_held_out"]),
                 outliers=Outliers(**outliers) if outliers else None,
                 answers=_answers(answers) if answers else None,
+                losses=_losses(given["losses"], columns) if given.get("losses") else None,
             )
         except (
             KeyError,
@@ -182,6 +187,9 @@ class Reference:
         rates = reference.answers.rates if reference.answers else ()
         if rates and (score is None or len(score.shares) != len(rates)):
             raise ModelError("the model's reference cannot be read: rates do not fit the score")
+        errors = reference.losses.errors if reference.losses else ()
+        if errors and (score is None or len(score.shares) != len(errors)):
+            raise ModelError("the model's reference cannot be read: losses do not fit the score")
         return reference
 
     @classmethod
@@ -200,6 +208,11 @@ class Reference:
     def only(self, role: Role) -> Column | None:
         """Give the one column of a role, if there is one."""
         return next(iter(self.of_role(role)), None)
+
+
+def _losses(given: Mapping[str, Any], columns: tuple[Column, ...]) -> LossTree:
+    num_inputs = sum(column.role is Role.INPUT for column in columns)
+    return LossTree.of_json(dict(given), num_inputs + 1)
 
 
 def _column(given: Mapping[str, Any]) -> Column:

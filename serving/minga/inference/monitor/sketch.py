@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.inference.monitor.indices import Counts, Floats, bin_counts
+from minga.inference.monitor.losses import LossTree
 from minga.inference.monitor.reference import MAX_COLUMNS, AnswerKind, Column, Reference, Role
 from minga.inference.tensors import Array
 
@@ -57,10 +58,12 @@ class Sketch:
             inputs: shape `(n, ...)`, numbers or texts.
             outputs: shape `(n, ...)`, numbers; None if the caller did not ask for them.
         """
-        self._add_table(Role.INPUT, inputs)
+        table = self._add_table(Role.INPUT, inputs)
         if outputs is not None:
             self._add_table(Role.OUTPUT, outputs)
             self._add_answers(outputs)
+            if self.reference.losses is not None and table is not None:
+                self._add_losses(self.reference.losses, table, outputs)
         self.rows += len(inputs)
 
     def merge(self, other: Self) -> None:
@@ -117,17 +120,19 @@ class Sketch:
             unknown=np.asarray(given["unknown"], np.int64),
         )
 
-    def _add_table(self, role: Role, array: Array) -> None:
+    def _add_table(self, role: Role, array: Array) -> Floats | None:
+        """Count a tensor into the columns of a role; gives it by these columns, if there is one."""
         places = [
             place for place, column in enumerate(self.reference.columns) if column.role is role
         ]
         if not places or not len(array):
-            return
+            return None
         columns = [self.reference.columns[place] for place in places]
         table = _as_table(array, columns)
         self._add_columns(places, table)
         if role is Role.INPUT:
             self.outliers += self._num_outliers(columns, table)
+        return table
 
     def _add_columns(self, places: list[int], table: Floats) -> None:
         """Count a table, shape `(columns, n)`, into the columns at these places."""
@@ -146,6 +151,15 @@ class Sketch:
                 self.unknown[place] += int(num_present[row]) - num_known
             else:
                 self.outside[place] += num_outside[row]
+
+    def _add_losses(self, losses: LossTree, inputs: Floats, outputs: Array) -> None:
+        """Count rows by the errors that are to be expected of them."""
+        place = next(
+            place for place, one in enumerate(self.reference.columns) if one.role is Role.SCORE
+        )
+        means = np.array([column.mean for column in self.reference.of_role(Role.INPUT)])
+        rows = loss_rows(means, inputs, outputs)
+        self._add_columns([place], losses.leaf_of(rows)[None])
 
     def _num_outliers(self, columns: list[Column], table: Floats) -> int:
         if self.reference.outliers is None:
@@ -177,6 +191,21 @@ def scores_of(kind: AnswerKind, outputs: Array) -> tuple[Floats, Floats | None]:
         return table[:, 0], None
     ordered = np.sort(table, axis=1)
     return ordered[:, -1] - ordered[:, -2], table.argmax(axis=1).astype(np.float64)
+
+
+def loss_rows(means: Floats, inputs: Floats, outputs: Array) -> Floats:
+    """Give the rows that a tree of losses looks at: inputs, missing ones as the mean, and answers.
+
+    Args:
+        means: of the inputs' columns.
+        inputs: `(columns, n)`.
+        outputs: `(n,)` or `(n, 1)`.
+
+    Returns:
+        Shape `(columns + 1, n)`.
+    """
+    known = np.where(np.isfinite(inputs), inputs, means[:, None])
+    return np.concatenate([known, outputs.reshape(1, -1).astype(np.float64)])
 
 
 def outlier_lengths(columns: list[Column], table: Floats) -> Floats:

@@ -282,6 +282,19 @@ class Store:
             for row in reversed(rows)
         )
 
+    def count_rows(self, model: str, version: str) -> int:
+        """Give how many rows the closed windows of a version's traffic have had.
+
+        Windows that are forgotten count as much as the others on average.
+        """
+        rows, kept, last = self._one(
+            "SELECT coalesce(sum(rows), 0), count(*), coalesce(max(number), 0) FROM windows "
+            "WHERE model = ? AND version = ? AND source = 'traffic'",
+            model,
+            version,
+        )
+        return round(rows * last / kept) if kept else 0
+
     def count_alarms(self) -> Mapping[tuple[str, str, str], int]:
         """Give how many alarms were raised, by model, version and kind."""
         rows = self._all(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from minga.training.anomalies import AnomalyTask
+from minga.training.clusters import CLUSTERS, ClusterTask
 from minga.training.errors import TaskError
 from minga.training.history import Record, best_record, is_stalled
 from minga.training.loop import Learner, fit
@@ -18,6 +19,7 @@ from minga.training.models import Model, NetworkModel
 from minga.training.network import build_network
 from minga.training.selection.boosting import Boosting
 from minga.training.selection.forest import IsolationForest
+from minga.training.selection.mixture import GaussianMixture
 from minga.training.space import (
     ARCHITECTURE,
     FEATURES,
@@ -105,14 +107,14 @@ def contenders_of(
         TaskError: two of the Task's contenders have one name, or the name of another one.
     """
     own = {**task.defaults, **(params or {})}
-    is_anomalies = isinstance(task, AnomalyTask)  # whose loss is the score itself: no plain network
-    kinds = (OWN,) if is_anomalies else (LINEAR, MLP, OWN)
+    # The loss of a Task without targets is what its own model answers: no plain network has that.
+    kinds = (OWN,) if isinstance(task, AnomalyTask | ClusterTask) else (LINEAR, MLP, OWN)
     networks = {name: params_of(task, name, own) for name in kinds}
     found: dict[str, Contender] = {
         name: NetworkContender(task, chosen, config) for name, chosen in networks.items()
     }
-    trees = IsolationForest(task, own) if isinstance(task, AnomalyTask) else Boosting(task, own)
-    found[trees.name] = trees
+    other = _no_network(task, own)
+    found[other.name] = other
     for contender in task.contenders():
         if not re.fullmatch(NAME, contender.name):
             raise TaskError(
@@ -128,6 +130,12 @@ def contenders_of(
     return found
 
 
+def _no_network(task: Task, own: Params) -> Contender:
+    if isinstance(task, AnomalyTask):
+        return IsolationForest(task, own)
+    return GaussianMixture(task, own) if isinstance(task, ClusterTask) else Boosting(task, own)
+
+
 def params_of(task: Task, name: str, params: Params) -> Params:
     """Give the hyper-parameters that stand for a contender in a run, a lineage, a campaign.
 
@@ -136,7 +144,8 @@ def params_of(task: Task, name: str, params: Params) -> Params:
         name: of the contender.
         params: of the Task's own model.
     """
-    shared = {FEATURES: params[FEATURES]} if FEATURES in params else {}
+    kept = (FEATURES, CLUSTERS) if isinstance(task, ClusterTask) else (FEATURES,)
+    shared = {each: params[each] for each in kept if each in params}
     if name == OWN:
         return {**params, ARCHITECTURE: OWN} if ARCHITECTURE in params else params
     if name in NETWORKS:
