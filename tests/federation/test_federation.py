@@ -16,6 +16,7 @@ from minga.federation import transport
 from minga.federation.coordinator.authority import Authority
 from minga.federation.errors import AccessError, CampaignError, FederationError, IdentityError
 from minga.federation.identity import Identity, Role, load_identity, make_csr, new_key
+from minga.federation.operator import connect
 from minga.federation.parameters import from_bytes
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
@@ -110,13 +111,15 @@ async def test_too_few_survivors_abort(fleet: Fleet) -> None:
 
 
 async def test_coordinator_restarts_in_a_round(fleet: Fleet) -> None:
-    """A coordinator that is stopped in the middle goes on with the same round, nothing doubled."""
+    """It goes on with the same round, nothing doubled, and so does an operator who watches it."""
     await add_devices(fleet, 1.0, 1.0, 1.0, 1.0, slow=dict.fromkeys(range(4), 1.0))
     campaign_id = await fleet.start_campaign(campaign_plan(num_rounds=1))
-    before = await fleet.reach(campaign_id, pb.ROUND_STAGE_UPDATES)
-    await fleet.stop_coordinator()
-    await fleet.start_coordinator()
-    campaign = await fleet.finish(campaign_id)
+    async with connect(fleet.folder / "coordinator") as operator:
+        watching = asyncio.create_task(fleet.finish(campaign_id, operator))
+        before = await fleet.reach(campaign_id, pb.ROUND_STAGE_UPDATES)
+        await fleet.stop_coordinator()
+        await fleet.start_coordinator()
+        campaign = await watching
     assert [r.round_id for r in campaign.rounds] == [before.rounds[0].round_id]
     assert list(campaign.rounds[0].survivors) == ["site-0", "site-1", "site-2", "site-3"]
     for values in (await result_of(fleet, campaign)).values():

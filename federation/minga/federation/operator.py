@@ -4,6 +4,7 @@ An operator is whoever holds an operator's identity folder; a coordinator keeps 
 folder.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from minga.federation import transfer, transport
 from minga.federation.durable import replace_file
-from minga.federation.errors import IdentityError
+from minga.federation.errors import IdentityError, UnreachableError
 from minga.federation.identity import holds_identity, load_identity
 from minga.federation.limits import CALL_TIMEOUT_S
 from minga.federation.v1 import federation_pb2 as pb
@@ -81,14 +82,39 @@ class Operator:
             )
         return response.campaign_id
 
-    async def watch(self, campaign_id: str) -> AsyncIterator[pb.Campaign]:
-        """Give a campaign's state now and after each change, until it ends."""
-        request = pb.WatchCampaignRequest(campaign_id=campaign_id)
-        with transport.calling(self.address):
-            call = self._stub.WatchCampaign(request)
+    async def watch(
+        self, campaign_id: str, retry: transfer.Retry | None = None
+    ) -> AsyncIterator[pb.Campaign]:
+        """Give a campaign's state now and after each change, until it ends.
+
+        A link that breaks, or a coordinator that starts again, is waited for.
+
+        Args:
+            campaign_id: which campaign.
+            retry: how patient to be with each silence.
+
+        Yields:
+            The whole state; after a silence perhaps one that was given before.
+
+        Raises:
+            CampaignError: there is no such campaign.
+            UnreachableError: the coordinator stayed away.
+        """
+        retry = retry or transfer.Retry()
+        failures = 0
+        while True:
+            call = self._stub.WatchCampaign(pb.WatchCampaignRequest(campaign_id=campaign_id))
             try:
-                async for response in call:
-                    yield response.campaign
+                with transport.calling(self.address):
+                    async for response in call:
+                        failures = 0
+                        yield response.campaign
+                return
+            except UnreachableError:
+                failures += 1
+                if failures >= retry.attempts:
+                    raise
+                await asyncio.sleep(retry.delay_s(failures))
             finally:
                 call.cancel()  # one that is left open counts against the connection
 
