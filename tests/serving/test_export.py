@@ -131,7 +131,7 @@ def test_the_file_deploys_and_follows_the_load(deployed, project):
     wait_until(lambda: rows_of(Path(project) / ".minga" / "monitor") == 40, "nobody watches")
 
 
-def test_the_file_names_versions_and_their_digests(exported):
+def test_the_file_names_versions_and_their_digests(exported, project):
     """The versions of today are in it, with what their files must be."""
     file, port = exported
     config = yaml.safe_load(file.read_text())
