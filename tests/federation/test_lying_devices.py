@@ -101,7 +101,7 @@ async def test_lies_are_refused_one_by_one(fleet: Fleet, caplog: pytest.LogCaptu
     """Each lie gets a short refusal, the stream goes on, and the round of the others too."""
     for index in range(3):
         await fleet.add(f"site-{index}", {"step": 1.0})
-    plan = campaign_plan(invite_timeout_s=2.0, stage_timeout_s=5.0)
+    plan = campaign_plan(invite_timeout_s=2.0, stage_timeout_s=60.0)
     async with fleet.stream("mallory", TRAINS) as stream:
         campaign_id = await fleet.start_campaign(plan)
         invite = (await stream.read()).invite
@@ -111,6 +111,9 @@ async def test_lies_are_refused_one_by_one(fleet: Fleet, caplog: pytest.LogCaptu
             assert answer.refusal.reason, lie
             assert answer.ByteSize() < 1000
             assert answer.refusal.reason.isprintable()
+        # Until then the others wait for its keys.
+        leaves = pb.RoundWithdrawal(round_id=invite.round_id, reason="out of lies")
+        await stream.write(pb.SessionRequest(withdrawal=leaves))
         campaign = await fleet.finish(campaign_id)
     assert list(campaign.rounds[-1].survivors) == ["site-0", "site-1", "site-2"]
     assert not [r for r in caplog.records if len(r.getMessage()) > 1000 or "\n" in r.getMessage()]

@@ -85,8 +85,12 @@ class Operator:
         """Give a campaign's state now and after each change, until it ends."""
         request = pb.WatchCampaignRequest(campaign_id=campaign_id)
         with transport.calling(self.address):
-            async for response in self._stub.WatchCampaign(request):
-                yield response.campaign
+            call = self._stub.WatchCampaign(request)
+            try:
+                async for response in call:
+                    yield response.campaign
+            finally:
+                call.cancel()  # one that is left open counts against the connection
 
     async def cancel(self, campaign_id: str) -> None:
         """Stop a campaign."""
