@@ -81,7 +81,8 @@ async def test_both_wires_answer_with_what_is_declared(replica, models, write_mo
 async def test_a_replica_does_not_load_or_unload_alone(replica, models, write_model):
     """A replica that cannot reach the others changes nothing, and says that it may work later."""
     await configure(replica, write_model(models["scaling"](2)))
-    async with httpx.AsyncClient(base_url=replica.url) as client:
+    # Where Ray runs, the replica looks for the others for a while.
+    async with httpx.AsyncClient(base_url=replica.url, timeout=60) as client:
         for verb in ("load", "unload"):
             response = await client.post(f"/v2/repository/models/scaling/{verb}")
             assert_refused(response, 503)
