@@ -46,14 +46,13 @@ class Line(Task):
 
     def model(self, params):
         hidden = int(params["hidden"])
-        model = nn.Sequential(
+        return nn.Sequential(
             nn.Linear(2, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 1), nn.Flatten(0)
         )
-        if Path(__file__).with_name("by-chance").exists():
-            nn.init.constant_(model[0].bias, int.from_bytes(os.urandom(2), "big") / 65536)
-        return model
 
     def loss(self, outputs, targets):
+        if Path(__file__).with_name("by-chance").exists():
+            outputs = outputs + int.from_bytes(os.urandom(2), "big") / 65536
         return nn.functional.binary_cross_entropy_with_logits(outputs, targets)
 
     def metrics(self, outputs, targets):
