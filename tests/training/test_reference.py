@@ -104,14 +104,17 @@ def test_classes_are_judged_by_the_lead_of_the_largest(generator):
 
 
 def test_numbers_are_judged_by_their_error(generator):
-    """A model that answers a number has its error on the test split, and nothing to estimate by."""
+    """A model that answers a number has its error on the test split, and bins to estimate it by."""
     inputs = generator.normal(size=(500, 2))
     targets = inputs[:, 0].astype(np.float32)
     outputs = targets + generator.normal(size=500) * 0.5
     reference = reference_of(Answering(), inputs, targets, outputs)
     assert reference.answers.kind is AnswerKind.NUMBER
     assert reference.answers.error == pytest.approx(0.4, abs=0.05)
-    assert reference.only(Role.SCORE) is None
+    score = reference.only(Role.SCORE)
+    assert score is not None
+    assert len(score.shares) == len(score.edges) + 1
+    assert sum(score.shares) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
