@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
+import psutil
+
 from minga.cluster.errors import SubmissionError
 from minga.cluster.project import Project
 from minga.cluster.settings import Settings
@@ -48,6 +50,10 @@ COMMAND: Final = "minga.command"
 # The folder that a job starts in may be unpacked anew under it, which leaves it without a current
 # folder; its path stays good. See docs/decisions/0016-jobs-ship-code-as-folders.md.
 ENTRYPOINT: Final = 'folder=$PWD; cd / && exec {python} -P -m minga.cli {verb} --project "$folder"'
+
+HEAD: Final = "gcs_server"
+SESSION: Final = "--session-dir="
+"""A process of this name runs on a Ray cluster's head; so is it told the cluster's folder."""
 
 PACKAGE: Final = "minga"
 SQLITE: Final = "sqlite:///"
@@ -101,13 +107,13 @@ class Cluster:
 
     @cached_property
     def is_here(self) -> bool:
-        """Whether the cluster is on this machine: a tunnel to another one may end here as well."""
-        from ray._common.utils import get_default_ray_temp_dir  # noqa: PLC0415 - see `__init__`
-
+        """Whether the head is on this machine: a tunnel to another one may end here as well."""
         if urlsplit(self._address).hostname not in ("127.0.0.1", "localhost", "::1"):
             return False
         version = self._ask(self._client._do_request, "GET", "/api/version").json()
-        return (Path(get_default_ray_temp_dir()) / str(version["session_name"])).is_dir()
+        return any(
+            folder.name == version["session_name"] and folder.is_dir() for folder in _sessions()
+        )
 
     def submit(self, project: Project, verb: Verb, words: list[str]) -> str:
         """Send a command on a project to the cluster and give the job's id.
@@ -234,6 +240,16 @@ def _require_no_passwords(given: Mapping[str, str]) -> None:
             "leave it out, and give it to both sides in another way, such as "
             "MLFLOW_TRACKING_PASSWORD or PGPASSWORD"
         )
+
+
+def _sessions() -> Iterator[Path]:
+    """Find the folders of the Ray clusters whose head runs on this machine."""
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] != HEAD:
+            continue
+        for word in process.info["cmdline"] or ():
+            if word.startswith(SESSION):
+                yield Path(word.removeprefix(SESSION))
 
 
 def exit_code_of(job: Job) -> int:
