@@ -17,6 +17,7 @@ from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.ledger import Budget, Gaussian, Ledger
 from minga.federation.aggregation.privacy import Privacy
 from minga.federation.aggregation.rules import Median
+from minga.federation.coordinator.hub import Connection
 from minga.federation.errors import BudgetError, CampaignError, PeerError
 from minga.federation.parameters import from_bytes
 from minga.federation.secagg.plan import RoundPlan, context_digest
@@ -301,6 +302,29 @@ async def test_bound_grows_where_updates_are_longer(fleet: Fleet) -> None:
     # One of six is within: by exp(0.5 - 1 / 6), give or take a twentieth of noise.
     assert round_.privacy.max_norm / MAX_NORM == pytest.approx(np.exp(1 / 3), rel=0.3)
     assert round_.privacy.max_norm > MAX_NORM
+
+
+async def test_one_device_is_told_another_bound(fleet: Fleet) -> None:
+    """A coordinator that tells one device another bound than the rest gets no sum at all."""
+    send = Connection.send
+
+    def lie(connection: Connection, message: pb.SessionResponse) -> bool:
+        if connection.device_id == "site-0" and message.HasField("invite"):
+            message.invite.private_update.max_norm *= 0.5
+        return send(connection, message)
+
+    for index in range(4):
+        await fleet.add(f"site-{index}", {"step": 0.01})
+    plan = private_plan(0.1, distributed=True, min_cohort=4, expected_dropout=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "send", lie)
+        # It hands the advert on, though it is not signed for the round that it told the others.
+        patch.setattr("minga.federation.coordinator.campaigns.check_proof", lambda *_: None)
+        campaign = await fleet.finish(await fleet.start_campaign(with_quantile(plan)))
+    assert campaign.state == pb.CAMPAIGN_STATE_FAILED
+    for round_ in campaign.rounds:
+        assert not round_.survivors
+        assert "SignatureError on the device" in "; ".join(round_.lost.values())
 
 
 async def test_plain_update_that_is_too_long_is_cut(fleet: Fleet) -> None:
