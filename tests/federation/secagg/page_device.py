@@ -102,6 +102,8 @@ def context_of(invite: pb.RoundInvite) -> bytes:
     if invite.HasField("private_update"):
         told["private_update.max_norm"] = invite.private_update.max_norm
         told["private_update.variance"] = invite.private_update.variance
+        if invite.private_update.bit_level:
+            told["private_update.bit_level"] = invite.private_update.bit_level
     return sha(encode("context", about, *(x for name in sorted(told) for x in (name, told[name]))))
 
 
@@ -257,6 +259,7 @@ class PageDevice:
         if not self.invite.HasField("private_update"):
             return self.rounded(delta, weight)
         asked, most = self.invite.private_update, 2 ** (self.plan.value_bits - 1) - 1
+        bit = asked.bit_level if math.hypot(*delta) <= asked.max_norm else -asked.bit_level
         delta = shortened(delta, asked.max_norm)
         size, norm = math.sqrt(len(delta)), most * asked.max_norm / self.plan.clip
         bound = min(math.sqrt(norm**2 + size**2 / 4 + 4 * (norm + size / 2)), norm + size)
@@ -266,6 +269,8 @@ class PageDevice:
                 break
         else:
             levels = [level - (level > 0) + (level < 0) for level in levels]
+        if asked.bit_level:
+            levels = [*levels, bit]
         if asked.variance:
             noise = Noise(asked.variance, self.draw)
             levels = [level + noise.next() for level in levels]

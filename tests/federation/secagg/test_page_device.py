@@ -40,6 +40,7 @@ ASK = Question(
 )
 
 PRIVACY = {"epsilon": 50.0, "delta": 1e-5, "noise_multiplier": 1.0, "max_norm": 4.0}
+FOLLOWS = {**PRIVACY, "noise_multiplier": 0.3, "quantile": 0.5, "quantile_rate": 0.2}
 KINDS: dict[str, tuple[dict[str, object], Work]] = {
     "training": ({}, TRAINING),
     "rotated": ({"rotate": True}, TRAINING),
@@ -51,6 +52,11 @@ KINDS: dict[str, tuple[dict[str, object], Work]] = {
     "evaluation beside control variates": ({"scaffold": True}, MEASURE),
     "private": ({"privacy": pb.Privacy(**PRIVACY)}, TRAINING),
     "private on devices": ({"privacy": pb.Privacy(**PRIVACY, distributed=True)}, TRAINING),
+    "private with a bit": ({"privacy": pb.Privacy(**FOLLOWS)}, TRAINING),
+    "private with a bit on devices": (
+        {"privacy": pb.Privacy(**FOLLOWS, distributed=True)},
+        TRAINING,
+    ),
 }
 
 
@@ -109,7 +115,7 @@ class InvitedSimulation(Simulation):
     def draw_updates(self, size: float) -> None:
         """Give all devices updates of a normal distribution."""
         rng = np.random.default_rng(0)
-        shape = self.plan.num_values
+        shape = self.plan.num_values - (self.encoding.num_bits if self.encoding else 0)
         self.deltas = {n: (size * rng.standard_normal(shape)).astype(np.float32) for n in self.ids}
 
 
@@ -197,6 +203,18 @@ def test_its_noise_is_as_strong():
     deviation = variance * math.sqrt(2 / levels.size)  # of a sample's variance
     assert abs(np.square(levels).mean() - variance) < 5 * deviation
     assert abs(levels.mean()) < 5 * math.sqrt(variance / levels.size)
+
+
+def test_its_bit_is_the_same():
+    """Of two updates that are too long, one from either kind, the sum of bits tells just that."""
+    plan, invite = order_of("private with a bit")
+    simulation = InvitedSimulation(invite, *PAGE)
+    simulation.draw_updates(0.3)
+    for name in ("device-02", "device-03"):
+        simulation.deltas[name] *= 100
+    mean = simulation.run().mean_delta
+    assert simulation.encoding is not None
+    assert simulation.encoding.share_within(plan, float(mean[-1])) == pytest.approx(6 / 8)
 
 
 def test_it_measures_and_counts_alike():

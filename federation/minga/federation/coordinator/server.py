@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,7 +18,6 @@ from cryptography import x509
 from prometheus_client import start_http_server
 
 from minga.federation import transport
-from minga.federation.aggregation.ledger import load_accounting
 from minga.federation.audit import AUDITOR, format_time
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import STRANGER, AccessInterceptor, Gatekeeper
@@ -49,7 +48,6 @@ from minga.federation.errors import (
     FederationError,
     IdentityError,
     PeerError,
-    PrivacyError,
     StorageError,
 )
 from minga.federation.identity import CertificateVerifier, Clock, Principal, Role, utc_now
@@ -164,7 +162,6 @@ class Coordinator:
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
         )
         self.collect_blobs()
-        await self._load_accounting()
         await self._listen(stack)
         self._driver = asyncio.create_task(self._campaigns.run())
         for task in (
@@ -174,17 +171,6 @@ class Coordinator:
             asyncio.create_task(self._federation.close_silent()),
         ):
             stack.callback(task.cancel)
-
-    async def _load_accounting(self) -> None:
-        """Load what a private campaign that goes on needs, before anybody waits for the loop."""
-        going_on = [
-            campaign.plan
-            for campaign in self._campaigns.describe()
-            if campaign.state == pb.CAMPAIGN_STATE_RUNNING
-        ]
-        if any(plan.HasField("privacy") for plan in going_on):
-            with suppress(PrivacyError):  # the campaign says so itself
-                await asyncio.to_thread(load_accounting)
 
     def collect_blobs(self) -> int:
         """Delete blobs that nothing refers to (any more), and uploads that were given up.
