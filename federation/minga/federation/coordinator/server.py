@@ -25,6 +25,7 @@ from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.audited_tokens import AuditedTokens
 from minga.federation.coordinator.authority import AUTHORITY_FOLDER, Authority
 from minga.federation.coordinator.blob_service import BlobServicer
+from minga.federation.coordinator.calls import RunningCalls
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.credentials import OwnIdentity, ServerCertificate
 from minga.federation.coordinator.enrolment import Enroller
@@ -108,6 +109,8 @@ class Coordinator:
         self._stack = AsyncExitStack()
         self._driver: asyncio.Task[None] | None = None
         self._is_started = False
+        self._own: dict[str, OwnIdentity] = {}
+        self._calls = RunningCalls()
 
     async def __aenter__(self) -> "Coordinator":
         async with AsyncExitStack() as stack:
@@ -232,7 +235,7 @@ class Coordinator:
         )
         interceptors = [
             transport.ErrorInterceptor(),
-            AccessInterceptor(gatekeeper, self._note_refused_call),
+            AccessInterceptor(gatekeeper, self._note_refused_call, calls=self._calls),
         ]
         device_server = grpc.aio.server(interceptors=interceptors, options=transport.SERVER_OPTIONS)
         device_port = device_server.add_secure_port(
@@ -319,6 +322,8 @@ class Coordinator:
             metrics=self._metrics,
             audit=self._audit,
             mint_token=partial(self._mint, tokens),
+            own_identities=self._own,
+            calls=self._calls,
             clock=self._clock,
         )
         pb_grpc.add_OperatorServiceServicer_to_server(operators, device_server)
@@ -333,8 +338,9 @@ class Coordinator:
     # --- policy ---
 
     def _is_revoked(self, principal: Principal) -> bool:
-        if principal.role is not Role.DEVICE:
-            return False
+        if principal.role is not Role.DEVICE:  # one of this coordinator's own
+            own = self._own.get(principal.path)
+            return own is None or own.key_digest != principal.key_digest
         device = self._store.device(principal.name)
         return device is None or device.revoked_at is not None
 
@@ -381,7 +387,9 @@ class Coordinator:
     # --- what is this coordinator's own ---
 
     def _own_identity(self, folder: str, role: Role, name: str) -> OwnIdentity:
-        return OwnIdentity(self._authority, self._settings.state / folder, role, name)
+        identity = OwnIdentity(self._authority, self._settings.state / folder, role, name)
+        self._own[f"{role}/{name}"] = identity
+        return identity
 
     def _open_audit(self, stack: AsyncExitStack) -> AuditLog:
         auditor = self._own_identity(AUDITOR, Role.SERVICE, AUDITOR)
