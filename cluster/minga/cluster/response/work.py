@@ -89,6 +89,7 @@ class _Work:
         self._project = _with_window(project, case)
         self._journal = journal
         self._case = case
+        self._comparison = project.serving.comparison
         self._registry = project.registry()
         self._name = project.loaded_task.name
 
@@ -140,7 +141,8 @@ class _Work:
             self._is_overtaken(champion)
             return
         self._registry.require_approved(self._name, version)
-        if self._project.respond.rollout == "canary":
+        # A champion that came without a word would be compared with the one that it repairs.
+        if self._project.respond.rollout == "canary" or self._comparison.new_champions:
             story = self._canary(str(version))
             if story is None:
                 return  # a person has ended the case
