@@ -290,8 +290,8 @@ def test_anomalies_are_told_as_readings_come(project, tmp_path):
             alarms.append(answer["output"].item() > 0)
     is_anomaly = readings[:2000, -1] == 1
     alarm = np.array(alarms)
-    assert alarm[is_anomaly].mean() > 0.85
-    assert alarm[~is_anomaly].mean() < 0.01
+    assert alarm[is_anomaly].mean() > 0.8
+    assert alarm[~is_anomaly].mean() < 0.02
     assert np.quantile(delays_s, 0.95) < 0.1
 
 

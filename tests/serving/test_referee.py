@@ -176,6 +176,15 @@ def test_a_repair_is_held_to_its_own_test_data(tmp_path, expects, status):
     assert again.story.expects is expects
 
 
+def test_a_repair_whose_file_is_gone_is_judged_still(caplog):
+    """What its file would tell is missed, and said; the service goes on, and so does the canary."""
+    service = Service(shares=[0.5])
+    service.ask(2, expects=Expectation.REPAIR)
+    service.pass_stage()
+    assert service.story.status is Status.PASSED
+    assert "with the other version's alone" in caplog.text
+
+
 def test_what_a_file_tells_of_predictions(tmp_path):
     """The column is that of what is compared: an answer, or the only number; else there is none."""
     found = predictions_of(ref_of(tmp_path, watched_model(), "one", "1"))

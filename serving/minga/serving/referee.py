@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from minga.inference.comparing import Comparison, Mode
 from minga.inference.engine import ModelRef, OnnxModel
+from minga.inference.errors import ModelError
 from minga.inference.monitor.reference import Column, Role
 from minga.inference.tally import Tally
 from minga.serving.book import Book, Plan, Status, Story
@@ -255,7 +256,11 @@ class Referee:
         """Give how a canary's predictions were distributed on its test data, if that counts."""
         if story.expects is not Expectation.REPAIR:
             return None
-        return predictions_of(self._resolve(model, story.challenger))
+        try:
+            return predictions_of(self._resolve(model, story.challenger))
+        except ModelError as error:
+            _LOG.warning("%s; its predictions are compared with the other version's alone", error)
+            return None
 
     def _report(
         self,
