@@ -270,7 +270,7 @@ class PageDevice:
         else:
             levels = [level - (level > 0) + (level < 0) for level in levels]
         if asked.bit_level:
-            levels = [*levels, bit]
+            levels.append(bit)
         if asked.variance:
             noise = Noise(asked.variance, self.draw)
             levels = [level + noise.next() for level in levels]

@@ -93,8 +93,8 @@ def test_subjects():
             "ee51644658df91d96021327fb1b5e932e49c1d8fbc1c4d5c8de0fb255dad2687",
         ),
         (
-            {"private_update": {"max_norm": 4.0, "variance": 1000, "bit_level": 30}},
-            "91b57500bb9562143acc07a37b8fd1a0f068d122e3b564a7ad7382b0f46691f6",
+            {"private_update": {"max_norm": 4.0, "variance": 1000, "bit_level": 20}},
+            "eed4be4ba1b5507f8ef9e8c5f89e637a0113ec203e47d0ddd60cebb75a89ad18",
         ),
     ],
 )
