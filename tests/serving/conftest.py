@@ -196,9 +196,9 @@ def running(*servers: Server | GrpcServer) -> Iterator[None]:
         for server in servers:
             asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
         yield
+    finally:
         for server in reversed(servers):
             asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
-    finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -8,7 +8,6 @@ Words: the model's file, its SHA-256.
 import json
 import sys
 import threading
-import time
 
 import numpy as np
 import ray
@@ -19,7 +18,7 @@ from minga.inference.engine import ModelRef
 from minga.inference.errors import ClientError
 from minga.serving.config import ServingConfig
 from minga.serving.host import start
-from tests.serving.test_host import replica_pids
+from tests.serving.test_host import replica_pids, wait_until
 
 
 class Callers:
@@ -48,15 +47,6 @@ class Callers:
                     self.failures.append(str(error))
                 else:
                     self.answered += 1
-
-
-def wait_until(is_done, what: str) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + 60
-    while not is_done():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.1)
 
 
 def main(path: str, sha256: str) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from minga.inference.client import InferenceClient, ready
 from minga.inference.server import listen
-from minga.serving.monitor_actor import end_actors
+from minga.serving.actors import end_actors
 from tests.serving.monitor.test_on_ray import rows_of
 from tests.serving.test_commands import exit_code, run
 from tests.serving.test_host import replica_pids

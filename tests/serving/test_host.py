@@ -68,6 +68,14 @@ def replica_pids() -> set[int]:
     }
 
 
+def wait_until(is_done, what: str) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def reconnecting(host):
     """A client with a new connection for each request, so that every replica gets some."""
@@ -204,6 +212,85 @@ def test_callers_load_and_unload_in_every_replica(host, refs):
     for verb, status in (("unload", 404), ("load", 200)):
         httpx.post(f"{host.url}/v2/repository/models/scaling/{verb}").raise_for_status()
         assert replicas_ready(host, "scaling") == {status}
+
+
+def answered(host) -> float | None:
+    """Scrape once, with a connection of its own: how often version 1 has answered in all.
+
+    None if the scrape meets a replica that is stopped or gone, or is refused for the moment.
+    """
+    try:
+        response = httpx.get(f"{host.url}/metrics", timeout=2)
+    except httpx.TransportError:
+        return None
+    if response.status_code != 200:
+        assert response.status_code == 503, response.text
+        return None
+    wanted = 'minga_inference_requests_total{model="scaling",status="200",version="1"} '
+    lines = [line for line in response.text.splitlines() if line.startswith(wanted)]
+    return float(lines[0].removeprefix(wanted)) if lines else 0.0
+
+
+class Scrapes:
+    """Scrapes that meet either replica, of which none may tell less than the one before."""
+
+    def __init__(self, host) -> None:
+        self._host = host
+        self.last = answered(host)
+
+    def wait_for(self, count: float) -> None:
+        """Scrape until this many requests are told of, ten times running."""
+        deadline, times = time.monotonic() + 40, 0
+        while times < 10:
+            assert time.monotonic() < deadline, f"{self.last} of {count}"
+            if (told := answered(self._host)) is None:
+                continue
+            assert told >= self.last
+            self.last, times = told, times + 1 if told == count else 0
+
+
+@pytest.fixture
+def told_of_one(host, refs):
+    """Version 1 on both replicas, asked 40 times; its scrapes, and what they have come to."""
+    host.deploy(refs[:1])
+    host.wait_ready()
+    scrapes = Scrapes(host)
+    asked = scrapes.last + 40
+    assert {answer["model_version"] for answer in ask_all(host)} == {"1"}
+    scrapes.wait_for(asked)
+    return scrapes, asked
+
+
+def test_any_scrape_tells_of_all_replicas(host, told_of_one):
+    """Scrapes alternate between replicas, and agree; one that hangs fails none of the other's."""
+    scrapes, asked = told_of_one
+    hung = min(replica_pids())
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        told = [answered(host) for _ in range(6)]
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    assert set(told) <= {None, asked}
+    scrapes.wait_for(asked)
+
+
+def test_counters_never_fall(host, told_of_one):
+    """What a killed replica counted is kept; so is all, where the actor that adds up is killed."""
+    import ray
+
+    scrapes, asked = told_of_one
+    before = replica_pids()
+    os.kill(min(before), signal.SIGKILL)
+    scrapes.wait_for(asked)
+    wait_until(lambda: len(replica_pids() - before) == 1, "the replica does not come back")
+    host.wait_ready()
+    ask_all(host)
+    scrapes.wait_for(asked + 40)
+    actor = ray.get_actor("minga-metrics", namespace="minga")
+    ray.kill(actor, no_restart=False)
+    scrapes.wait_for(asked + 40)
+    ask_all(host)
+    scrapes.wait_for(asked + 80)
 
 
 def follow(watcher: Watcher, book: MemoryBook, status: Status) -> None:

@@ -102,12 +102,18 @@ class Target:
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     """A server with small limits, warmed up by what the tests send."""
-    folder: Path = tmp_path_factory.mktemp("models")
+    with started(tmp_path_factory.mktemp("models")) as target:
+        yield target
+
+
+@contextlib.contextmanager
+def started(folder: Path, *before: str):
+    """Start a server, as the last words of another command if there is one."""
     (folder / "scaling.onnx").write_bytes(scaling_model(2))
     (folder / "wide.onnx").write_bytes(identity_model(1, ["n"]))
     files = sorted(map(str, folder.iterdir()))
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *files], stdout=subprocess.PIPE, text=True
+        [*before, sys.executable, "-c", SCRIPT, *files], stdout=subprocess.PIPE, text=True
     )
     try:
         target = Target(process)
@@ -193,6 +199,47 @@ def test_connections_that_say_nothing_are_closed(beginning, target):
     finally:
         for connection in idle:
             connection.close()
+    target.assert_well()
+
+
+def test_more_connections_than_fit_are_told_so(tmp_path):
+    """Where 256 files may be open, 192 callers fit; the next hear 503, and none is left hanging."""
+    with started(tmp_path, "sh", "-c", 'ulimit -n 256 && exec "$@"', "sh") as target:
+        callers = [socket.create_connection(target.address, timeout=10) for _ in range(192)]
+        try:
+            target.wait(lambda: target.connections >= 192)
+            for _ in range(60):
+                with socket.create_connection(target.address, timeout=10) as one:
+                    told = b"".join(iter(lambda one=one: one.recv(4096), b""))
+                assert told.startswith(b"HTTP/1.1 503 ")
+                assert b"too many connections" in told
+        finally:
+            for caller in callers:
+                caller.close()
+        target.wait(lambda: target.connections < 20)
+        target.assert_well()
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)],
+    ids=["silent", "greeting"],
+)
+def test_many_idle_connections_keep_nobody_from_grpc(beginning, target):
+    """A thousand that say nothing, or only hello, cost little; others are answered meanwhile."""
+    before, parts = target.memory, urlsplit(target.grpc_url)
+    address = parts.hostname, parts.port
+    idle = [socket.create_connection(address) for _ in range(1000)]
+    try:
+        for connection in idle:
+            connection.sendall(beginning)
+        target.wait(lambda: target.connections >= 1000)
+        target.assert_well()
+        assert target.memory - before < 100 * MB
+    finally:
+        for connection in idle:
+            connection.close()
+    target.wait(lambda: target.connections < 20)
     target.assert_well()
 
 

@@ -8,8 +8,8 @@ by gRPC itself.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 import grpc
@@ -22,6 +22,7 @@ from minga.inference.errors import (
     ServerUnreachableError,
 )
 from minga.inference.grpc_wire import (
+    EXPLANATIONS,
     SERVICE,
     STATUS_KEY,
     STATUSES,
@@ -37,7 +38,7 @@ _HTTP_STATUSES: Final = {code: status for status, code in STATUSES.items()}
 _SERVICE_CONFIG: Final = {
     "methodConfig": [
         {
-            "name": [{"service": SERVICE}],
+            "name": [{"service": SERVICE}, {"service": EXPLANATIONS}],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.05s",
@@ -107,17 +108,49 @@ class GrpcClient:
         request = InferRequest.of(inputs, outputs)
         return dict(self.request(model, request, version=version).outputs)
 
+    def explain(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str | None = None,
+        outputs: Iterable[str] = (),
+        baseline: Sequence[float] | None = None,
+    ) -> dict[str, Array]:
+        """Ask what each feature adds to each output; see `InferenceClient.explain`.
+
+        Raises:
+            BadRequestError: an array has no form in the protocol.
+            ClientError: the server cannot be reached, or refuses.
+        """
+        parameters = {} if baseline is None else {"baseline": [float(one) for one in baseline]}
+        request = InferRequest.of(inputs, outputs, parameters=parameters)
+        return dict(self.request(model, request, version=version, verb="explain").outputs)
+
     def request(
-        self, model: str, request: InferRequest, *, version: str | None = None
+        self,
+        model: str,
+        request: InferRequest,
+        *,
+        version: str | None = None,
+        verb: Literal["infer", "explain"] = "infer",
     ) -> InferResponse:
         """Send a request as it is, and give back the whole response with the answering version.
+
+        Of its parameters only the `baseline` of an explanation is sent.
 
         Raises:
             BadRequestError: an array has no form in the protocol.
             ClientError: the server cannot be reached, or refuses.
         """
         message = write_request(model, version, request)
-        response = self._call("ModelInfer", message, pb.ModelInferResponse)
+        if verb == "explain":
+            baseline = request.parameters.get("baseline", ())
+            asked = pb.ModelExplainRequest(request=message, baseline=baseline)
+            answer = self._call("ModelExplain", asked, pb.ModelExplainResponse, EXPLANATIONS)
+            response = answer.attributions
+        else:
+            response = self._call("ModelInfer", message, pb.ModelInferResponse)
         try:
             return read_response(response)
         except BadRequestError as error:
@@ -173,9 +206,9 @@ class GrpcClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, method: str, request: Any, answer: Any) -> Any:
+    def _call(self, method: str, request: Any, answer: Any, service: str = SERVICE) -> Any:
         call = self._channel.unary_unary(
-            f"/{SERVICE}/{method}",
+            f"/{service}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
         )
