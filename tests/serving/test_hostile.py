@@ -1,7 +1,9 @@
 """Callers who mean harm, against a server in a process of its own whose memory is measured."""
 
+import asyncio
 import contextlib
 import gzip
+import re
 import socket
 import subprocess
 import sys
@@ -106,6 +108,50 @@ def target(tmp_path_factory):
         yield target
 
 
+def pace(target: Target, num_callers: int, seconds: float = 1.0) -> tuple[float, float]:
+    """Let callers on connections of their own ask the small model without a pause.
+
+    Returns:
+        answers a second, and the time that one answer in a hundred takes longer than, in seconds.
+    """
+    head = f"POST {INFER} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(GOOD)}\r\n\r\n".encode()
+    times: list[float] = []
+
+    async def call(end: float) -> None:
+        reader, writer = await asyncio.open_connection(*target.address)
+        while (begun := time.perf_counter()) < end:
+            writer.write(head + GOOD)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            length = re.search(rb"content-length: (\d+)", answer)
+            await reader.readexactly(int(length[1]))
+            times.append(time.perf_counter() - begun)
+        writer.close()
+
+    async def crowd() -> None:
+        end = time.perf_counter() + seconds
+        await asyncio.gather(*(call(end) for _ in range(num_callers)))
+
+    asyncio.run(crowd())
+    return len(times) / seconds, float(np.quantile(times, 0.99))
+
+
+def test_a_crowd_on_a_small_model_is_served(target):
+    """Four times the callers that fill the server get as much in all, each in its turn.
+
+    A small model is computed as its requests are read, at most one of each connection, so the
+    crowd waits no longer than its size says (Little's law), and nobody is refused.
+    """
+    turns = []
+    for _ in range(4):
+        most, _ = pace(target, 16)
+        crowded, slow_s = pace(target, 64)
+        if crowded > 0.7 * most and slow_s < 4 * 64 / crowded:
+            return
+        turns.append((most, crowded, slow_s))
+    pytest.fail(f"the crowd is not served in any turn: {turns}")
+
+
 @contextlib.contextmanager
 def started(folder: Path, *before: str):
     """Start a server, as the last words of another command if there is one."""
@@ -122,6 +168,12 @@ def started(folder: Path, *before: str):
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+def test_the_engine_is_small(tmp_path):
+    """Serving small models over both wires takes a process of about 100 MB, under 200 anywhere."""
+    with started(tmp_path) as target:
+        assert target.memory < 200 * MB
 
 
 def storm(target: Target, num_rounds: int) -> None:

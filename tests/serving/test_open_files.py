@@ -20,7 +20,7 @@ run_service(service())
 
 def test_a_service_raises_its_limit():
     """Started with room for 200 files, as far as its user may have 900, it has 900."""
-    limited = ["sh", "-c", 'ulimit -Hn 900 && ulimit -Sn 200 && exec "$@"', "sh"]
+    limited = ["sh", "-c", 'ulimit -Sn 200 && ulimit -Hn 900 && exec "$@"', "sh"]
     words = [*limited, sys.executable, "-c", SCRIPT]
     done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["900", "900"]

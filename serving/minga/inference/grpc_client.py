@@ -35,20 +35,7 @@ from minga.inference.v2 import open_inference_pb2 as pb
 
 _TIMEOUT_S: Final = 30.0
 _HTTP_STATUSES: Final = {code: status for status, code in STATUSES.items()}
-_SERVICE_CONFIG: Final = {
-    "methodConfig": [
-        {
-            "name": [{"service": SERVICE}, {"service": EXPLANATIONS}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.05s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
+_RETRIES: Final = 3
 
 
 class GrpcClient:
@@ -57,6 +44,7 @@ class GrpcClient:
     Args:
         url: the server, as in `grpc://127.0.0.1:8001`, or `grpcs://...` for TLS.
         timeout_s: how long one request may take.
+        retries: how often a request is sent again, at most 4 times, that no server has answered.
         credentials: what the server wants to see, and whose servers are trusted.
 
     Raises:
@@ -64,7 +52,12 @@ class GrpcClient:
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float = _TIMEOUT_S, credentials: Credentials | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float = _TIMEOUT_S,
+        retries: int = _RETRIES,
+        credentials: Credentials | None = None,
     ) -> None:
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
@@ -77,7 +70,7 @@ class GrpcClient:
             ("grpc.max_send_message_length", -1),
             # A proxy from the environment speaks HTTP/1.1, and knows no loopback.
             ("grpc.enable_http_proxy", 0),
-            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            ("grpc.service_config", json.dumps(_service_config(retries))),
         ]
         self._channel = (
             grpc.secure_channel(target, shown.channel_credentials(), options)
@@ -216,6 +209,21 @@ class GrpcClient:
             return call(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _translated(self._url, error) from error
+
+
+def _service_config(retries: int) -> dict[str, Any]:
+    """Tell gRPC which calls it sends again, and when."""
+    if not retries:
+        return {}
+    policy = {
+        "maxAttempts": retries + 1,
+        "initialBackoff": "0.05s",
+        "maxBackoff": "1s",
+        "backoffMultiplier": 3,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    services = [{"service": SERVICE}, {"service": EXPLANATIONS}]
+    return {"methodConfig": [{"name": services, "retryPolicy": policy}]}
 
 
 def _translated(url: str, error: Any) -> ClientError:

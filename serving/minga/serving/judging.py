@@ -18,13 +18,16 @@ challenger has half as many requests again as at the look before.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import NormalDist
 from typing import Any, Final
 
+import numpy as np
+
+from minga.inference.monitor.indices import bin_counts, stability_index
+from minga.inference.monitor.significance import more_often, two_sided, upper_gamma
 from minga.inference.tally import Tally, slower_than
 from minga.serving.config import ComparisonConfig
 
@@ -132,7 +135,7 @@ def measures_of(
                 name="failures: gap of the rates",
                 value=_rate(challenger) - _rate(baseline),
                 limit=config.max_error_gap,
-                p=fisher_p(
+                p=more_often(
                     challenger.failures, challenger.requests, baseline.failures, baseline.requests
                 ),
             )
@@ -146,7 +149,7 @@ def measures_of(
                 name="time: ratio of the 95th percentiles",
                 value=challenger.quantile_s(_SLOW_SHARE) / usual_s,
                 limit=limit_s / usual_s,
-                p=fisher_p(slow, _answered(challenger), usual, _answered(baseline)),
+                p=more_often(slow, _answered(challenger), usual, _answered(baseline)),
             )
         )
     if baseline.predictions and challenger.predictions:
@@ -165,58 +168,21 @@ def _answered(tally: Tally) -> int:
     return sum(tally.times.values())
 
 
-def fisher_p(hits: int, tries: int, usual_hits: int, usual_tries: int) -> float:
-    """Give the chance of so many hits or more, if both kinds of tries hit equally often."""
-    all_tries, all_hits = tries + usual_tries, hits + usual_hits
-    term = math.exp(
-        _log_choose(tries, hits)
-        + _log_choose(usual_tries, usual_hits)
-        - _log_choose(all_tries, all_hits)
-    )
-    total = 0.0
-    for count in range(hits, min(tries, all_hits) + 1):
-        total += term
-        if term < total * 1e-12:
-            break
-        left = usual_tries - all_hits + count + 1
-        term *= (tries - count) * (all_hits - count) / ((count + 1) * left) if left else 0.0
-    return min(total, 1.0)
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
 def stability(usual: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
     """Give the population stability index of two samples, and its chance if they are alike."""
-    classes = sorted(set(usual) | set(now))
-    edges = classes[:-1]
+    classes = np.unique([*usual, *now])
+    edges = (classes[1:] + classes[:-1]) / 2
     if len(classes) > _MAX_CLASSES:
-        ordered = sorted(usual)
-        ranks = (len(ordered) * step // _NUM_BINS for step in range(1, _NUM_BINS))
-        edges = sorted({ordered[rank] for rank in ranks})
-    expected, observed = (_shares(sample, edges) for sample in (usual, now))
-    index = sum((q - p) * math.log(q / p) for p, q in zip(expected, observed, strict=True))
-    degrees = len(expected) - 1
-    return index, chi_squared_p(index / (1 / len(usual) + 1 / len(now)), degrees)
-
-
-def _shares(sample: Sequence[float], edges: Sequence[float]) -> list[float]:
-    """Give the share of each bin; half a value more in each keeps empty ones above 0."""
-    counts = [0.5] * (len(edges) + 1)
-    for value in sample:
-        counts[bisect_left(edges, value)] += 1
-    total = sum(counts)
-    return [count / total for count in counts]
-
-
-def chi_squared_p(value: float, degrees: int) -> float:
-    """Give the chance of so much or more, by the cube root (Wilson and Hilferty, PNAS 1931)."""
-    if degrees < 1 or value <= 0:
-        return 1.0
-    width = 2 / (9 * degrees)
-    z = ((value / degrees) ** (1 / 3) - (1 - width)) / math.sqrt(width)
-    return math.erfc(z / math.sqrt(2)) / 2
+        edges = np.unique(np.quantile(usual, np.arange(1, _NUM_BINS) / _NUM_BINS))
+    expected, observed = (bin_counts(edges, np.asarray(sample)) for sample in (usual, now))
+    # Half a value more in each bin, as where an empty one is compared.
+    shares = (expected + 0.5) / (expected + 0.5).sum()
+    index = float(stability_index(shares, observed))
+    degrees = len(edges)
+    if not degrees:
+        return index, 1.0
+    spread = 1 / len(usual) + 1 / len(now)
+    return index, upper_gamma(degrees / 2, index / spread / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +209,7 @@ def effect_of(baseline: Tally, challenger: Tally) -> Effect:
     error = math.sqrt(ours.variance / max(ours.count, 1) + theirs.variance / max(theirs.count, 1))
     p = float(difference == 0)  # where nothing varies, any difference is one
     if error:
-        p = math.erfc(abs(difference) / error / math.sqrt(2))
+        p = two_sided(difference / error)
     reach = NormalDist().inv_cdf(0.975) * error
     return Effect(difference=difference, low=difference - reach, high=difference + reach, p=p)
 
