@@ -269,6 +269,8 @@ async def _refuse(context: Any, error: InferenceError) -> None:
     trailers = [(STATUS_KEY, str(error.status))]
     if isinstance(error, UnavailableError):
         trailers.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
+        # Clients that ask again by themselves where nobody answers shall not add to the crowd.
+        trailers.append(("grpc-retry-pushback-ms", "-1"))
     await context.abort(status_of(error), str(error), tuple(trailers))
 
 

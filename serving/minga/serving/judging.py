@@ -9,7 +9,8 @@ A breach of a limit counts when it is large enough to matter *and* too unlikely 
   the limit.
 - predictions: the population stability index (Siddiqi 2006) over the deciles of the baseline,
   or over classes; under the null it is a multiple of chi-squared (Yurdakul, "Statistical
-  Properties of Population Stability Index", 2018).
+  Properties of Population Stability Index", 2018). A version that repairs what the baseline does
+  wrong may as well answer as it did on its own test data; see `Expectation`.
 
 The challenger is looked at again and again, which would make chance findings sure in the end. So
 look k spends alpha / (k (k + 1)) of the chance of a false alarm (Lan and DeMets, Biometrika 1983,
@@ -18,7 +19,7 @@ challenger has half as many requests again as at the look before.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import NormalDist
@@ -26,7 +27,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from minga.inference.monitor.indices import bin_counts, stability_index
+from minga.inference.monitor.indices import Floats, bin_counts, stability_index
+from minga.inference.monitor.reference import Column
 from minga.inference.monitor.significance import more_often, two_sided, upper_gamma
 from minga.inference.tally import Tally, slower_than
 from minga.serving.config import ComparisonConfig
@@ -81,22 +83,62 @@ class Measure:
         return f"{self.name} {self.value:.3g}, limit {self.limit:.3g}, p = {self.p:.2g}"
 
 
+class Expectation(StrEnum):
+    """What a canary's predictions are to look like."""
+
+    BASELINE = "baseline"
+    """Like those of the version before, which is taken to be right."""
+    REPAIR = "repair"
+    """Like those, or like its own on its test data, which the monitor will hold it to as well: a
+    version that repairs another one answers otherwise than what it repairs."""
+    ANY = "any"
+    """Nothing is known of them, as where the test data is older than what it learned from."""
+
+
+Drift = Callable[[Tally, Tally], tuple[float, float] | None]
+"""Tells of a baseline and a challenger how far the predictions are from what is expected, and the
+chance of so much or more; None if it cannot be told."""
+
+
+def drift_by(expects: Expectation, tested: Column | None = None) -> Drift:
+    """Give what tells how far predictions are from what is expected.
+
+    Args:
+        expects: what is.
+        tested: how the challenger's were distributed on its test data, if that is known.
+    """
+
+    def from_either(baseline: Tally, challenger: Tally) -> tuple[float, float] | None:
+        if expects is Expectation.ANY or not challenger.predictions:
+            return None
+        found = []
+        if baseline.predictions:
+            found.append(stability(baseline.predictions, challenger.predictions))
+        if expects is Expectation.REPAIR and tested is not None:
+            found.append(stability_as_tested(tested, challenger.predictions))
+        return min(found, default=None)
+
+    return from_either
+
+
 class CanaryJudge:
     """Judges one stage of a canary.
 
     Args:
         config: what counts as worse, and how long a stage takes.
+        drift: tells how far its predictions are from what is expected.
     """
 
-    def __init__(self, config: ComparisonConfig) -> None:
+    def __init__(self, config: ComparisonConfig, drift: Drift | None = None) -> None:
         self._config = config
+        self._drift = drift or drift_by(Expectation.BASELINE)
         self._num_looks = 0
         self._next_look = _FIRST_LOOK
 
     def look(self, baseline: Tally, challenger: Tally, elapsed_s: float) -> Verdict:
         """Decide by what was counted so far in this stage, and how long it has lasted."""
         config = self._config
-        measures = measures_of(baseline, challenger, config)
+        measures = measures_of(baseline, challenger, config, self._drift)
         if challenger.requests >= self._next_look:
             self._num_looks += 1
             self._next_look = math.ceil(challenger.requests * _GROWTH)
@@ -125,7 +167,7 @@ def _hold(reason: str) -> Verdict:
 
 
 def measures_of(
-    baseline: Tally, challenger: Tally, config: ComparisonConfig
+    baseline: Tally, challenger: Tally, config: ComparisonConfig, drift: Drift
 ) -> tuple[Measure, ...]:
     """Compare two versions in each respect in which both have been seen."""
     measures = []
@@ -152,10 +194,10 @@ def measures_of(
                 p=more_often(slow, _answered(challenger), usual, _answered(baseline)),
             )
         )
-    if baseline.predictions and challenger.predictions:
-        drift, p = stability(baseline.predictions, challenger.predictions)
+    if (drifted := drift(baseline, challenger)) is not None:
+        index, p = drifted
         measures.append(
-            Measure(name="predictions: stability index", value=drift, limit=config.max_drift, p=p)
+            Measure(name="predictions: stability index", value=index, limit=config.max_drift, p=p)
         )
     return tuple(measures)
 
@@ -170,19 +212,34 @@ def _answered(tally: Tally) -> int:
 
 def stability(usual: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
     """Give the population stability index of two samples, and its chance if they are alike."""
-    classes = np.unique([*usual, *now])
-    edges = (classes[1:] + classes[:-1]) / 2
+    before, after = _bounded(usual), _bounded(now)
+    classes = np.unique(np.concatenate([before, after]))
+    edges = classes[1:] / 2 + classes[:-1] / 2
     if len(classes) > _MAX_CLASSES:
-        edges = np.unique(np.quantile(usual, np.arange(1, _NUM_BINS) / _NUM_BINS))
-    expected, observed = (bin_counts(edges, np.asarray(sample)) for sample in (usual, now))
+        ranks = np.arange(1, _NUM_BINS) / _NUM_BINS
+        edges = np.unique(np.quantile(before, ranks, method="lower"))
     # Half a value more in each bin, as where an empty one is compared.
-    shares = (expected + 0.5) / (expected + 0.5).sum()
-    index = float(stability_index(shares, observed))
-    degrees = len(edges)
-    if not degrees:
-        return index, 1.0
-    spread = 1 / len(usual) + 1 / len(now)
-    return index, upper_gamma(degrees / 2, index / spread / 2)
+    expected = bin_counts(edges, before) + 0.5
+    index = float(stability_index(expected / expected.sum(), bin_counts(edges, after)))
+    return index, _chance(index / (1 / len(usual) + 1 / len(now)), len(edges))
+
+
+def stability_as_tested(tested: Column, now: Sequence[float]) -> tuple[float, float]:
+    """Give the index of a sample against a profile, and its chance if they are alike."""
+    counts = bin_counts(tested.edge_array, _bounded(now))
+    index = float(stability_index(tested.share_array, counts))
+    spread = 1 / tested.num_examples + 1 / len(now)
+    return index, _chance(index / spread, len(tested.shares) - 1)
+
+
+def _bounded(sample: Sequence[float]) -> Floats:
+    """Give a sample in which what is endless is very large, and not taken for missing."""
+    return np.nan_to_num(np.asarray(sample, np.float64))
+
+
+def _chance(value: float, degrees: int) -> float:
+    """Give the chance of so much or more by the law of chi-squared."""
+    return upper_gamma(degrees / 2, value / 2) if degrees else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
