@@ -24,8 +24,6 @@ from minga.serving.config import ComparisonConfig, ServingConfig
 from minga.serving.errors import VersionRefusedError
 from minga.serving.referee import Referee
 from minga.serving.watcher import MemorySource, Watcher
-from tests.cluster.watched import program
-from tests.serving.third_parties import triton_models, triton_outcomes
 
 pytestmark = pytest.mark.slow
 
@@ -163,19 +161,6 @@ def test_the_protocol_is_the_same_on_ray(host, refs, models, write_model):
             assert (refused.status_code, list(refused.json())) == (status, ["error"])
 
 
-def test_tritonclient_on_ray(host, third_party, tmp_path):
-    """The cases of `test_conformance`, loading and unloading among them, with two replicas.
-
-    All but statistics, which are those of the replica that a connection is with.
-    """
-    host.deploy(triton_models(tmp_path))
-    host.wait_ready()
-    told = triton_outcomes(third_party, host.url, host.grpc_url)
-    kept = {case: words for case, words in told.items() if "statistics" not in case}
-    assert len(kept) == len(told) - 2
-    assert {case: words for case, words in kept.items() if words is not None} == {}
-
-
 def executions(host) -> set[int]:
     """Tell how often replicas have computed the model's default version."""
     with reconnecting(host) as client:
@@ -297,14 +282,6 @@ def test_any_scrape_tells_of_all_replicas(host, told_of_one):
         os.kill(hung, signal.SIGCONT)
     assert set(told) <= {None, asked}
     scrapes.wait_for(asked)
-
-
-def test_the_exposition_of_replicas_is_the_fields_way(host, told_of_one):
-    """`promtool check metrics` finds nothing to say of what replicas tell together."""
-    exposition = httpx.get(f"{host.url}/metrics").content
-    words = [program("promtool"), "check", "metrics"]
-    done = subprocess.run(words, input=exposition, capture_output=True, check=False)
-    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
 def test_counters_never_fall(host, told_of_one):
