@@ -228,7 +228,7 @@ def test_every_process_is_scraped(watched: Watched) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["serving", "coordinator", "press-1", "respond"])
+@pytest.mark.parametrize("name", ["serving", "coordinator", "press-1"])
 def test_expositions_are_the_fields_way(watched: Watched, name: str) -> None:
     """`promtool check metrics` finds nothing to say about any name, type or help."""
     urls = {**watched.minga.urls, "respond": watched.respond_url}
