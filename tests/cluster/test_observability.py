@@ -204,7 +204,7 @@ def watched(registry_uri, tmp_path_factory):
             model = to_bytes(toy_model(200_000))
             name = minga.operate(lambda o: o.start_campaign(private_campaign(), model))
             minga.operate(lambda operator: _finished(operator, name))
-            yield Watched(minga, prometheus, processes, project, url)
+            yield Watched(minga, prometheus, processes, project, url.removesuffix("/alerts"))
     patch.undo()
 
 
