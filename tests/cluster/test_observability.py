@@ -166,6 +166,7 @@ class Watched:
     prometheus: Prometheus
     processes: Processes
     project: Path
+    respond_url: str
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def watched(registry_uri, tmp_path_factory):
             model = to_bytes(toy_model(200_000))
             name = minga.operate(lambda o: o.start_campaign(private_campaign(), model))
             minga.operate(lambda operator: _finished(operator, name))
-            yield Watched(minga, prometheus, processes, project)
+            yield Watched(minga, prometheus, processes, project, url.removesuffix("/alerts"))
     patch.undo()
 
 
@@ -227,10 +228,11 @@ def test_every_process_is_scraped(watched: Watched) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["serving", "coordinator", "press-1"])
+@pytest.mark.parametrize("name", ["serving", "coordinator", "press-1", "respond"])
 def test_expositions_are_the_fields_way(watched: Watched, name: str) -> None:
     """`promtool check metrics` finds nothing to say about any name, type or help."""
-    exposition = httpx.get(f"{watched.minga.urls[name]}/metrics").content
+    urls = {**watched.minga.urls, "respond": watched.respond_url}
+    exposition = httpx.get(f"{urls[name]}/metrics").content
     assert b"minga_" in exposition
     assert run("promtool", "check", "metrics", text=exposition).strip() == ""
 

@@ -196,9 +196,9 @@ def running(*servers: Server | GrpcServer) -> Iterator[None]:
         for server in servers:
             asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
         yield
+    finally:
         for server in reversed(servers):
             asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
-    finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
@@ -222,6 +222,8 @@ def serve():
 class Load:
     """Closed-loop callers of a model that scales; they stop at the end of the context.
 
+    They try nothing twice unless they are told to, so what fails on its way is seen.
+
     Attributes:
         factors: which factor each answer had been multiplied by, in the order of arrival.
         failures: what went wrong, which is to be nothing.
@@ -231,6 +233,7 @@ class Load:
     model: str = "scaling"
     num_callers: int = 4
     credentials: Credentials | None = None
+    retries: int = 0
     factors: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -257,7 +260,7 @@ class Load:
     def _call(self) -> None:
         rows = np.ones((1, 3), np.float32)
         kind = GrpcClient if self.url.startswith("grpc") else InferenceClient
-        with kind(self.url, credentials=self.credentials) as client:
+        with kind(self.url, credentials=self.credentials, retries=self.retries) as client:
             while not self._stop.is_set():
                 try:
                     output = client.infer(self.model, {"input": rows})["output"]
@@ -275,6 +278,14 @@ def pem(tmp_path_factory) -> Files:
     server, server_key, _ = issue(folder, "server", issuer)
     client, client_key, _ = issue(folder, "client", issuer)
     return Files(ca=ca, server=server, server_key=server_key, client=client, client_key=client_key)
+
+
+@pytest.fixture(scope="session")
+def third_party() -> Path:
+    """The folder of the programs of third parties; see `third_parties`."""
+    from tests.serving.third_parties import programs
+
+    return programs()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import ssl
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -255,6 +256,21 @@ def test_tls_on_both_wires(encrypted, pem):
         old.wrap_socket(raw, server_hostname=host)
     with pytest.raises(httpx.TransportError):
         httpx.get(encrypted.http.replace("https", "http"))
+
+
+def test_slow_handshakes_keep_nobody_out(encrypted, pem):
+    """Many who begin TLS and say no more, on both wires, do not delay those who go on."""
+    ports = [int(url.rsplit(":", 1)[1]) for url in (encrypted.http, encrypted.grpc)]
+    slow = [socket.create_connection(("127.0.0.1", port)) for port in ports for _ in range(200)]
+    try:
+        for connection in slow:
+            connection.sendall(b"\x16\x03\x01\x02\x00\x01")
+        began = time.monotonic()
+        assert all(answers(client) for client in encrypted.clients(ca=pem.ca))
+        assert time.monotonic() - began < 5
+    finally:
+        for connection in slow:
+            connection.close()
 
 
 def test_clients_refuse_servers_that_they_do_not_trust(encrypted):

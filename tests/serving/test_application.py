@@ -3,18 +3,25 @@
 import asyncio
 import contextlib
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import grpc
 import httpx
 import numpy as np
 import pytest
 
+from minga.cluster import template
+from minga.cluster.project import load
 from minga.inference.access import Protection
 from minga.inference.client import InferenceClient
 from minga.inference.credentials import Credentials
 from minga.inference.errors import PortInUseError, RejectedError
 from minga.inference.grpc_client import GrpcClient
+from minga.inference.grpc_wire import SERVICE, write_request
 from minga.inference.limits import Limits
+from minga.inference.protocol import InferRequest
 from minga.inference.server import listen
 from minga.serving.key_store import KeyStore
 from tests.serving.test_app import GOOD, assert_refused, decoded
@@ -176,3 +183,93 @@ async def test_a_replica_tells_how_many_requests_it_has(models, write_model):
                 most = max(most, *(await replica.record_autoscaling_stats()).values())
             await working
     assert most > 1
+
+
+SETTINGS = """[serving]
+cpus_per_replica = 1.0
+threads_per_run = 2
+objective_ms = 20.0
+model_memory_mb = 1.5
+"""
+
+
+@pytest.fixture
+async def set_up(tmp_path, models, write_model):
+    """A replica with settings from a project's file, and two models of 1 MB of which one fits."""
+    template.write(tmp_path / "plant")
+    file = tmp_path / "plant" / "minga.toml"
+    file.write_text(file.read_text().replace("[serving]\n", SETTINGS))
+    config = load(tmp_path / "plant").serving
+    async with running(limits=config.limits, models=config.models) as replica:
+        content = models["deep"]()
+        await configure(replica, *(write_model(content, name) for name in ("deep", "other")))
+        yield replica
+
+
+async def test_models_of_a_replica_keep_to_its_memory(set_up):
+    """As `model_memory_mb` says one sleeps while the other answers, with `threads_per_run`."""
+    rows = np.ones((1, 512), np.float32)
+    async with httpx.AsyncClient(base_url=set_up.url) as client:
+        for name, other in (("deep", "other"), ("other", "deep")):
+            with InferenceClient(set_up.url) as asking:
+                await asyncio.to_thread(asking.infer, name, {"input": rows})
+            told = (await client.get("/metrics")).text
+            for model, awake in ((name, "1.0"), (other, "0.0")):
+                assert f'minga_inference_model_awake{{model="{model}",version="1"}} {awake}' in told
+            options = set_up._repository.get(name, None)._session.get_session_options()
+            assert options.intra_op_num_threads == 2
+
+
+async def test_what_would_be_late_is_refused_on_both_wires(set_up):
+    """As `objective_ms` says: 503 and UNAVAILABLE, each with when to try again, and at once."""
+    rows = np.ones((64, 512), np.float32)
+    request = write_request("deep", None, InferRequest(inputs={"input": rows}))
+    body = {"inputs": [{"name": "input", "datatype": "FP32", "shape": rows.shape}]}
+    body["inputs"][0]["data"] = rows.ravel().tolist()
+    statuses, waits = set(), []
+
+    async def over_http(client) -> None:
+        answer = await client.post("/v2/models/deep/infer", json=body)
+        statuses.add(answer.status_code)
+        if answer.status_code != 200:
+            assert_refused(answer, 503)
+            waits.append(answer.headers["retry-after"])
+
+    async def over_grpc(channel) -> None:
+        call = channel.unary_unary(f"/{SERVICE}/ModelInfer")(request.SerializeToString())
+        status = await call.code()
+        statuses.add(status)
+        if status is not grpc.StatusCode.OK:
+            waits.append(dict(await call.trailing_metadata())["retry-after"])
+
+    async with (
+        httpx.AsyncClient(base_url=set_up.url, limits=httpx.Limits(max_connections=60)) as client,
+        grpc.aio.insecure_channel(set_up.grpc_url.removeprefix("grpc://")) as channel,
+    ):
+        await asyncio.gather(*(over_http(client) for _ in range(60)))
+        await asyncio.gather(*(over_grpc(channel) for _ in range(60)))
+    assert statuses == {200, 503, grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    assert all(int(wait) >= 1 for wait in waits)
+
+
+async def test_a_refusal_is_not_asked_again_by_the_client(set_up):
+    """Clients ask again where nobody has answered; who has been refused is told so at once."""
+    rows = np.ones((64, 512), np.float32)
+    refused = 0
+    with GrpcClient(set_up.grpc_url) as client:
+
+        def ask() -> None:
+            nonlocal refused
+            try:
+                client.infer("deep", {"input": rows})
+            except RejectedError as error:
+                refused += error.status == 503
+
+        with ThreadPoolExecutor(32) as callers:
+            loop = asyncio.get_running_loop()
+            await asyncio.gather(*(loop.run_in_executor(callers, ask) for _ in range(96)))
+    async with httpx.AsyncClient(base_url=set_up.url) as client:
+        told = (await client.get("/metrics")).text
+    counted = re.search(r'requests_total{model="deep",status="503",version="1"} (.*)', told)
+    assert refused
+    assert float(counted[1]) == refused

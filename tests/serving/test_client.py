@@ -4,7 +4,6 @@ import httpx
 import numpy as np
 import pytest
 
-from minga.inference import client as client_module
 from minga.inference.client import InferenceClient
 from minga.inference.errors import (
     BadRequestError,
@@ -17,66 +16,65 @@ ROWS = np.array([[1, 2, 3]], np.float32)
 
 
 @pytest.fixture
-def url(make_app, models, serve):
-    """A real server with a model that doubles."""
-    with serve(make_app(scaling=models["scaling"](2))) as address:
-        yield address
+def client(make_app, models, serve):
+    """A client of a real server with a model that doubles."""
+    with serve(make_app(scaling=models["scaling"](2))) as url, InferenceClient(url) as client:
+        yield client
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_infer_gives_arrays_of_the_models_type(url, binary):
+def test_infer_gives_arrays_of_the_models_type(client, binary):
     """Raw and JSON transport give the same values and type."""
-    outputs = client_module.infer(url, "scaling", {"input": ROWS}, binary=binary)
+    outputs = client.infer("scaling", {"input": ROWS}, binary=binary)
     np.testing.assert_array_equal(outputs["output"], ROWS * 2)
     assert outputs["output"].dtype == np.float32
 
 
-def test_a_version_and_outputs_can_be_named(url):
+def test_a_version_and_outputs_can_be_named(client):
     """A request may name a version and the outputs it wants."""
-    with InferenceClient(url) as client:
-        outputs = client.infer("scaling", {"input": ROWS}, version="1", outputs=["output"])
-        assert list(outputs) == ["output"]
-        with pytest.raises(RejectedError) as refusal:
-            client.infer("scaling", {"input": ROWS}, version="9")
+    outputs = client.infer("scaling", {"input": ROWS}, version="1", outputs=["output"])
+    assert list(outputs) == ["output"]
+    with pytest.raises(RejectedError) as refusal:
+        client.infer("scaling", {"input": ROWS}, version="9")
     assert refusal.value.status == 404
 
 
-def test_metadata_and_readiness(url):
+def test_metadata_and_readiness(client):
     """A model's metadata and readiness are one call each."""
-    assert client_module.metadata(url, "scaling")["inputs"][0]["shape"] == [-1, 3]
-    with InferenceClient(url) as client:
-        assert client.models() == ("scaling",)
-    assert client_module.ready(url)
-    assert client_module.ready(url, "scaling")
-    assert not client_module.ready(url, "unknown")
+    assert client.metadata("scaling")["inputs"][0]["shape"] == [-1, 3]
+    assert client.models() == ("scaling",)
+    assert client.ready()
+    assert client.ready("scaling")
+    assert not client.ready("unknown")
 
 
-def test_the_servers_words_reach_the_caller(url):
+def test_the_servers_words_reach_the_caller(client):
     """A refusal keeps the server's message and status."""
     with pytest.raises(RejectedError, match=r"must have shape \[-1, 3\]") as refusal:
-        client_module.infer(url, "scaling", {"input": np.ones((1, 4), np.float32)})
+        client.infer("scaling", {"input": np.ones((1, 4), np.float32)})
     assert refusal.value.status == 400
 
 
-def test_an_array_without_a_form_is_refused_before_it_is_sent(url):
+def test_an_array_without_a_form_is_refused_before_it_is_sent(client):
     """What the protocol cannot carry never leaves the client."""
     with pytest.raises(BadRequestError, match="no datatype"):
-        client_module.infer(url, "scaling", {"input": np.ones(1, complex)})
+        client.infer("scaling", {"input": np.ones(1, complex)})
 
 
 def test_an_unreachable_server_is_one_clear_error():
     """Nobody there: the message names the URL and says what to check."""
     url = "http://127.0.0.1:1"
-    with pytest.raises(ServerUnreachableError, match="minga serve"):
-        client_module.infer(url, "scaling", {"input": ROWS})
-    assert not client_module.ready(url)
+    with InferenceClient(url) as client:
+        with pytest.raises(ServerUnreachableError, match="minga serve"):
+            client.infer("scaling", {"input": ROWS})
+        assert not client.ready()
 
 
 @pytest.mark.parametrize("url", ["", "http://", "nothing", "ftp://127.0.0.1"])
 def test_what_is_no_url_is_one_clear_error(url):
     """A URL that cannot be one is refused at once, with an example of one."""
     with pytest.raises(ClientError, match="write one like"):
-        client_module.ready(url)
+        InferenceClient(url)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,10 @@
-"""Third parties against our servers: Triton's client, schemathesis, a validator of OpenAPI.
+"""Third parties against our servers: Triton's client, schemathesis, a validator of OpenAPI."""
 
-They are installed into an environment of their own, once per machine, as benchmarks do with
-rivals: their packages must not mix with ours, and tritonclient's messages have our names.
-"""
-
-import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,105 +20,20 @@ from minga.inference.repository import ModelRepository
 from minga.inference.routes import ROUTES, find
 from minga.inference.server import Server
 from tests.serving import triton_cases
-from tests.serving.conftest import (
-    build_model,
-    identity_model,
-    ref_of,
-    running,
-    scaling_model,
-    sum_model,
-)
+from tests.serving.conftest import build_model, ref_of, running
+from tests.serving.third_parties import triton_models, triton_outcomes
 from tests.test_docs import blocks
 
-HERE = Path(__file__).parent
-REQUIREMENTS = HERE / "third_party.txt"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minga"
-ELEMENTS = {
-    "BOOL": TensorProto.BOOL,
-    "UINT8": TensorProto.UINT8,
-    "UINT16": TensorProto.UINT16,
-    "UINT32": TensorProto.UINT32,
-    "UINT64": TensorProto.UINT64,
-    "INT8": TensorProto.INT8,
-    "INT16": TensorProto.INT16,
-    "INT32": TensorProto.INT32,
-    "INT64": TensorProto.INT64,
-    "FP16": TensorProto.FLOAT16,
-    "FP32": TensorProto.FLOAT,
-    "FP64": TensorProto.DOUBLE,
-    "BYTES": TensorProto.STRING,
-}
-
 
 @pytest.fixture(scope="module")
-def third_party() -> Path:
-    """The folder of the programs of an environment that holds the third parties alone."""
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = CACHE / f"third-party-{digest}-python{version}"
-    with locked(CACHE / f"{folder.name}.lock"):
-        if not (folder / ".installed").exists():
-            install(folder)
-    return folder / "bin"
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Keep other test runs of this machine out of what is made once for all of them."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def install(folder: Path) -> None:
-    """Make the environment; without a package index tests are skipped, and in CI they fail."""
-    venv.create(folder, clear=True, with_pip=True)
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--requirement"]
-    done = subprocess.run([*pip, REQUIREMENTS], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        words = f"pip cannot install the third parties of {REQUIREMENTS.name}: {said}"
-        if os.environ.get("CI"):
-            pytest.fail(words)
-        pytest.skip(words)
-    (folder / ".installed").touch()
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory) -> tuple[str, str]:
-    """Servers for both wires, and what `triton_cases` counts on."""
-    folder = tmp_path_factory.mktemp("models")
-    contents = {f"identity-{name}": identity_model(kind) for name, kind in ELEMENTS.items()}
-    for name in ("scaling", "counted", "spare-http", "spare-grpc"):
-        contents[name] = scaling_model(2)
-    contents["sum"] = sum_model()
+def outcomes(third_party, tmp_path_factory) -> dict[str, str | None]:
+    """What Triton's client says of servers for both wires, by case."""
     repository = ModelRepository()
-    repository.apply([ref_of(folder, content, name) for name, content in contents.items()])
+    repository.apply(triton_models(tmp_path_factory.mktemp("models")))
     app = InferenceApp(repository, limits=Limits(model_control=True))
     http, grpc = Server(app, port=0), GrpcServer(app.service, port=0)
     with running(http, grpc):
-        yield http.url, grpc.url
-
-
-@pytest.fixture(scope="module")
-def outcomes(third_party, served) -> dict[str, str | None]:
-    """What Triton's client says of each case; it runs through all in one process."""
-    http, grpc = served
-    done = subprocess.run(
-        [
-            third_party / "python",
-            HERE / "triton_cases.py",
-            http.removeprefix("http://"),
-            grpc.removeprefix("grpc://"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+        return triton_outcomes(third_party, http.url, grpc.url)
 
 
 @pytest.mark.slow
@@ -137,7 +43,7 @@ def test_tritonclient(case, outcomes):
     assert outcomes[case] is None, outcomes[case]
 
 
-PAGE = HERE.parents[1] / "docs" / "how-to" / "serve-and-call-a-model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "serve-and-call-a-model.md"
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,29 @@
 """Explanations: exact where the truth is known, bounded in cost, clear where there are none."""
 
+import hashlib
 import json
 import tracemalloc
+from dataclasses import replace
 
-import httpx
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from minga.federation.device.slots import ModelSlots
 from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
 from minga.inference.engine import ModelRef
 from minga.inference.errors import RejectedError
 from minga.inference.explaining import occluded, regions_of
+from minga.inference.grpc_client import GrpcClient
 from minga.inference.limits import Limits
+from minga.inference.monitor.reference import Role
 from minga.inference.repository import ModelRepository
+from tests.serving import watched
 from tests.serving.conftest import build_model
 from tests.serving.test_app import assert_refused, connect
+from tests.serving.test_commands import run
+from tests.serving.watched import reference, rows, watched_model
 
 WEIGHTS = np.array([[1.0, 2.0], [-3.0, 0.0], [0.5, 4.0]], np.float32)
 EXPLAIN = "/v2/models/linear/explain"
@@ -158,19 +165,64 @@ async def test_what_is_wrong_with_a_request_is_said_as_for_inference(make_app):
     assert empty.status_code in (200, 400)
 
 
-def test_predict_explains(make_app, serve, tmp_path, capsys):
-    """`--explain` shows attributions; a server without a profile says what it needs."""
+def test_a_device_explains_with_the_means_in_the_models_file(tmp_path, serve):
+    """It knows no more of a model than the file in its slot, whose reference has them."""
+    content, slots = watched_model(), ModelSlots(tmp_path)
+    slots.idle_path("yes-or-no").write_bytes(content)
+    slots.activate("yes-or-no", "1", hashlib.sha256(content).digest())
+    repository = ModelRepository()
+    repository.apply(slots.active())
+    asked = rows(2, 5)
+    means = [column.mean for column in reference().of_role(Role.INPUT)]
+    with serve(InferenceApp(repository)) as url, InferenceClient(url) as client:
+        found = client.explain("yes-or-no", {"input": asked})["output"]
+    np.testing.assert_allclose(found, (asked - np.float32(means)) * watched.WEIGHTS, atol=1e-4)
+
+
+def test_both_wires_explain_alike(make_app, serve):
+    """A service of its own answers gRPC, and refuses as HTTP does."""
+    asked = np.array([[1, 2, 3], [0, 1, 0]], np.float32)
+    with serve(make_app(linear=linear_model()), grpc=True) as url, GrpcClient(url) as client:
+        found = client.explain("linear", {"input": asked}, baseline=[1, 1, 1])
+        other = client.explain("linear", {"input": asked}, baseline=[0, 0, 0], version="1")
+        for words, status, model, wrong in (
+            ("no reference profile", 400, "linear", {}),
+            ("2 numbers for 3", 400, "linear", {"baseline": [1, 2]}),
+            ("gives outputs", 400, "linear", {"baseline": [1, 1, 1], "outputs": ["no"]}),
+            ("no model", 404, "no", {"baseline": [1, 1, 1]}),
+        ):
+            with pytest.raises(RejectedError, match=words) as refused:
+                client.explain(model, {"input": asked}, **wrong)
+            assert refused.value.status == status
+    np.testing.assert_allclose(found["output"], (asked - 1)[:, :, None] * WEIGHTS, atol=1e-6)
+    np.testing.assert_allclose(other["output"], asked[:, :, None] * WEIGHTS, atol=1e-6)
+
+
+@pytest.mark.parametrize("grpc", [False, True])
+def test_predict_explains(write_model, serve, tmp_path, capsys, grpc):
+    """`--explain` shows what each feature adds, on either wire."""
+    ref = replace(write_model(linear_model(), "linear"), baseline=(0.0, 0.0, 0.0))
+    repository = ModelRepository()
+    repository.apply([ref])
+    file = tmp_path / "rows.json"
+    file.write_text("[[1, 2, 3]]")
+    words = ["predict", "linear", "--input", str(file), "--explain"]
+    with serve(InferenceApp(repository), grpc=grpc) as url:
+        run(*words, "--url", url, "--json")
+        answered = json.loads(capsys.readouterr().out)
+        run(*words, "--url", url)
+        shown = capsys.readouterr().out
+    assert answered["outputs"] == {"output": [[[1, 2], [-6, 0], [1.5, 12]]]}
+    assert "1.5  12" in shown
+
+
+def test_predict_says_what_an_explanation_needs(make_app, serve, tmp_path, capsys):
+    """Without a profile on the server it ends with the server's reason."""
     from minga.cli.app import main
 
-    file = tmp_path / "request.json"
-    body = request_of([[1, 2, 3]], baseline=[0, 0, 0])
-    file.write_text(json.dumps(body))
-    with serve(make_app(linear=linear_model())) as url:
-        answered = httpx.post(url + EXPLAIN, json=body).json()
-        with pytest.raises(SystemExit) as ending:
-            main(["predict", "linear", "--input", str(file), "--url", url, "--explain"])
-        with InferenceClient(url) as client, pytest.raises(RejectedError, match="profile"):
-            client.explain("linear", {"input": np.ones((1, 3), np.float32)})
+    file = tmp_path / "rows.json"
+    file.write_text("[[1, 2, 3]]")
+    with serve(make_app(linear=linear_model())) as url, pytest.raises(SystemExit) as ending:
+        main(["predict", "linear", "--input", str(file), "--url", url, "--explain"])
     assert ending.value.code == 24
     assert "no reference profile" in capsys.readouterr().err
-    assert answered["outputs"][0]["data"] == [1, 2, -6, 0, 1.5, 12]

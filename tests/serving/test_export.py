@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from minga.inference.client import InferenceClient, ready
+from minga.inference.client import InferenceClient
 from minga.inference.server import listen
-from minga.serving.monitor_actor import end_actors
+from minga.serving.actors import end_actors
 from tests.serving.monitor.test_on_ray import rows_of
 from tests.serving.test_commands import exit_code, run
 from tests.serving.test_host import replica_pids
@@ -81,7 +81,8 @@ def deployed(ray_cluster, exported):
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: ready(url), f"nothing answers at {url}")
+        with InferenceClient(url) as client:
+            wait_until(client.ready, f"nothing answers at {url}")
         yield url
     finally:
         serve.shutdown()

@@ -1,7 +1,9 @@
 """Callers who mean harm, against a server in a process of its own whose memory is measured."""
 
+import asyncio
 import contextlib
 import gzip
+import re
 import socket
 import subprocess
 import sys
@@ -102,12 +104,62 @@ class Target:
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     """A server with small limits, warmed up by what the tests send."""
-    folder: Path = tmp_path_factory.mktemp("models")
+    with started(tmp_path_factory.mktemp("models")) as target:
+        yield target
+
+
+def pace(target: Target, num_callers: int, seconds: float = 1.0) -> tuple[float, float]:
+    """Let callers on connections of their own ask the small model without a pause.
+
+    Returns:
+        answers a second, and the time that one answer in a hundred takes longer than, in seconds.
+    """
+    head = f"POST {INFER} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(GOOD)}\r\n\r\n".encode()
+    times: list[float] = []
+
+    async def call(end: float) -> None:
+        reader, writer = await asyncio.open_connection(*target.address)
+        while (begun := time.perf_counter()) < end:
+            writer.write(head + GOOD)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            length = re.search(rb"content-length: (\d+)", answer)
+            await reader.readexactly(int(length[1]))
+            times.append(time.perf_counter() - begun)
+        writer.close()
+
+    async def crowd() -> None:
+        end = time.perf_counter() + seconds
+        await asyncio.gather(*(call(end) for _ in range(num_callers)))
+
+    asyncio.run(crowd())
+    return len(times) / seconds, float(np.quantile(times, 0.99))
+
+
+def test_a_crowd_on_a_small_model_is_served(target):
+    """Four times the callers that fill the server get as much in all, each in its turn.
+
+    A small model is computed as its requests are read, at most one of each connection, so the
+    crowd waits no longer than its size says (Little's law), and nobody is refused.
+    """
+    turns = []
+    for _ in range(4):
+        most, _ = pace(target, 16)
+        crowded, slow_s = pace(target, 64)
+        if crowded > 0.7 * most and slow_s < 4 * 64 / crowded:
+            return
+        turns.append((most, crowded, slow_s))
+    pytest.fail(f"the crowd is not served in any turn: {turns}")
+
+
+@contextlib.contextmanager
+def started(folder: Path, *before: str):
+    """Start a server, as the last words of another command if there is one."""
     (folder / "scaling.onnx").write_bytes(scaling_model(2))
     (folder / "wide.onnx").write_bytes(identity_model(1, ["n"]))
     files = sorted(map(str, folder.iterdir()))
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *files], stdout=subprocess.PIPE, text=True
+        [*before, sys.executable, "-c", SCRIPT, *files], stdout=subprocess.PIPE, text=True
     )
     try:
         target = Target(process)
@@ -116,6 +168,12 @@ def target(tmp_path_factory):
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+def test_the_engine_is_small(tmp_path):
+    """Serving small models over both wires takes a process of about 100 MB, under 200 anywhere."""
+    with started(tmp_path) as target:
+        assert target.memory < 200 * MB
 
 
 def storm(target: Target, num_rounds: int) -> None:
@@ -193,6 +251,47 @@ def test_connections_that_say_nothing_are_closed(beginning, target):
     finally:
         for connection in idle:
             connection.close()
+    target.assert_well()
+
+
+def test_more_connections_than_fit_are_told_so(tmp_path):
+    """Where 256 files may be open, 192 callers fit; the next hear 503, and none is left hanging."""
+    with started(tmp_path, "sh", "-c", 'ulimit -n 256 && exec "$@"', "sh") as target:
+        callers = [socket.create_connection(target.address, timeout=10) for _ in range(192)]
+        try:
+            target.wait(lambda: target.connections >= 192)
+            for _ in range(60):
+                with socket.create_connection(target.address, timeout=10) as one:
+                    told = b"".join(iter(lambda one=one: one.recv(4096), b""))
+                assert told.startswith(b"HTTP/1.1 503 ")
+                assert b"too many connections" in told
+        finally:
+            for caller in callers:
+                caller.close()
+        target.wait(lambda: target.connections < 20)
+        target.assert_well()
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)],
+    ids=["silent", "greeting"],
+)
+def test_many_idle_connections_keep_nobody_from_grpc(beginning, target):
+    """A thousand that say nothing, or only hello, cost little; others are answered meanwhile."""
+    before, parts = target.memory, urlsplit(target.grpc_url)
+    address = parts.hostname, parts.port
+    idle = [socket.create_connection(address) for _ in range(1000)]
+    try:
+        for connection in idle:
+            connection.sendall(beginning)
+        target.wait(lambda: target.connections >= 1000)
+        target.assert_well()
+        assert target.memory - before < 100 * MB
+    finally:
+        for connection in idle:
+            connection.close()
+    target.wait(lambda: target.connections < 20)
     target.assert_well()
 
 

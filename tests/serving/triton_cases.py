@@ -1,7 +1,7 @@
 """What Triton's client does with a server of ours; runs in an environment without Minga.
 
 Run as `python triton_cases.py HTTP_ADDRESS GRPC_ADDRESS`; writes a JSON object with what went
-wrong by case, null where nothing did. The server has the models of `test_conformance.served`.
+wrong by case, null where nothing did. The server has the models of `third_parties.triton_models`.
 """
 
 import itertools

@@ -62,18 +62,15 @@ def predict(
         ca: Who signs the server's certificate, PEM; by default whom this machine trusts.
         model_version: The version to ask; by default the server's.
         explain: Show what each feature adds to the outputs instead of the outputs: the output
-            minus the output with that feature alone at its mean in the training data. HTTP only.
+            minus the output with that feature alone at its mean in the training data.
         as_json: Write the outputs as one JSON object.
     """
-    from minga.inference.client import InferenceClient
     from minga.inference.errors import BadRequestError
     from minga.inference.protocol import InferRequest
     from minga.inference.rows import read_csv, read_json
 
     if (input is None) == (csv is None):
         raise BadRequestError("give the rows with either --input FILE or --csv FILE")
-    if explain and (grpc or (url or "").startswith(("grpc://", "grpcs://"))):
-        raise BadRequestError("--explain is asked over HTTP: the protocol has no gRPC call for it")
     with _client(url, grpc=grpc, credentials=_credentials(key_file, ca)) as client:
         metadata = client.metadata(model, version=model_version)
         if input is not None:
@@ -82,11 +79,8 @@ def predict(
             assert csv is not None
             inputs = read_csv(read_file(csv).decode(errors="replace"), metadata)
         request = InferRequest(inputs=inputs, binary_outputs=True)
-        if isinstance(client, InferenceClient):
-            verb: Literal["infer", "explain"] = "explain" if explain else "infer"
-            response = client.request(model, request, version=model_version, verb=verb)
-        else:
-            response = client.request(model, request, version=model_version)
+        verb: Literal["infer", "explain"] = "explain" if explain else "infer"
+        response = client.request(model, request, version=model_version, verb=verb)
     if as_json:
         print_json(_summary(response))
     else:

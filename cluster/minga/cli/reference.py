@@ -117,12 +117,11 @@ def metrics_page() -> str:
         _series(DeviceMetrics().registry),
         "## Inference",
         "At `/metrics` of every server that answers requests: a device, and `minga serve`, where "
-        "with several replicas each scrape reaches one of them.",
+        "with several replicas each of them tells of all: sums, and gauges of those that live.",
         _series(inference),
         "## Monitor",
         "At the same place, where what is served is watched. Series with a version are of its "
-        "newest full window, which on Ray Serve is over all replicas: take any of them, not their "
-        "sum. The counts without one are each process's own.",
+        "newest full window, which on Ray Serve is over all replicas.",
         _series(_monitor()),
         "## Responder",
         "At `/metrics` of `minga respond run`, port 8070 unless told otherwise.",

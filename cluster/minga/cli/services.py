@@ -20,11 +20,16 @@ def log_to_stderr() -> None:
 def run_service(service: Coroutine[Any, Any, None], *, fast: bool = False) -> None:
     """Run a service until it ends, Ctrl-C or SIGTERM; both let it clean up.
 
+    It may have as many connections as this user may have files open.
+
     Args:
         service: what runs.
         fast: run it on uvloop, which answers a third more small requests.
     """
+    from minga.inference.open_files import allow_open_files
+
     log_to_stderr()
+    allow_open_files()
     loop_factory = None
     if fast:
         import uvloop

@@ -89,6 +89,8 @@ class InferenceApp:
         control: see `InferenceService`.
         observer: see `InferenceService`.
         access: who is let in; by default everyone.
+        exposition: writes what `GET /metrics` answers instead, where this process is one of
+            several of which each tells of all.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class InferenceApp:
         control: ModelControl | None = None,
         access: Access | None = None,
         observer: Observer | None = None,
+        exposition: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
+        self._exposition = exposition
         self.service = InferenceService(
             repository,
             limits=limits,
@@ -204,8 +208,9 @@ class InferenceApp:
             case Operation.STATISTICS:
                 return _json({"model_stats": self.service.statistics(match.model, match.version)})
             case Operation.METRICS:
-                exposition = self.service.metrics.exposition()
-                return _Answer(200, exposition, ((b"content-type", CONTENT_TYPE.encode()),))
+                own = self.service.metrics.exposition
+                text = await self._exposition() if self._exposition else own()
+                return _Answer(200, text, ((b"content-type", CONTENT_TYPE.encode()),))
             case Operation.DESCRIPTION:
                 return _json(description(is_open=self.service.access.is_open))
         assert match.model is not None, "the path names it"

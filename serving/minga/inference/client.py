@@ -231,26 +231,6 @@ class InferenceClient:
         raise AssertionError("the last attempt returns or raises")
 
 
-def infer(
-    url: str, model: str, inputs: Mapping[str, Array], *, binary: bool = True
-) -> dict[str, Array]:
-    """Send one request to a server; see `InferenceClient.infer`."""
-    with InferenceClient(url) as client:
-        return client.infer(model, inputs, binary=binary)
-
-
-def metadata(url: str, model: str) -> dict[str, Any]:
-    """Ask a server for a model's metadata; see `InferenceClient.metadata`."""
-    with InferenceClient(url) as client:
-        return client.metadata(model)
-
-
-def ready(url: str, model: str | None = None) -> bool:
-    """Ask a server, or for one model of it, whether it answers requests now."""
-    with InferenceClient(url) as client:
-        return client.ready(model)
-
-
 def _host_of(url: str) -> str:
     try:
         parsed = httpx.URL(url)

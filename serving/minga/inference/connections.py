@@ -7,7 +7,7 @@ keeps an answer for a caller who does not read it. `guarded` adds to uvicorn's p
   within `_MAX_HEADER_BYTES`; else the connection is closed (431 for their length).
 - A caller who does not read has `_UNREAD_S` from when its answers fill the server's buffer, or
   from the end of one that does not; then what is left is thrown away with the connection.
-- Over `_MAX_CONNECTIONS` a new connection is told 503 and closed.
+- Over a number of connections a new one is told 503 and closed.
 - Where it is said how old a connection may get, an older one ends with its next answer.
 
 It also tells the application of a verified client certificate, by ASGI's TLS extension.
@@ -21,7 +21,6 @@ from typing import Any, Final
 _HEADERS_S: Final = 30
 _UNREAD_S: Final = 60
 _MAX_HEADER_BYTES: Final = 128 * 1024  # twice what the application takes: its answer is better
-_MAX_CONNECTIONS: Final = 8192
 
 _REFUSALS: Final = {
     431: (b"431 Request Header Fields Too Large", b"the headers are over the limit"),
@@ -30,14 +29,18 @@ _REFUSALS: Final = {
 
 
 @cache
-def guarded(protocol: type[Any], *, max_age_s: float | None = None) -> type[Any]:
+def guarded(
+    protocol: type[Any], *, max_connections: int, max_age_s: float | None = None
+) -> type[Any]:
     """Give a kind of uvicorn's httptools protocol whose connections keep these bounds.
 
     Args:
         protocol: uvicorn's.
+        max_connections: how many there may be at once.
         max_age_s: how old connections get, on the mean; None means any age.
     """
-    return type(f"Guarded{protocol.__name__}", (_Guard, protocol), {"_max_age_s": max_age_s})
+    bounds = {"_max_connections": max_connections, "_max_age_s": max_age_s}
+    return type(f"Guarded{protocol.__name__}", (_Guard, protocol), bounds)
 
 
 class _Guard:
@@ -53,6 +56,7 @@ class _Guard:
     _in_headers = False
     _num_header_bytes = 0
     _client: str | None = None  # the certificate's name
+    _max_connections: int
     _max_age_s: float | None
     _ends_at: float | None = None
 
@@ -62,7 +66,7 @@ class _Guard:
         if self._max_age_s is not None:
             part = random.uniform(0.5, 1.5)  # noqa: S311 - so that not all end at once
             self._ends_at = self.loop.time() + part * self._max_age_s
-        if len(self.connections) > _MAX_CONNECTIONS:
+        if len(self.connections) > self._max_connections:
             self._refuse(503)
         else:
             self._lose_patience_after(_HEADERS_S)

@@ -6,9 +6,10 @@ tables: M. Robnik-Sikonja, I. Kononenko: Explaining Classifications for Individu
 IEEE TKDE 2008). It needs nothing of the model but answers, is exact for what it says, and does
 not share an interaction of features out: attributions need not add up to the output.
 
-It costs one more row per feature. The baseline is the mean of the training data, where the
-model's source knows it, or what the request says. Servers attribute every output (`occluded`,
-`attributions`); `occlude` does the rest for whoever holds a model: `minga explain`, a device.
+It costs one more row per feature. The baseline is what the request says, or else the mean of the
+training data, where the model's source knows it or its file carries it (`monitor.reference`).
+Servers attribute every output (`occluded`, `attributions`); `occlude` does the rest for whoever
+holds a model: `minga explain`, a device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 
 from minga.inference.engine import OnnxModel
 from minga.inference.errors import BadRequestError
+from minga.inference.monitor.reference import Role
 from minga.inference.tensors import Array
 
 Predict = Callable[[Array], Array]
@@ -46,10 +48,10 @@ def baseline_of(model: OnnxModel, parameters: Mapping[str, Any], rows: Array) ->
         rows: the model's one input, `(n, features)`.
 
     Raises:
-        BadRequestError: neither the request nor the model's source has a fitting one.
+        BadRequestError: neither the request, the model's source nor its file has a fitting one.
     """
-    given = parameters.get("baseline", list(model.ref.baseline))
     num_features = rows.shape[1]
+    given = parameters.get("baseline", list(model.ref.baseline) or _means(model, num_features))
     if not given:
         raise BadRequestError(
             f"model {model.ref} has no reference profile; "
@@ -66,6 +68,12 @@ def baseline_of(model: OnnxModel, parameters: Mapping[str, Any], rows: Array) ->
             return np.array(given).astype(rows.dtype, casting="unsafe")
     except (FloatingPointError, OverflowError):
         raise BadRequestError(f"a number of the baseline is no {rows.dtype}") from None
+
+
+def _means(model: OnnxModel, num_features: int) -> list[float]:
+    """Give what the model's file says of its features; nothing unless it is of each of them."""
+    columns = model.reference.of_role(Role.INPUT) if model.reference else ()
+    return [column.mean for column in columns] if len(columns) == num_features else []
 
 
 def rows_of(model: OnnxModel, inputs: Mapping[str, Array]) -> Array:

@@ -8,8 +8,8 @@ by gRPC itself.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 import grpc
@@ -22,6 +22,7 @@ from minga.inference.errors import (
     ServerUnreachableError,
 )
 from minga.inference.grpc_wire import (
+    EXPLANATIONS,
     SERVICE,
     STATUS_KEY,
     STATUSES,
@@ -34,20 +35,7 @@ from minga.inference.v2 import open_inference_pb2 as pb
 
 _TIMEOUT_S: Final = 30.0
 _HTTP_STATUSES: Final = {code: status for status, code in STATUSES.items()}
-_SERVICE_CONFIG: Final = {
-    "methodConfig": [
-        {
-            "name": [{"service": SERVICE}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.05s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
+_RETRIES: Final = 3
 
 
 class GrpcClient:
@@ -56,6 +44,7 @@ class GrpcClient:
     Args:
         url: the server, as in `grpc://127.0.0.1:8001`, or `grpcs://...` for TLS.
         timeout_s: how long one request may take.
+        retries: how often a request is sent again, at most 4 times, that no server has answered.
         credentials: what the server wants to see, and whose servers are trusted.
 
     Raises:
@@ -63,7 +52,12 @@ class GrpcClient:
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float = _TIMEOUT_S, credentials: Credentials | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float = _TIMEOUT_S,
+        retries: int = _RETRIES,
+        credentials: Credentials | None = None,
     ) -> None:
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
@@ -76,7 +70,7 @@ class GrpcClient:
             ("grpc.max_send_message_length", -1),
             # A proxy from the environment speaks HTTP/1.1, and knows no loopback.
             ("grpc.enable_http_proxy", 0),
-            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            ("grpc.service_config", json.dumps(_service_config(retries))),
         ]
         self._channel = (
             grpc.secure_channel(target, shown.channel_credentials(), options)
@@ -107,17 +101,49 @@ class GrpcClient:
         request = InferRequest.of(inputs, outputs)
         return dict(self.request(model, request, version=version).outputs)
 
+    def explain(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str | None = None,
+        outputs: Iterable[str] = (),
+        baseline: Sequence[float] | None = None,
+    ) -> dict[str, Array]:
+        """Ask what each feature adds to each output; see `InferenceClient.explain`.
+
+        Raises:
+            BadRequestError: an array has no form in the protocol.
+            ClientError: the server cannot be reached, or refuses.
+        """
+        parameters = {} if baseline is None else {"baseline": [float(one) for one in baseline]}
+        request = InferRequest.of(inputs, outputs, parameters=parameters)
+        return dict(self.request(model, request, version=version, verb="explain").outputs)
+
     def request(
-        self, model: str, request: InferRequest, *, version: str | None = None
+        self,
+        model: str,
+        request: InferRequest,
+        *,
+        version: str | None = None,
+        verb: Literal["infer", "explain"] = "infer",
     ) -> InferResponse:
         """Send a request as it is, and give back the whole response with the answering version.
+
+        Of its parameters only the `baseline` of an explanation is sent.
 
         Raises:
             BadRequestError: an array has no form in the protocol.
             ClientError: the server cannot be reached, or refuses.
         """
         message = write_request(model, version, request)
-        response = self._call("ModelInfer", message, pb.ModelInferResponse)
+        if verb == "explain":
+            baseline = request.parameters.get("baseline", ())
+            asked = pb.ModelExplainRequest(request=message, baseline=baseline)
+            answer = self._call("ModelExplain", asked, pb.ModelExplainResponse, EXPLANATIONS)
+            response = answer.attributions
+        else:
+            response = self._call("ModelInfer", message, pb.ModelInferResponse)
         try:
             return read_response(response)
         except BadRequestError as error:
@@ -173,9 +199,9 @@ class GrpcClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, method: str, request: Any, answer: Any) -> Any:
+    def _call(self, method: str, request: Any, answer: Any, service: str = SERVICE) -> Any:
         call = self._channel.unary_unary(
-            f"/{SERVICE}/{method}",
+            f"/{service}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
         )
@@ -183,6 +209,21 @@ class GrpcClient:
             return call(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _translated(self._url, error) from error
+
+
+def _service_config(retries: int) -> dict[str, Any]:
+    """Tell gRPC which calls it sends again, and when."""
+    if not retries:
+        return {}
+    policy = {
+        "maxAttempts": retries + 1,
+        "initialBackoff": "0.05s",
+        "maxBackoff": "1s",
+        "backoffMultiplier": 3,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    services = [{"service": SERVICE}, {"service": EXPLANATIONS}]
+    return {"methodConfig": [{"name": services, "retryPolicy": policy}]}
 
 
 def _translated(url: str, error: Any) -> ClientError:

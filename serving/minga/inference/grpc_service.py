@@ -7,6 +7,7 @@ error (INVALID_ARGUMENT) with a reason, and long messages are parsed beside the 
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import grpc
@@ -16,6 +17,7 @@ from minga.inference.access import Access
 from minga.inference.engine import PLATFORM, OnnxModel
 from minga.inference.errors import BadRequestError, InferenceError, UnavailableError
 from minga.inference.grpc_wire import (
+    EXPLANATIONS,
     OUTCOMES,
     SERVICE,
     STATUS_KEY,
@@ -74,9 +76,13 @@ class GrpcService:
             "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, self.load),
             "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, self.unload),
         }
-        own: dict[str, tuple[Any, Callable[[Any], Awaitable[Any]]]] = {
+        outcomes: dict[str, tuple[Any, Callable[[Any], Awaitable[Any]]]] = {
             "ReportOutcomes": (pb.ReportOutcomesRequest, self.report_outcomes),
         }
+        explanations: dict[str, tuple[Any, Callable[[Any], Awaitable[Any]]]] = {
+            "ModelExplain": (pb.ModelExplainRequest, self.model_explain),
+        }
+        services = {SERVICE: methods, OUTCOMES: outcomes, EXPLANATIONS: explanations}
         return tuple(
             grpc.method_handlers_generic_handler(
                 service,
@@ -85,7 +91,7 @@ class GrpcService:
                     for name, (kind, method) in offered.items()
                 },
             )
-            for service, offered in ((SERVICE, methods), (OUTCOMES, own))
+            for service, offered in services.items()
         )
 
     def _behaviour(self, kind: Any, method: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -156,6 +162,15 @@ class GrpcService:
         call = _GrpcCall(request)
         return await self._service.infer(request.model_name, request.model_version or None, call)
 
+    async def model_explain(self, request: pb.ModelExplainRequest) -> pb.ModelExplainResponse:
+        """Say what each feature adds to a model's outputs."""
+        asked = request.request
+        call = _ExplainCall(asked, list(request.baseline))
+        name, version = asked.model_name, asked.model_version or None
+        return pb.ModelExplainResponse(
+            attributions=await self._service.explain(name, version, call)
+        )
+
     async def model_statistics(
         self, request: pb.ModelStatisticsRequest
     ) -> pb.ModelStatisticsResponse:
@@ -224,6 +239,19 @@ class _GrpcCall:
         return write_response(response)
 
 
+class _ExplainCall(_GrpcCall):
+    """A request for an explanation; its baseline is a field, since no parameter is a list."""
+
+    def __init__(self, message: pb.ModelInferRequest, baseline: list[float]) -> None:
+        super().__init__(message)
+        self._baseline = baseline
+
+    def decode(self, model: OnnxModel) -> InferRequest:
+        """Read the tensors and the baseline."""
+        request = super().decode(model)
+        return replace(request, parameters={"baseline": self._baseline} if self._baseline else {})
+
+
 def _parse(kind: Any, data: bytes) -> Any:
     try:
         return kind.FromString(data)
@@ -241,6 +269,8 @@ async def _refuse(context: Any, error: InferenceError) -> None:
     trailers = [(STATUS_KEY, str(error.status))]
     if isinstance(error, UnavailableError):
         trailers.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
+        # Clients that ask again by themselves where nobody answers shall not add to the crowd.
+        trailers.append(("grpc-retry-pushback-ms", "-1"))
     await context.abort(status_of(error), str(error), tuple(trailers))
 
 

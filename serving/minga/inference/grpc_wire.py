@@ -28,7 +28,8 @@ from minga.inference.v2 import open_inference_pb2 as pb
 
 SERVICE: Final = "inference.GRPCInferenceService"
 OUTCOMES: Final = "inference.OutcomeService"
-"""Minga's own service beside the protocol's."""
+EXPLANATIONS: Final = "inference.ExplanationService"
+"""Minga's own services beside the protocol's."""
 STATUSES: Final = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,

@@ -132,7 +132,7 @@ class _Comparisons(Collector):
         )
         requests = CounterMetricFamily(
             "minga_comparison_requests",
-            "Requests that a version was given in the present stage of a comparison.",
+            "Requests that a version was given in a comparison; a new stage may begin at 0.",
             labels=labels,
         )
         failures = CounterMetricFamily(

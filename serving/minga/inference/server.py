@@ -22,6 +22,7 @@ import uvicorn
 
 from minga.inference.connections import guarded
 from minga.inference.errors import InferenceError, PortInUseError
+from minga.inference.open_files import max_connections
 from minga.inference.tls import ServerTls
 
 _BACKLOG: Final = 2048
@@ -84,6 +85,7 @@ class Server:
         config.ssl = tls.context() if tls else None
         config.http_protocol_class = guarded(
             config.http_protocol_class,  # type: ignore[arg-type]
+            max_connections=max_connections(),
             max_age_s=_MAX_AGE_S if shared else None,
         )
         self._uvicorn = _Uvicorn(config)

@@ -21,6 +21,7 @@ from typing import Any, Final, TypedDict
 from uuid import uuid4
 
 import ray
+from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve import Application
 
@@ -31,12 +32,14 @@ from minga.inference.engine import ModelRef
 from minga.inference.errors import InferenceError, ModelError, UnavailableError, UnknownModelError
 from minga.inference.limits import Limits
 from minga.inference.monitor.observer import Observer
+from minga.inference.open_files import allow_open_files
 from minga.inference.repository import ModelRepository
 from minga.inference.tally import Tally
 from minga.serving.config import MonitorConfig
 from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError
 from minga.serving.front import Address, Front
+from minga.serving.metrics_actor import SharedMetrics
 from minga.serving.monitor_actor import ActorSink
 from minga.serving.replicas import DEPLOYMENT, ask_all
 from minga.serving.scaling import REQUESTS_IN_HAND
@@ -101,6 +104,7 @@ class InferenceReplica:
         grpc: where to listen for gRPC; None means nowhere.
         protection: who is let in, and TLS.
         monitor: how what is answered is watched; None means not at all.
+        shares_metrics: whether `/metrics` tells of all replicas, which takes a Ray, or of this one.
     """
 
     def __init__(
@@ -112,14 +116,20 @@ class InferenceReplica:
         grpc: Address | None = None,
         protection: Protection | None = None,
         monitor: MonitorConfig | None = None,
+        shares_metrics: bool = False,
     ) -> None:
+        allow_open_files()
         protection = protection or Protection()
         self._id = uuid4().hex
+        registry = CollectorRegistry()
+        self._metrics = SharedMetrics(self._id, registry) if shares_metrics else None
         self._repository = ModelRepository(**models or {})
         self._observer = _observer(monitor)
         app = InferenceApp(
             self._repository,
             limits=limits,
+            registry=registry,
+            exposition=self._metrics.exposition if self._metrics else None,
             control=ReplicasControl(self._repository),
             access=protection.access(),
             observer=self._observer,
@@ -178,6 +188,8 @@ class InferenceReplica:
         if not self._front.is_started:
             gc.freeze()  # what is loaded stays; looking through it again costs requests their time
             await self._front.start()
+            if self._metrics is not None:
+                self._metrics.start()
 
     async def check_health(self) -> None:
         """Wait for the loop that answers requests; Ray Serve replaces a replica that hangs."""
@@ -194,6 +206,8 @@ class InferenceReplica:
             await self._front.stop()
         if self._observer is not None:
             await asyncio.to_thread(self._observer.close)
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
 
     async def _do_as_the_others(self) -> None:
         """Unload what callers have unloaded in the replicas that run already, if any do."""
@@ -248,6 +262,7 @@ def build(options: dict[str, Any]) -> Application:
         grpc=options["grpc"],
         protection=Protection(**options.get("protection", {})),
         monitor=MonitorConfig.model_validate(given) if given else None,
+        shares_metrics=True,
     )
 
 

@@ -182,8 +182,9 @@ class ServingConfig(BaseModel):
     objective_ms: float | None = Field(None, gt=0)
     """How long a request may take in a replica. Batches are kept small enough for it, and requests
     that would take longer are refused at once (503 with Retry-After), so that under overload as
-    many as can be are still answered in time. Requests faster than a millisecond do not queue in
-    the replica, and are not refused."""
+    many as can be are still answered in time. Requests faster than a millisecond are computed as
+    they are read, one of each connection at a time; to refuse one would take about as long, so
+    they are not refused, and their wait for each other does not count."""
 
     model_control: bool = False
     """Let callers load and unload models (`/v2/repository`), in all replicas at once. Where there

@@ -26,11 +26,11 @@ from minga.inference.client import InferenceClient
 from minga.inference.comparing import Comparison
 from minga.inference.engine import ModelRef
 from minga.inference.server import is_everywhere, listen, take_port, url_host
+from minga.serving.actors import end_actors
 from minga.serving.application import IMPORT_PATH, UserConfig, user_config
 from minga.serving.config import ServingConfig
 from minga.serving.counting import ReplicaCounts
 from minga.serving.errors import HostError, VersionRefusedError
-from minga.serving.monitor_actor import end_actors
 from minga.serving.replicas import APPLICATION, DEPLOYMENT, ask_all
 from minga.serving.scaling import POLICY
 

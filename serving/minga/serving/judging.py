@@ -19,7 +19,6 @@ challenger has half as many requests again as at the look before.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,8 +27,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from minga.inference.monitor.indices import bin_counts, stability_index
+from minga.inference.monitor.indices import Floats, bin_counts, stability_index
 from minga.inference.monitor.reference import Column
+from minga.inference.monitor.significance import more_often, two_sided, upper_gamma
 from minga.inference.tally import Tally, slower_than
 from minga.serving.config import ComparisonConfig
 
@@ -177,7 +177,7 @@ def measures_of(
                 name="failures: gap of the rates",
                 value=_rate(challenger) - _rate(baseline),
                 limit=config.max_error_gap,
-                p=fisher_p(
+                p=more_often(
                     challenger.failures, challenger.requests, baseline.failures, baseline.requests
                 ),
             )
@@ -191,7 +191,7 @@ def measures_of(
                 name="time: ratio of the 95th percentiles",
                 value=challenger.quantile_s(_SLOW_SHARE) / usual_s,
                 limit=limit_s / usual_s,
-                p=fisher_p(slow, _answered(challenger), usual, _answered(baseline)),
+                p=more_often(slow, _answered(challenger), usual, _answered(baseline)),
             )
         )
     if (drifted := drift(baseline, challenger)) is not None:
@@ -210,67 +210,36 @@ def _answered(tally: Tally) -> int:
     return sum(tally.times.values())
 
 
-def fisher_p(hits: int, tries: int, usual_hits: int, usual_tries: int) -> float:
-    """Give the chance of so many hits or more, if both kinds of tries hit equally often."""
-    all_tries, all_hits = tries + usual_tries, hits + usual_hits
-    term = math.exp(
-        _log_choose(tries, hits)
-        + _log_choose(usual_tries, usual_hits)
-        - _log_choose(all_tries, all_hits)
-    )
-    total = 0.0
-    for count in range(hits, min(tries, all_hits) + 1):
-        total += term
-        if term < total * 1e-12:
-            break
-        left = usual_tries - all_hits + count + 1
-        term *= (tries - count) * (all_hits - count) / ((count + 1) * left) if left else 0.0
-    return min(total, 1.0)
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
 def stability(usual: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
     """Give the population stability index of two samples, and its chance if they are alike."""
-    classes = sorted(set(usual) | set(now))
-    edges = classes[:-1]
+    before, after = _bounded(usual), _bounded(now)
+    classes = np.unique(np.concatenate([before, after]))
+    edges = classes[1:] / 2 + classes[:-1] / 2
     if len(classes) > _MAX_CLASSES:
-        ordered = sorted(usual)
-        ranks = (len(ordered) * step // _NUM_BINS for step in range(1, _NUM_BINS))
-        edges = sorted({ordered[rank] for rank in ranks})
-    expected, observed = (_shares(sample, edges) for sample in (usual, now))
-    index = sum((q - p) * math.log(q / p) for p, q in zip(expected, observed, strict=True))
-    degrees = len(expected) - 1
-    return index, chi_squared_p(index / (1 / len(usual) + 1 / len(now)), degrees)
+        ranks = np.arange(1, _NUM_BINS) / _NUM_BINS
+        edges = np.unique(np.quantile(before, ranks, method="lower"))
+    # Half a value more in each bin, as where an empty one is compared.
+    expected = bin_counts(edges, before) + 0.5
+    index = float(stability_index(expected / expected.sum(), bin_counts(edges, after)))
+    return index, _chance(index / (1 / len(usual) + 1 / len(now)), len(edges))
 
 
 def stability_as_tested(tested: Column, now: Sequence[float]) -> tuple[float, float]:
     """Give the index of a sample against a profile, and its chance if they are alike."""
-    # What is no number is endless in a sample, and must not be taken for missing.
-    counts = bin_counts(tested.edge_array, np.nan_to_num(np.asarray(now, np.float64)))
+    counts = bin_counts(tested.edge_array, _bounded(now))
     index = float(stability_index(tested.share_array, counts))
-    chance = index / (1 / tested.num_examples + 1 / len(now))
-    return index, chi_squared_p(chance, len(tested.shares) - 1)
+    spread = 1 / tested.num_examples + 1 / len(now)
+    return index, _chance(index / spread, len(tested.shares) - 1)
 
 
-def _shares(sample: Sequence[float], edges: Sequence[float]) -> list[float]:
-    """Give the share of each bin; half a value more in each keeps empty ones above 0."""
-    counts = [0.5] * (len(edges) + 1)
-    for value in sample:
-        counts[bisect_left(edges, value)] += 1
-    total = sum(counts)
-    return [count / total for count in counts]
+def _bounded(sample: Sequence[float]) -> Floats:
+    """Give a sample in which what is endless is very large, and not taken for missing."""
+    return np.nan_to_num(np.asarray(sample, np.float64))
 
 
-def chi_squared_p(value: float, degrees: int) -> float:
-    """Give the chance of so much or more, by the cube root (Wilson and Hilferty, PNAS 1931)."""
-    if degrees < 1 or value <= 0:
-        return 1.0
-    width = 2 / (9 * degrees)
-    z = ((value / degrees) ** (1 / 3) - (1 - width)) / math.sqrt(width)
-    return math.erfc(z / math.sqrt(2)) / 2
+def _chance(value: float, degrees: int) -> float:
+    """Give the chance of so much or more by the law of chi-squared."""
+    return upper_gamma(degrees / 2, value / 2) if degrees else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +266,7 @@ def effect_of(baseline: Tally, challenger: Tally) -> Effect:
     error = math.sqrt(ours.variance / max(ours.count, 1) + theirs.variance / max(theirs.count, 1))
     p = float(difference == 0)  # where nothing varies, any difference is one
     if error:
-        p = math.erfc(abs(difference) / error / math.sqrt(2))
+        p = two_sided(difference / error)
     reach = NormalDist().inv_cdf(0.975) * error
     return Effect(difference=difference, low=difference - reach, high=difference + reach, p=p)
 

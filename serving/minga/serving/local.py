@@ -1,4 +1,8 @@
-"""Serving from this process alone, without Ray: one machine, 60 MB instead of 1 GB."""
+"""Serving from this process alone, without Ray, for one machine.
+
+The engine takes about 100 MB with a small model (`tests/serving/test_hostile.py`); what follows
+the registry, MLflow's client, takes more than that again. A Ray host takes about 1 GB.
+"""
 
 import asyncio
 import gc

@@ -2,18 +2,16 @@
 
 Each replica counts for itself and ships its sketches to an actor, which joins them into windows
 and judges these; every replica gets back what is known, so any scrape tells it. The actor is named
-after its folder and its windows, is made by the replica that comes first, and is started again by
-Ray if it dies: an application that is deployed anew with another folder gets another actor, and one
-that is deployed by Ray's own command, which ends none, finds its own again. What it
-remembers is in its folder, on the machine where it runs: it is made on the machine of that first
-replica, so give replicas on several machines a folder that all of them share.
+after its folder and its windows: an application that is deployed anew with another folder gets
+another actor. What it remembers is in its folder, on the machine where it runs: it is made on the
+machine of the replica that comes first, so give replicas on several machines a folder that all of
+them share.
 
 Sketches travel without their reference. The actor asks for one that it does not know.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +24,9 @@ from minga.inference.monitor.keeper import Keeper, Windows
 from minga.inference.monitor.reference import Reference
 from minga.inference.monitor.summary import ModelSummary
 from minga.inference.monitor.traffic import Traffic
+from minga.serving.actors import shared_actor
 from minga.serving.config import MonitorConfig
 
-_PREFIX: Final = "minga-monitor-"
-NAMESPACE: Final = "minga"
 _TIMEOUT_S: Final = 30.0
 
 
@@ -114,24 +111,8 @@ class ActorSink:
         return answer
 
 
-def end_actors() -> None:
-    """End the actors, if there are any; what they remember stays in their folders."""
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_PREFIX):
-            with suppress(ValueError):  # Ray's way to say that it has ended meanwhile
-                ray.kill(ray.get_actor(actor["name"], namespace=NAMESPACE))
-
-
 def _actor(config: MonitorConfig) -> Any:
     """Find the actor, or make it."""
-    kind: Any = ray.remote(MonitorActor)
     folder, windows = str(config.path), asdict(config.windows)
     digest = hashlib.sha256(repr((folder, windows)).encode()).hexdigest()
-    return kind.options(
-        name=_PREFIX + digest[:16],
-        namespace=NAMESPACE,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        num_cpus=0,
-    ).remote(folder, windows)
+    return shared_actor(MonitorActor, f"monitor-{digest[:16]}", folder, windows)

@@ -61,6 +61,6 @@ def _num_running() -> int:
 def _replicas() -> Any:
     handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
     if not handle.is_initialized:
-        # The fast ingress wants its routers on a loop of their owner; this thread has none.
+        # By the environment, routers may run on a loop of their owner; this thread has none.
         handle._init(_run_router_in_separate_loop=True)
     return handle

@@ -59,7 +59,7 @@ def wait_for_rows(folder, num_rows: int) -> None:
 
 
 def test_windows_are_over_all_replicas(host, folder, write_model):
-    """Rows of both replicas fill common windows; an alarm of the whole traffic, in any scrape."""
+    """Rows of both replicas fill common windows; any scrape has their sum, and the common alarm."""
     host.deploy([write_model(watched_model(), "yes-or-no")])
     host.wait_ready()
     for number in range(3):
@@ -76,13 +76,11 @@ def test_windows_are_over_all_replicas(host, folder, write_model):
     assert summary.rows >= 400
     raised = {(alarm.kind, alarm.subject) for alarm in AlarmLog(folder).read()}
     assert ("drift", "first") in raised
-    seen = set()
     deadline = time.monotonic() + 20
-    while len(seen) < 2 and time.monotonic() < deadline:
+    told = 0
+    while told < 10:  # replicas hear of the alarm one after another
+        assert time.monotonic() < deadline
         with httpx.Client() as fresh:
-            text = fresh.get(f"{host.url}/metrics").text
-        if "minga_monitor_standing_alarm{" in text:
-            lines = text.splitlines()
-            seen.add(next(one for one in lines if one.startswith("minga_monitor_rows_total ")))
-    assert len(seen) == 2, "each replica has counted rows of its own and tells the common alarm"
-    assert sum(float(line.split()[1]) for line in seen) == 1200
+            lines = fresh.get(f"{host.url}/metrics").text.splitlines()
+        is_told = any(line.startswith("minga_monitor_standing_alarm{") for line in lines)
+        told = told + 1 if is_told and "minga_monitor_rows_total 1200.0" in lines else 0

@@ -31,7 +31,7 @@ class Alarm:
         summary: for people.
         since: when it began, in seconds since 1970.
         is_firing: False once it is over.
-        origin: who told it: `alertmanager` or `monitor`.
+        origin: who told it: `alertmanager`, `monitor` or `registry`.
     """
 
     fingerprint: str

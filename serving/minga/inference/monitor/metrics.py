@@ -1,7 +1,8 @@
 """What Prometheus learns of the monitor: what it knows of the versions that are served now.
 
-Series of a version are what its newest full window came to. On Ray Serve all replicas tell the
-same of them, since windows are judged over all; the counts of rows are each replica's own.
+Series of a version are what its newest full window came to. On Ray Serve all replicas know the
+same of them, since windows are judged over all; counts of rows are each replica's own, and are
+added up where a scrape tells of all (`minga.serving.totals`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,15 +47,15 @@ class MonitorSeries(Collector):
     def _own(self) -> Iterator[Metric]:
         observed = self._observer.observed
         for name, text, value in (
-            ("rows", "Rows that this process counted for the monitor.", observed.rows),
+            ("rows", "Rows that were counted for the monitor.", observed.rows),
             (
                 "skipped_rows",
-                "Rows that this process left out, since there were too many to look at.",
+                "Rows that were left out, since there were too many to look at.",
                 observed.skipped,
             ),
             (
                 "dropped_requests",
-                "Requests that this process did not count, since the queue was full.",
+                "Requests that were not counted, since the queue was full.",
                 observed.dropped,
             ),
             (

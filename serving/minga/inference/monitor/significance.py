@@ -46,16 +46,6 @@ class StabilityNull:
             return share
         return max(share, upper_gamma(self.shape, index / self.scale))
 
-    def quantile(self, level: float) -> float:
-        """Give the PSI that is passed with this probability, by bisection of `tail`."""
-        low, high = 0.0, float(self.draws[-1]) + 1.0
-        while self.tail(high) > level:
-            high *= 2
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.tail(middle) > level else (low, middle)
-        return high
-
 
 @dataclass(frozen=True, slots=True)
 class LossNull:

@@ -336,11 +336,6 @@ class Store:
         prediction = Prediction(request=request, place=place, score=row[1], answer=row[2])
         return row[0], prediction
 
-    def count_predictions(self, model: str) -> int:
-        """Give how many answers of a model wait for their labels."""
-        row = self._one("SELECT count(*) FROM predictions WHERE model = ?", model)
-        return int(row[0]) if row else 0
-
     def add_errors(self, model: str, version: str, errors: Iterable[float]) -> list[float]:
         """Remember errors in their order, and give all that are remembered."""
         with self.transaction():

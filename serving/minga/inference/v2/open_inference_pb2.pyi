@@ -1197,3 +1197,59 @@ class ReportOutcomesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportOutcomesResponse: _TypeAlias = ReportOutcomesResponse  # noqa: Y015
+
+@_typing.final
+class ModelExplainRequest(_message.Message):
+    """Asks what each feature adds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    BASELINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___ModelInferRequest:
+        """The rows to explain, and which outputs."""
+
+    @_builtins.property
+    def baseline(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The value of each feature that stands for its absence; none means the mean of the training
+        data, where the server knows it.
+        """
+
+    def __init__(
+        self,
+        *,
+        request: Global___ModelInferRequest | None = ...,
+        baseline: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelExplainRequest: _TypeAlias = ModelExplainRequest  # noqa: Y015
+
+@_typing.final
+class ModelExplainResponse(_message.Message):
+    """Says what each feature adds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attributions(self) -> Global___ModelInferResponse:
+        """By output a tensor of rows, features, and what else the output has."""
+
+    def __init__(
+        self,
+        *,
+        attributions: Global___ModelInferResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attributions", b"attributions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributions", b"attributions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelExplainResponse: _TypeAlias = ModelExplainResponse  # noqa: Y015
