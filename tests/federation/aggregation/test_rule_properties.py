@@ -170,11 +170,19 @@ def test_one_liar_too_many_breaks_it(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [TrimmedMean(liar_share=0.2), MultiKrum(liar_share=0.2)], ids=rule_name
+    "rule",
+    [
+        TrimmedMean(liar_share=0.2),
+        Median(),
+        GeometricMedian(),
+        Krum(liar_share=0.2),
+        MultiKrum(liar_share=0.2),
+    ],
+    ids=rule_name,
 )
 def test_memory_does_not_grow_with_the_cohort(rule: Rule, tmp_path: Path) -> None:
-    """32 contributions of 4 million values, 512 MB on the disk, take no more than their blocks."""
-    num, num_values = 32, 4_000_000
+    """32 contributions of 2 million values, 256 MB on the disk, take no more than their blocks."""
+    num, num_values = 32, 2_000_000
     contributions = []
     for number in range(num):
         file = tmp_path / f"{number}.f32"
