@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,8 +18,7 @@ from cryptography import x509
 from prometheus_client import start_http_server
 
 from minga.federation import transport
-from minga.federation.aggregation.ledger import load_accounting
-from minga.federation.audit import AUDITOR, format_time
+from minga.federation.audit import AUDITOR, Detail, format_time
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import STRANGER, AccessInterceptor, Gatekeeper
 from minga.federation.coordinator.audit_log import AuditLog, Kind
@@ -48,7 +47,6 @@ from minga.federation.enrolment_token import EnrolmentToken
 from minga.federation.errors import (
     FederationError,
     PeerError,
-    PrivacyError,
     StorageError,
 )
 from minga.federation.identity import CertificateVerifier, Clock, Principal, Role, utc_now
@@ -165,7 +163,6 @@ class Coordinator:
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
         )
         self.collect_blobs()
-        await self._load_accounting()
         await self._listen(stack)
         self._driver = asyncio.create_task(self._campaigns.run())
         for task in (
@@ -175,17 +172,6 @@ class Coordinator:
             asyncio.create_task(self._federation.close_silent()),
         ):
             stack.callback(task.cancel)
-
-    async def _load_accounting(self) -> None:
-        """Load what a private campaign that goes on needs, before anybody waits for the loop."""
-        going_on = [
-            campaign.plan
-            for campaign in self._campaigns.describe()
-            if campaign.state == pb.CAMPAIGN_STATE_RUNNING
-        ]
-        if any(plan.HasField("privacy") for plan in going_on):
-            with suppress(PrivacyError):  # the campaign says so itself
-                await asyncio.to_thread(load_accounting)
 
     def collect_blobs(self) -> int:
         """Delete blobs that nothing refers to (any more), and uploads that were given up.
@@ -384,8 +370,13 @@ class Coordinator:
         with self._store.transaction():
             text = tokens.mint(group, lifetime, uses)
             name = token_name(EnrolmentToken.parse(text).secret)
-            told = {"group": group, "lifetime_s": int(lifetime_s), "uses": uses, "by": by}
-            self._audit.append(Kind.TOKEN_MADE, f"token/{name}", **told)
+            details: dict[str, Detail] = {
+                "group": group,
+                "lifetime_s": int(lifetime_s),
+                "uses": uses,
+                "by": by,
+            }
+            self._audit.append(Kind.TOKEN_MADE, f"token/{name}", **details)
         return text, self._clock() + lifetime_s
 
     def _may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:
