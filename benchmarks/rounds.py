@@ -280,8 +280,8 @@ def main() -> None:
     cases = [case for case in FULL.cases if str(case) == options.case] or scale.cases
     under = conditions(["minga", "grpcio", "protobuf", "cryptography", "numpy"])
     under["runs"] = (
-        f"{scale.num_repeats} of each side in turn, with {scale.num_rounds} rounds in one of ours and "
-        f"of bare gRPC, {scale.num_rival_rounds} in one of Flower's; each one's first is apart"
+        f"{scale.num_repeats} of each side in turn, with {scale.num_rounds} rounds in one of ours "
+        f"and of bare gRPC, {scale.num_rival_rounds} in one of Flower's; each one's first is apart"
     )
     with ending_cleanly(), ExitStack() as stack:
         flower = None

@@ -6,8 +6,8 @@ same neighbours and threshold. Runs alternate. The limit is what no protocol of 
 generating as many masks with AES-128-CTR and adding them with numpy, on as many cores as we use.
 
 Minga rounds as it is shipped: differences, rotated, in 17 bits, clipped at 2, weighed up to 4096.
-Flower sends weights, in 2**22 levels over [-8, 8]. How exact that leaves each is in the table. Where
-a round of Flower's takes long, it is run less often than ours; the table counts the runs.
+Flower sends weights, in 2**22 levels over [-8, 8]. How exact that leaves each is in the table.
+Where a round of Flower's takes long, it is run less often than ours; the table counts the runs.
 """
 
 import math
@@ -449,8 +449,8 @@ def main() -> None:
     scale = QUICK if options.quick else FULL
     under = conditions(["cryptography", "numpy"])
     under["runs"] = (
-        f"{scale.num_repeats} of ours in each case; of Flower's as many, or {scale.num_slow_repeats} "
-        f"where the first takes over {scale.slow_s:g} s"
+        f"{scale.num_repeats} of ours in each case; of Flower's as many, or "
+        f"{scale.num_slow_repeats} where the first takes over {scale.slow_s:g} s"
     )
     with ending_cleanly(), ExitStack() as stack:
         flower = None
