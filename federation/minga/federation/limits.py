@@ -117,7 +117,7 @@ MAX_CONNECTIONS: Final = 16_384
 """Connections that a coordinator holds on its device port, by default; further ones are closed at
 once. Above the fleet that one process is made for, and below what would take all its memory."""
 
-MAX_ENROLMENT_CONNECTIONS: Final = 1024
+MAX_ENROLMENT_CONNECTIONS: Final = 4096
 """The same on the enrolment port, where a connection lasts for one call."""
 
 HANDSHAKE_TIMEOUT_S: Final = 20.0
@@ -125,6 +125,9 @@ HANDSHAKE_TIMEOUT_S: Final = 20.0
 
 IDLE_CONNECTION_S: Final = 300.0
 """A connection without a call for so long is closed; a device's has its control stream."""
+
+IDLE_ENROLMENT_S: Final = 30.0
+"""The same on the enrolment port."""
 
 MAX_CALLS: Final = 64
 """Calls of one device at once, over all its connections; control streams apart, of which the newest

@@ -87,7 +87,6 @@ def at_most(num_connections: int) -> tuple[str, int]:
 _SERVER_OPTIONS: Final[Options] = (
     ("grpc.max_concurrent_streams", limits.MAX_STREAMS),
     ("grpc.server_handshake_timeout_ms", _ms(limits.HANDSHAKE_TIMEOUT_S)),
-    ("grpc.max_connection_idle_ms", _ms(limits.IDLE_CONNECTION_S)),
     # gRPC would share a port with another server in silence; see `require_free_port`.
     ("grpc.so_reuseport", 0),
 )
@@ -95,6 +94,7 @@ _SERVER_OPTIONS: Final[Options] = (
 SERVER_OPTIONS: Final[Options] = (
     *_KEEPALIVE,
     *_SERVER_OPTIONS,
+    ("grpc.max_connection_idle_ms", _ms(limits.IDLE_CONNECTION_S)),
     ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(limits.MIN_KEEPALIVE_INTERVAL_S)),
@@ -106,6 +106,7 @@ SERVER_OPTIONS: Final[Options] = (
 ENROLMENT_SERVER_OPTIONS: Final[Options] = (
     *_SERVER_OPTIONS,
     ("grpc.max_receive_message_length", limits.MAX_ENROLMENT_MESSAGE_BYTES),
+    ("grpc.max_connection_idle_ms", _ms(limits.IDLE_ENROLMENT_S)),
     at_most(limits.MAX_ENROLMENT_CONNECTIONS),
 )
 
