@@ -47,7 +47,7 @@ class RunningCalls:
             raise LimitError(f"{caller} has {MAX_CALLS} calls at once; wait for one of them")
         if not self._rate.allows(caller.path):
             raise LimitError(
-                f"{caller} makes more than {self._rate.per_s:g} calls a second; wait a moment"
+                f"{caller} makes more calls than {self._rate.per_s:g} a second; wait a moment"
             )
 
     def begin(self, caller: Principal) -> Call:
