@@ -123,11 +123,9 @@ MAX_ENROLMENT_CONNECTIONS: Final = 4096
 HANDSHAKE_TIMEOUT_S: Final = 20.0
 """A connection whose TLS is not up by then is closed."""
 
-IDLE_CONNECTION_S: Final = 300.0
-"""A connection without a call for so long is closed; a device's has its control stream."""
-
 IDLE_ENROLMENT_S: Final = 30.0
-"""The same on the enrolment port."""
+"""A connection to the enrolment port without a call for so long is closed. On the device port, where
+nobody is a stranger, there is no such bound: gRPC would keep a timer for each idle device."""
 
 MAX_CALLS: Final = 64
 """Calls of one device at once, over all its connections; control streams apart, of which the newest

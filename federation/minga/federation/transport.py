@@ -94,7 +94,6 @@ _SERVER_OPTIONS: Final[Options] = (
 SERVER_OPTIONS: Final[Options] = (
     *_KEEPALIVE,
     *_SERVER_OPTIONS,
-    ("grpc.max_connection_idle_ms", _ms(limits.IDLE_CONNECTION_S)),
     ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(limits.MIN_KEEPALIVE_INTERVAL_S)),
