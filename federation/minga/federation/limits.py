@@ -124,8 +124,8 @@ HANDSHAKE_TIMEOUT_S: Final = 20.0
 """A connection whose TLS is not up by then is closed."""
 
 IDLE_ENROLMENT_S: Final = 30.0
-"""A connection to the enrolment port without a call for so long is closed. On the device port, where
-nobody is a stranger, there is no such bound: gRPC would keep a timer for each idle device."""
+"""A connection to the enrolment port without a call for so long is closed. On the device port,
+where nobody is a stranger, there is no such bound: it would take some memory for each device."""
 
 MAX_CALLS: Final = 64
 """Calls of one device at once, over all its connections; control streams apart, of which the newest
