@@ -283,12 +283,14 @@ class Target:
 
 
 def print_conditions(under: Mapping[str, Any]) -> None:
-    """Print conditions in three lines."""
+    """Print conditions in three lines, and in a fourth how often what is run."""
     load = " ".join(str(value) for value in under["load_average"])
     print(f"{under['cpu']}, {under['cores']} cores, Linux {under['kernel']}, {under['time']}")
     print(f"load average at the start: {load}")
     versions = ", ".join(f"{name} {version}" for name, version in under["versions"].items())
     print(f"Python {under['python']}, {versions}")
+    if "runs" in under:
+        print(f"runs: {under['runs']}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

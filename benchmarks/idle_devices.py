@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from minga.federation import transport, wire
+from minga.federation.device.machine import measure
 from minga.federation.identity import CertificateVerifier, Identity
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.plan import RoundPlan
@@ -28,6 +29,10 @@ from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 
 AT_ONCE: Final = 32
 """So many connect at a time: a handshake takes milliseconds, and its time-out runs."""
+
+CONDITION: Final = wire.condition_to_wire(measure())
+"""What each of them says of this machine, as agents do. They look anew each time; ten thousand on
+one machine would take its time with that."""
 
 RETRY_S: Final = 2.0
 """After this time at most a device that could not connect tries again."""
@@ -74,7 +79,9 @@ class Crowd:
             call = pb_grpc.FederationServiceStub(channel).Session()
             try:
                 async with self._gate:
-                    await call.write(pb.SessionRequest(hello=pb.Hello(trains=True)))
+                    await call.write(
+                        pb.SessionRequest(hello=pb.Hello(trains=True, condition=CONDITION))
+                    )
                     first: Any = await call.read()
             except (grpc.RpcError, asyncio.InvalidStateError) as error:
                 print(repr(error), file=sys.stderr, flush=True)
@@ -87,7 +94,7 @@ class Crowd:
     async def _beat(self, call: Any, pulse: "Pulse") -> None:
         await asyncio.sleep(pulse.interval_s * random.random())
         while True:
-            await call.write(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+            await call.write(pb.SessionRequest(heartbeat=pb.Heartbeat(condition=CONDITION)))
             self.num_beats += 1
             await asyncio.sleep(pulse.interval_s)
 

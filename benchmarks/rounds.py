@@ -5,7 +5,7 @@ device returns weights of its own, which takes its trainer no time. Flower does 
 SuperLink and SuperNodes, without TLS; the limit is a bare grpc.aio loop with mutual TLS that moves
 as many bytes and writes nothing down. A round lasts from the order that sends devices to work until
 the next model is there: with us, on the disk. Runs alternate; while one side runs, the other stands
-still. Each run's first round is apart.
+still. Each run's first round is apart. Secure rounds are those that are shipped: rotated, 17 bits.
 """
 
 import asyncio
@@ -36,9 +36,13 @@ from harness import (
 from processes import Processes
 from rivals.rounds_work import Case, Runs, expected, status_bytes
 
+from minga.federation.config import FederationConfig
 from minga.federation.operator import connect
 from minga.federation.parameters import Parameters, from_bytes, to_bytes
 from minga.federation.v1 import federation_pb2 as pb
+
+SHIPPED: Final = FederationConfig()
+"""What a project gets that says nothing in its `[federation]` table."""
 
 PROTECTIONS: Final = {"plain": pb.PROTECTION_PLAIN, "secure": pb.PROTECTION_SECURE}
 RATIO_GOALS: Final = {(8, 1_000_000): 80, (32, 1_000_000): 50, (8, 40_000_000): 12}
@@ -84,21 +88,22 @@ QUICK: Final = Scale(
 
 
 def campaign_plan(case: Case, protection: str, num_rounds: int) -> pb.CampaignPlan:
-    """Ask for rounds of all devices, as exact as their steps need."""
+    """Ask for rounds of all devices, with what a project gets that asks for nothing else."""
     return pb.CampaignPlan(
         model_name="rounds",
         num_rounds=num_rounds,
         cohort=case.num_devices,
         min_cohort=case.num_devices,
-        value_bits=18,
-        clip=0.5,
-        max_weight=1,
+        value_bits=SHIPPED.value_bits,
+        clip=SHIPPED.clip,
+        max_weight=SHIPPED.max_weight,
+        rotate=SHIPPED.rotate,
         server_learning_rate=1.0,
         invite_timeout_s=60,
         stage_timeout_s=60,
         training_timeout_s=60,
-        expected_dropout=0.2,
-        colluder_share=0.1,
+        expected_dropout=SHIPPED.expected_dropout,
+        colluder_share=SHIPPED.colluder_share,
         protection=PROTECTIONS[protection],  # type: ignore[arg-type]
     )
 
@@ -273,7 +278,11 @@ def main() -> None:
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
     cases = [case for case in FULL.cases if str(case) == options.case] or scale.cases
-    under = conditions(["grpcio", "cryptography", "numpy"])
+    under = conditions(["minga", "grpcio", "protobuf", "cryptography", "numpy"])
+    under["runs"] = (
+        f"{scale.num_repeats} of each side in turn, with {scale.num_rounds} rounds in one of ours "
+        f"and of bare gRPC, {scale.num_rival_rounds} in one of Flower's; each one's first is apart"
+    )
     with ending_cleanly(), ExitStack() as stack:
         flower = None
         if not options.ours_only:
@@ -297,6 +306,7 @@ def main() -> None:
         "benchmark": "rounds",
         "quick": options.quick,
         "conditions": {**under, "rival": rival if flower else None},
+        "settings": SHIPPED.model_dump(include={"rotate", "value_bits", "clip", "max_weight"}),
         "cases": [_as_json(result) for result in results],
     }
     conclude(report, sorted(targets(results), key=lambda target: target.name), options.json)

@@ -8,6 +8,9 @@ from rivals.rounds_work import step_of
 from minga.federation.parameters import Parameters
 from minga.federation.trainer import Scalar, TrainingConfig, Update
 
+NUM_EXAMPLES = 1000
+"""Of every device: with the same weight for all, the mean is that of the steps."""
+
 
 class OwnStep:
     """Moves every coordinate by the step of its device."""
@@ -18,7 +21,7 @@ class OwnStep:
     def fit(self, parameters: Parameters, config: TrainingConfig) -> Update:  # noqa: ARG002
         """Give this device's update."""
         delta = {name: np.full_like(value, self._step) for name, value in parameters.items()}
-        return Update(delta=delta, num_examples=1)
+        return Update(delta=delta, num_examples=NUM_EXAMPLES)
 
     def evaluate(self, parameters: Parameters, config: TrainingConfig) -> Mapping[str, float]:
         """Measure nothing: no round of the benchmark asks for it."""

@@ -5,8 +5,9 @@ our side, Flower's own client mod and server workflow on the other, on the same 
 same neighbours and threshold. Runs alternate. The limit is what no protocol of this kind can beat:
 generating as many masks with AES-128-CTR and adding them with numpy, on as many cores as we use.
 
-Both sides round to steps of the same size, about 3.8e-6: Flower 2**22 levels over [-8, 8] (it sends
-weights), Minga 2**18 over [-0.5, 0.5] (it sends differences).
+Minga rounds as it is shipped: differences, rotated, in 17 bits, clipped at 2, weighed up to 4096.
+Flower sends weights, in 2**22 levels over [-8, 8]. How exact that leaves each is in the table.
+Where a round of Flower's takes long, it is run less often than ours; the table counts the runs.
 """
 
 import math
@@ -39,7 +40,6 @@ from harness import (
     rival_python,
 )
 from rivals.secagg_work import (
-    MAX_WEIGHT,
     Case,
     Measurement,
     draw_update,
@@ -48,6 +48,7 @@ from rivals.secagg_work import (
     weight_of,
 )
 
+from minga.federation.config import FederationConfig
 from minga.federation.coordinator.authority import Authority
 from minga.federation.identity import CertificateVerifier, Identity, Role, make_csr, new_key
 from minga.federation.secagg.coordinator import (
@@ -65,8 +66,9 @@ from minga.federation.secagg.masking import split_range
 from minga.federation.secagg.plan import ROUND_ID_BYTES, RoundPlan, context_digest
 from minga.federation.secagg.sizing import choose_neighbourhood
 
-VALUE_BITS: Final = 18
-CLIP: Final = 0.5
+SHIPPED: Final = FederationConfig()
+"""What a project gets that says nothing in its `[federation]` table."""
+
 LOST_SHARE: Final = 0.2
 COLLUDER_SHARE: Final = 0.1
 PIECE_BYTES: Final = 1 << 18
@@ -143,9 +145,10 @@ class Round:
             max_cohort=case.num_devices,
             num_neighbours=case.num_neighbours,
             threshold=case.threshold,
-            value_bits=VALUE_BITS,
-            clip=CLIP,
-            max_weight=MAX_WEIGHT,
+            value_bits=SHIPPED.value_bits,
+            clip=SHIPPED.clip,
+            max_weight=SHIPPED.max_weight,
+            rotate=SHIPPED.rotate,
         )
         self.verifier = fleet.verifier
         identities = fleet.identities[: case.num_devices]
@@ -445,6 +448,10 @@ def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     scale = QUICK if options.quick else FULL
     under = conditions(["cryptography", "numpy"])
+    under["runs"] = (
+        f"{scale.num_repeats} of ours in each case; of Flower's as many, or "
+        f"{scale.num_slow_repeats} where the first takes over {scale.slow_s:g} s"
+    )
     with ending_cleanly(), ExitStack() as stack:
         flower = None
         if not options.ours_only:
@@ -467,7 +474,7 @@ def main() -> None:
         "benchmark": "secagg",
         "quick": options.quick,
         "conditions": {**under, "rival": rival if flower else None},
-        "settings": {"value_bits": VALUE_BITS, "clip": CLIP, "max_weight": MAX_WEIGHT},
+        "settings": SHIPPED.model_dump(include={"rotate", "value_bits", "clip", "max_weight"}),
         "cases": [_as_json(result) for result in results],
     }
     conclude(report, targets(results), options.json)

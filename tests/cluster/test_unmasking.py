@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from minga.cluster.unmasking import RayMasks, ray_unmasking
-from minga.federation.secagg.masking import BLOCK_VALUES, Mask, apply_masks
+from minga.federation.memory import BLOCK_VALUES
+from minga.federation.secagg.masking import Mask, apply_masks
 from tests.federation.exact import WEIGHTS, assert_exact, exact_options, exact_plan
 from tests.federation.fleet import toy_model
 from tests.federation.process_fleet import ProcessFleet

@@ -1,6 +1,7 @@
 """A fleet whose coordinator is a process of its own, as an operator runs it."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -22,12 +23,17 @@ class ProcessFleet(Fleet):
         with (self.folder / "coordinator.log").open("a") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "minga.cli", *command.split(), "--state", str(state)),
+                env={**os.environ, **self._environment()},
                 stderr=log,
             )
         async with asyncio.timeout(PATIENCE_S):
             while not await self._is_up(state):
                 await asyncio.sleep(_ASK_AGAIN_S)
         self.ports["port"] = int(self.operator.address.rpartition(":")[2])
+
+    def _environment(self) -> dict[str, str]:
+        """Give the settings as the process reads them."""
+        return {f"MINGA_COORDINATOR_{k.upper()}": str(v) for k, v in self.settings.items()}
 
     async def enrol(self, name: str, group: str = "default") -> Path:
         """Enrol a device; gives its folder."""

@@ -1,6 +1,8 @@
 """Coordinator and devices over real gRPC with mutual TLS and secure aggregation."""
 
 import asyncio
+import base64
+import hashlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -9,12 +11,21 @@ import httpx
 import numpy as np
 import onnx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from onnx import TensorProto, helper
 
 from minga.cluster.ancestry import device_services
 from minga.federation import transport
 from minga.federation.coordinator.authority import Authority
-from minga.federation.errors import AccessError, CampaignError, FederationError, IdentityError
+from minga.federation.device.enrolment import enrol
+from minga.federation.enrolment_token import EnrolmentToken
+from minga.federation.errors import (
+    AccessError,
+    CampaignError,
+    EnrolmentError,
+    FederationError,
+    IdentityError,
+)
 from minga.federation.identity import Identity, Role, load_identity, make_csr, new_key
 from minga.federation.operator import connect
 from minga.federation.parameters import from_bytes
@@ -175,6 +186,19 @@ async def test_revoked_device_is_cut_off(fleet: Fleet) -> None:
     (device,) = await fleet.operator.devices()
     assert device.revoked
     assert not device.connected
+
+
+async def test_a_token_for_a_batch(fleet: Fleet, tmp_path: Path) -> None:
+    """It lets in as many devices as it has uses, each by its own key, and says so in the log."""
+    token = (await fleet.operator.create_token("line-3", 600, uses=2)).token
+    for name in ("press-1", "press-2"):
+        await enrol(token, tmp_path / name, name)
+    with pytest.raises(EnrolmentError, match="used already"):
+        await enrol(token, tmp_path / "press-3", "press-3")
+    assert [device.group for device in await fleet.operator.devices()] == ["line-3"] * 2
+    for uses in (10_001, 2**32 - 1):
+        with pytest.raises(EnrolmentError, match="1 to 10000 uses"):
+            await fleet.operator.create_token("line-3", 600, uses)
 
 
 async def test_foreign_certificate(fleet: Fleet, tmp_path: Path) -> None:
@@ -376,13 +400,44 @@ async def test_status_and_metrics(fleet: Fleet) -> None:
     assert [device.rounds_counted for device in devices.values()] == [1, 1, 1, 1]
 
 
+def written(data: bytes) -> list[bytes]:
+    """Give the forms in which a program may write down some bytes."""
+    code = base64.b64encode(data).rstrip(b"=")
+    return [data, data.hex().encode(), code, code.replace(b"+", b"-").replace(b"/", b"_")]
+
+
 async def test_nothing_secret_in_the_state(fleet: Fleet) -> None:
-    """The state folder holds no enrolment secret and no unmasked update."""
-    token = await fleet.operator.create_token("default", 600)
-    secret = token.token.rpartition(".")[2].encode()
-    files = [path for path in fleet.folder.rglob("*") if path.is_file()]
-    assert files
-    assert not [path for path in files if secret in path.read_bytes()]
+    """The state folder holds no token's secret, no device's key, and no single update.
+
+    Neither while the round goes on nor after it; and what may be there, the search finds.
+    """
+    text = (await fleet.operator.create_token("default", 600)).token
+    await enrol(text, fleet.folder / "site-9", "site-9")  # a token that was used is one still
+    await add_devices(fleet, 0.125, 0.375, 0.625, 0.875)
+    secret = EnrolmentToken.parse(text).secret
+    keys = [load_identity(fleet.folder / f"site-{index}").key for index in (0, 1, 2, 3, 9)]
+    scalars = [key.private_numbers().private_value.to_bytes(32, "big") for key in keys]
+    updates = [np.full(8, step, "<f4").tobytes() for step in (0.125, 0.375, 0.625, 0.875)]
+    forbidden = [form for one in (secret, *scalars, *updates) for form in written(one)]
+
+    def found(patterns: list[bytes], folder: str = "coordinator") -> list[bytes]:
+        files = [path for path in (fleet.folder / folder).rglob("*") if path.is_file()]
+        content = b"\n".join(path.read_bytes() for path in files)
+        content += b"".join(content.split())  # PEM and the like break lines
+        return [pattern for pattern in patterns if pattern in content]
+
+    campaign_id = await fleet.start_campaign(campaign_plan())
+    await fleet.reach(campaign_id, pb.ROUND_STAGE_UPDATES)
+    assert not found(forbidden)
+    campaign = await fleet.finish(campaign_id)
+    assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED
+    assert not found([text.encode(), *forbidden])
+
+    assert found([hashlib.sha256(secret).digest()])
+    result = from_bytes(await fleet.operator.read(campaign.model_digest))["w"]
+    assert found([result.reshape(-1)[:8].astype("<f4").tobytes()])
+    own = keys[0].private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    assert found(written(own), "site-0")
 
 
 async def test_port_in_use(fleet: Fleet, tmp_path: Path) -> None:

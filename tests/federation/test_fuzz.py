@@ -266,7 +266,8 @@ async def run_rounds(fleet: ProcessFleet, is_over: asyncio.Event) -> int:
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[ProcessFleet]:
     """A coordinator process, four honest devices at work, and four that are not."""
-    async with ProcessFleet(tmp_path) as fleet:
+    rates = ("enrolments_per_s", "calls_per_s", "messages_per_s")  # `test_rates` is about those
+    async with ProcessFleet(tmp_path, **dict.fromkeys(rates, 1e6)) as fleet:
         for name in HONEST:
             await fleet.add(name, exact_options(name))
         for name in MALLORIES:

@@ -218,7 +218,12 @@ def assert_told(log: list[Entry], campaign: pb.Campaign, cancelled: str) -> None
     assert log[-1].kind == Kind.COORDINATOR_STOPPED
     made, redeemed = by_kind[Kind.TOKEN_MADE][0], by_kind[Kind.TOKEN_REDEEMED][0]
     assert made.subject == redeemed.subject
-    assert made.details == {"by": "operator/operator", "group": "line-3", "lifetime_s": 600}
+    assert made.details == {
+        "by": "operator/operator",
+        "group": "line-3",
+        "lifetime_s": 600,
+        "uses": 1,
+    }
     (refused,) = by_kind[Kind.ENROLMENT_REFUSED]
     assert (refused.subject, refused.details["name"]) == ("stranger", "thief")
     assert f"token/{refused.details['token']}" == made.subject

@@ -250,6 +250,18 @@ async def test_revoked_device_that_never_reads(fleet: Fleet) -> None:
         assert not device.connected
 
 
+async def test_owners_least_company(tmp_path: Path) -> None:
+    """A device that wants to hide among more updates than the plan assures takes no part."""
+    async with Fleet(tmp_path) as fleet:
+        for index, least in enumerate([3, 3, 3, 4, 5]):
+            await fleet.add(f"site-{index}", {"step": 1.0}, min_summed=least)
+        plan = campaign_plan(cohort=5, min_cohort=3, expected_dropout=0.2)
+        (round_,) = (await fleet.finish(await fleet.start_campaign(plan))).rounds
+        assert round_.stage == pb.ROUND_STAGE_COMMITTED, round_.reason
+        assert list(round_.lost) == ["site-4"]
+        assert "may sum as few as 4 updates; this site wants 5" in round_.lost["site-4"]
+
+
 async def test_second_stream_takes_over(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     """Of two streams of one device the newer one counts; the older one is closed, with a word."""
     async with fleet.stream("mallory", TRAINS) as old, fleet.stream("mallory", TRAINS) as new:

@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.numpy import save
 
 from minga.federation.errors import MissingBlobError, PeerError
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.parameters import (
-    BLOCK_VALUES,
     Layout,
     ParameterFile,
     Parameters,

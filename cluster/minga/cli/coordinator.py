@@ -97,28 +97,38 @@ def token(
     *,
     state: State = Path("coordinator"),
     lifetime_hours: float = 24.0,
+    uses: int = 1,
     json: bool = False,
 ) -> None:
     """Make a token that lets one device into a group; it is shown this once.
 
     Example: minga coordinator token line-3 --lifetime-hours 2
 
+    Example: minga coordinator token line-3 --uses 200
+
     Args:
         group: The group that the device joins.
         state: The coordinator's state folder, or an operator's identity folder.
         lifetime_hours: How long the token can be redeemed.
+        uses: How many devices it lets in, each with a key of its own: for a batch that gets the
+            same image. Whoever finds the token takes a use of it.
         json: Print JSON.
     """
+    from minga.federation.errors import EnrolmentError
+    from minga.federation.limits import MAX_TOKEN_USES
     from minga.federation.operator import connect
+
+    if not 1 <= uses <= MAX_TOKEN_USES:
+        raise EnrolmentError(f"a token has 1 to {MAX_TOKEN_USES} uses, got {uses}")
 
     async def create() -> tuple[str, str]:
         async with connect(state) as operator:
-            response = await operator.create_token(group, round(lifetime_hours * 3600))
+            response = await operator.create_token(group, round(lifetime_hours * 3600), uses)
         return response.token, response.expires_at.ToJsonString()
 
     text, expires_at = asyncio.run(create())
     if json:
-        print_json({"token": text, "group": group, "expires_at": expires_at})
+        print_json({"token": text, "group": group, "uses": uses, "expires_at": expires_at})
     else:
         print_line(text)
 

@@ -55,6 +55,7 @@ def run(
     option: dict[str, str] | None = None,
     allow_plain: Annotated[bool, _set_by("ALLOW_PLAIN")] = False,
     min_noise: Annotated[float, _set_by("MIN_NOISE")] = 0.0,
+    min_summed: Annotated[int, _set_by("MIN_SUMMED")] = 3,
     allow_query: Annotated[tuple[str, ...], _set_by("QUERY_COLUMNS")] = (),
     compress: Annotated[Literal["auto", "always", "never"], _set_by("COMPRESS")] = "auto",
     host: Annotated[str, _set_by("HOST")] = "127.0.0.1",
@@ -87,6 +88,8 @@ def run(
             only in those that mask updates.
         min_noise: Train only in rounds of distributed privacy with at least this noise_multiplier,
             also if a tenth of the devices adds none; this device checks it by itself.
+        min_summed: Hide among so many updates at the least, this device's included: it takes part
+            in no secure round whose sum may have fewer, however many are lost on the way.
         allow_query: Column of this site's data of which statistics may be asked, in sums over
             many devices alone; may be given several times.
         compress: When models and plain updates travel as Zstandard frames: auto does so while
@@ -119,6 +122,7 @@ def run(
         trainer=trainer,
         allow_plain=allow_plain,
         min_noise=min_noise,
+        min_summed=min_summed,
         query_columns=allow_query,
         compress=compress,
         host=host,

@@ -51,6 +51,34 @@ machine that slept, or whose clock was set, notices within this time."""
 MAX_RENEWALS_PER_MINUTE: Final = 10
 """Certificates that one device may ask for; it needs one in weeks."""
 
+# -- rates ------------------------------------------------------------------------------------
+
+RATE_BURST_S: Final = 10.0
+"""Who was quiet may send so many seconds' worth at once, of everything in this section."""
+
+ENROLMENTS_PER_S: Final = 50.0
+"""Enrolments that one address may ask for, by default: strangers ask, and each takes a third of a
+millisecond. Ten thousand devices behind one address translator are let in within 200 s."""
+
+ALL_ENROLMENTS_PER_S: Final = 4 * ENROLMENTS_PER_S
+"""Enrolments that all addresses together may ask for, by default."""
+
+ENROLMENT_TRIES: Final = 8
+"""A device that is told to come later asks so often, over a minute and a half."""
+
+CALLS_PER_S: Final = 100.0
+"""Calls that one device may make, by default; in a round it makes three."""
+
+MESSAGES_PER_S: Final = 200.0
+"""Messages that one device may send on its control stream, by default; in a round it sends four."""
+
+RATED_MESSAGE_BYTES: Final = 16 * KIB
+"""A larger message counts as one more for each of these."""
+
+MAX_RATED: Final = 32_768
+"""Devices, or addresses, whose rates are remembered; beyond that, the one that was quiet longest is
+forgotten, and may send a burst again."""
+
 # -- audit ------------------------------------------------------------------------------------
 
 AUDIT_CHECKPOINT_ENTRIES: Final = 100
@@ -84,6 +112,24 @@ BLOB_GRACE_S: Final = 600.0
 """A blob that nothing refers to is kept this long: whoever sent it may be about to name it."""
 
 # -- connections ------------------------------------------------------------------------------
+
+MAX_CONNECTIONS: Final = 16_384
+"""Connections that a coordinator holds on its device port, by default; further ones are closed at
+once. Above the fleet that one process is made for, and below what would take all its memory."""
+
+MAX_ENROLMENT_CONNECTIONS: Final = 4096
+"""The same on the enrolment port, where a connection lasts for one call."""
+
+HANDSHAKE_TIMEOUT_S: Final = 20.0
+"""A connection whose TLS is not up by then is closed."""
+
+IDLE_ENROLMENT_S: Final = 30.0
+"""A connection to the enrolment port without a call for so long is closed. On the device port,
+where nobody is a stranger, there is no such bound: it would take some memory for each device."""
+
+MAX_CALLS: Final = 64
+"""Calls of one device at once, over all its connections; control streams apart, of which the newest
+counts."""
 
 MAX_STREAMS: Final = 32
 """Calls at once on one connection; further ones wait at the caller, or are refused. A device has
@@ -219,7 +265,7 @@ MAX_STRATEGY_BYTES: Final = 2 * GIB
 """Updates of one round that a Flower strategy gets at once; its step takes 3 to 6 times that."""
 
 MAX_VERSION_CHARS: Final = 64
-"""Length of a model version's name."""
+"""Length of the name of a model's version, or of an agent's."""
 
 MAX_CONSECUTIVE_ABORTS: Final = 3
 """Rounds in a row that may fail before their campaign is given up."""

@@ -44,9 +44,11 @@ class Operator:
         self._blobs = blobs
         self.address = address
 
-    async def create_token(self, group: str, lifetime_s: int) -> pb.CreateTokenResponse:
-        """Make a one-time enrolment token."""
-        request = pb.CreateTokenRequest(group=group, lifetime_s=lifetime_s)
+    async def create_token(
+        self, group: str, lifetime_s: int, uses: int = 1
+    ) -> pb.CreateTokenResponse:
+        """Make an enrolment token that lets so many devices in."""
+        request = pb.CreateTokenRequest(group=group, lifetime_s=lifetime_s, uses=uses)
         with transport.calling(self.address):
             return await self._stub.CreateToken(request, timeout=CALL_TIMEOUT_S)
 

@@ -21,12 +21,10 @@ from safetensors.numpy import load
 
 from minga.federation.durable import Piece
 from minga.federation.errors import MissingBlobError, PeerError
+from minga.federation.memory import BLOCK_VALUES
 
 Parameters = dict[str, NDArray[np.float32]]
 """Tensor name -> float32 array."""
-
-BLOCK_VALUES: Final = 1 << 16
-"""Most values of a block: together with what is computed from them they stay in the cache."""
 
 _VALUE: Final = np.dtype("<f4")
 _LENGTH: Final = struct.Struct("<Q")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation.errors import PeerError
-from minga.federation.parameters import BLOCK_VALUES
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.secagg.errors import UpdateError
 
 VALUE: Final = np.dtype("<f4")

@@ -14,7 +14,7 @@ from minga.federation.wire import (
     rule_to_wire,
     strategy_to_wire,
 )
-from minga.federation.work import evaluation_of
+from minga.federation.work import new_evaluation
 
 _PROTECTIONS = {"secure": pb.PROTECTION_SECURE, "plain": pb.PROTECTION_PLAIN}
 
@@ -71,7 +71,7 @@ def campaign_plan(
         plan.buffer.max_staleness = config.buffer.max_staleness
     if config.evaluation.enabled:
         asked = config.evaluation
-        work = evaluation_of(asked.metrics or metrics, asked.clip)
+        work = new_evaluation(asked.metrics or metrics, asked.clip)
         plan.evaluation.CopyFrom(evaluation_to_wire(work))
         plan.evaluate_every = asked.every
     return plan

@@ -78,23 +78,35 @@ CHANNEL_OPTIONS: Final[Options] = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+
+def at_most(num_connections: int) -> tuple[str, int]:
+    """Give the option of a server that closes connections beyond so many at once."""
+    return ("grpc.max_allowed_incoming_connections", num_connections)
+
+
+_SERVER_OPTIONS: Final[Options] = (
+    ("grpc.max_concurrent_streams", limits.MAX_STREAMS),
+    ("grpc.server_handshake_timeout_ms", _ms(limits.HANDSHAKE_TIMEOUT_S)),
+    # gRPC would share a port with another server in silence; see `require_free_port`.
+    ("grpc.so_reuseport", 0),
+)
+
 SERVER_OPTIONS: Final[Options] = (
     *_KEEPALIVE,
+    *_SERVER_OPTIONS,
     ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(limits.MIN_KEEPALIVE_INTERVAL_S)),
-    ("grpc.max_concurrent_streams", limits.MAX_STREAMS),
-    # gRPC would share a port with another server in silence; see `require_free_port`.
-    ("grpc.so_reuseport", 0),
     # Each connection keeps a buffer for one TLS record, 16 KiB without this: ten thousand idle
     # devices pay for it, and a blob that is sent in smaller records takes hardly longer.
     ("grpc.tsi.max_frame_size", limits.TLS_RECORD_BYTES),
 )
 
 ENROLMENT_SERVER_OPTIONS: Final[Options] = (
+    *_SERVER_OPTIONS,
     ("grpc.max_receive_message_length", limits.MAX_ENROLMENT_MESSAGE_BYTES),
-    ("grpc.max_concurrent_streams", limits.MAX_STREAMS),
-    ("grpc.so_reuseport", 0),
+    ("grpc.max_connection_idle_ms", _ms(limits.IDLE_ENROLMENT_S)),
+    at_most(limits.MAX_ENROLMENT_CONNECTIONS),
 )
 
 

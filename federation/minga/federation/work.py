@@ -160,6 +160,6 @@ def value_bits(work: Work, asked: int, cohort: int) -> int:
     return max(asked, min(MAX_VALUE_BITS, 32 - (cohort - 1).bit_length()))
 
 
-def evaluation_of(metrics: Sequence[str], clip: float) -> Evaluation:
+def new_evaluation(metrics: Sequence[str], clip: float) -> Evaluation:
     """Make an evaluation of metrics in any order."""
     return Evaluation(metrics=tuple(sorted(set(metrics))), clip=clip)

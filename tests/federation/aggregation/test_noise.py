@@ -15,7 +15,7 @@ from minga.federation.aggregation.noise import (
     draw_gaussian,
 )
 from minga.federation.errors import PrivacyError
-from minga.federation.secagg.masking import BLOCK_VALUES
+from minga.federation.memory import BLOCK_VALUES
 
 
 def seeded(seed: int):

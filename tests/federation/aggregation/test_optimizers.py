@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from minga.federation.aggregation.optimizers import (
-    BLOCK_VALUES,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -23,6 +22,7 @@ from minga.federation.aggregation.optimizers import (
     step,
 )
 from minga.federation.errors import StepError
+from minga.federation.memory import BLOCK_VALUES
 
 OPTIMIZERS = [
     FedAvg(learning_rate=0.7),

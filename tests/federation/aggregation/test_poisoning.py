@@ -29,7 +29,7 @@ def accuracies(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str,
 
 @pytest.mark.slow
 def test_liars_destroy_the_mean(accuracies: dict[tuple[int, str, str], float]) -> None:
-    """Scaled and flipped updates leave the mean at guessing; without liars it learns."""
+    """Scaled updates bring the mean near guessing; without liars it learns."""
     assert accuracies[1, "mean", "nobody"] > 0.88
     assert accuracies[1, "mean", "scaled"] < 0.3
 

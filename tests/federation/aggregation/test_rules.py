@@ -10,7 +10,6 @@ from scipy import optimize, stats
 
 from minga.federation.aggregation.combination import combine
 from minga.federation.aggregation.contributions import (
-    BLOCK_VALUES,
     FileContribution,
     VectorContribution,
 )
@@ -25,6 +24,7 @@ from minga.federation.aggregation.rules import (
     TrimmedMean,
 )
 from minga.federation.errors import RuleError
+from minga.federation.memory import BLOCK_VALUES
 
 from .rule_cases import RULES, combined, contributions_of, result, rule_name
 

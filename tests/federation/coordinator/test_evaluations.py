@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from minga.federation import wire
 from minga.federation.errors import CampaignError, PeerError, TrainerError
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.work import TRAINING, Evaluation, evaluation_of
+from minga.federation.work import TRAINING, Evaluation, new_evaluation
 from tests.federation.coordinator.desk import Desk
 from tests.federation.fleet import campaign_plan, toy_model
 
-ASKED = evaluation_of(("step", "mean", "unknown"), 10.0)
+ASKED = new_evaluation(("step", "mean", "unknown"), 10.0)
 TRAINED, MEASURED = pb.ROUND_WORK_TRAINING, pb.ROUND_WORK_EVALUATION
 SITES = ((1.0, 100), (0.5, 50), (-1.0, 25))
 MEAN_STEP = (100 * 1.0 + 50 * 0.5 - 25 * 1.0) / 175
@@ -135,7 +135,7 @@ async def test_impossible_evaluations(
 def test_all_are_asked_the_same() -> None:
     """A device that is asked something else than the others derives other masks."""
     model = bytes(32)
-    others = [TRAINING, ASKED, evaluation_of(("step",), 10.0), evaluation_of(("step",), 9.0)]
+    others = [TRAINING, ASKED, new_evaluation(("step",), 10.0), new_evaluation(("step",), 9.0)]
     assert len({work.subject(model) for work in others}) == len(others)
     assert ASKED.subject(model) != ASKED.subject(bytes([1] * 32))
 

@@ -12,7 +12,7 @@ from minga.federation.parameters import Parameters, from_bytes
 from minga.federation.parts import is_personal, split_personal
 from minga.federation.trainer import TrainingConfig, Update
 from minga.federation.v1 import federation_pb2 as pb
-from minga.federation.work import Method, evaluation_of
+from minga.federation.work import Method, new_evaluation
 from tests.federation.coordinator.desk import Desk
 from tests.federation.fleet import campaign_plan
 
@@ -89,7 +89,7 @@ async def test_heads_stay_at_home(desk: Desk, protection: "pb.Protection") -> No
 
 async def test_device_measures_with_its_own_head(desk: Desk) -> None:
     """Evaluation is of the model as each device has it: the mean over their heads."""
-    evaluation = wire.evaluation_to_wire(evaluation_of(("head",), 100.0))
+    evaluation = wire.evaluation_to_wire(new_evaluation(("head",), 100.0))
     plan = plan_of(evaluation=evaluation, evaluate_every=1)
     campaign = await desk.finish(desk.start_campaign(plan, SHARED))
     measured = [r.metrics["head"] for r in campaign.rounds if r.work == pb.ROUND_WORK_EVALUATION]

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.secagg.errors import SumError, UpdateError
 from minga.federation.secagg.fixedpoint import decode_sum, encode_update
-from minga.federation.secagg.masking import BLOCK_VALUES
 from minga.federation.secagg.plan import RoundPlan
 
 from .simulator import make_plan, seeded_bytes

@@ -8,7 +8,7 @@ import pytest
 
 from minga.federation.secagg import agreement
 from minga.federation.secagg.device import Step
-from minga.federation.secagg.errors import SignatureError
+from minga.federation.secagg.errors import EquivocationError, SignatureError
 from minga.federation.secagg.packing import unpack
 
 from .simulator import Simulation, make_plan, names, seeded_bytes
@@ -58,14 +58,26 @@ def test_a_masked_update_looks_uniform():
 
 
 def test_a_request_for_both_secrets_gets_one():
-    """Listed as alive and as lost at once, a device is given up by nobody.
+    """Whoever is asked for both secrets of a device gives one, however the lie is told.
 
-    There is one list, and whoever is not on it is lost: a request cannot even say both. Told apart
-    in two requests, the second is refused (test_attacks).
+    There is one list, and whoever is not on it is lost: a request cannot even say both. So the
+    liar tells two: to one half of the neighbours the victim is alive, to the other it is lost.
+    Nobody reveals on confirmations of another list than its own, and nobody confirms two. (Every
+    other way: test_attacks, device/test_two_secrets.)
     """
-    simulation = Simulation().until(Step.REVEAL)
-    for reveal in simulation.reveals.values():
-        assert not reveal.self_seed_shares.keys() & reveal.mask_key_shares.keys()
+    simulation = Simulation().until(Step.MASK)
+    alive = names(8)
+    lost = [name for name in alive if name != "device-00"]
+    told = {name: alive if number % 2 else lost for number, name in enumerate(lost)}
+    confirmations = {n: simulation.sessions[n].confirm(told[n]) for n in lost}
+    for name, session in simulation.sessions.items():
+        if name == "device-00":
+            continue
+        others = [confirmations[peer] for peer in lost if peer != name]
+        with pytest.raises(SignatureError, match="signed the survivors that this device signed"):
+            session.reveal(others)
+        with pytest.raises(EquivocationError, match="another list of survivors"):
+            session.confirm(lost if told[name] is alive else alive)
 
 
 @pytest.mark.parametrize("step", [Step.ADVERTISE, Step.SHARE])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.secagg.masking import (
-    BLOCK_VALUES,
     Keystream,
     Mask,
     apply_masks,

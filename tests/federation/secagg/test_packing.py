@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.secagg.errors import MessageError
 from minga.federation.secagg.packing import (
-    BLOCK_VALUES,
     add_packed,
     pack,
     packed_size,

@@ -16,6 +16,8 @@ from typing import Final, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.federation.memory import BLOCK_VALUES
+
 Vector = NDArray[np.float32]
 """A part of a model's values, shape `(n,)`."""
 
@@ -26,9 +28,6 @@ _Result = TypeVar("_Result")
 
 BLOCK_BYTES: Final = 32 << 20
 """What the blocks of all contributions take together, whatever their number and the model."""
-
-BLOCK_VALUES: Final = 1 << 16
-"""Where contributions are read one by one, a block of one fits into a processor's cache."""
 
 _VALUE: Final = np.dtype("<f4")
 

@@ -95,11 +95,6 @@ class Ledger:
 
     entries: tuple[Spent, ...] = ()
 
-    @property
-    def num_spent(self) -> int:
-        """How many mechanisms were used."""
-        return sum(entry.times for entry in self.entries)
-
     def epsilon(self, delta: float) -> float:
         """Say what was spent, as epsilon at some delta; 0 if nothing was.
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation.errors import PrivacyError
-from minga.federation.secagg.masking import BLOCK_VALUES, MASK_KEY_BYTES, Keystream, new_scratch
+from minga.federation.memory import BLOCK_VALUES
+from minga.federation.secagg.masking import MASK_KEY_BYTES, Keystream, new_scratch
 
 MAX_VARIANCE: Final = 1 << 24
 """Beyond it the integers that `DiscreteNoise` compares would not fit in 64 bits."""

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minga.federation.errors import StepError
+from minga.federation.memory import BLOCK_VALUES
 
 Vector = NDArray[np.float32]
 """One number for each of the model's, shape `(n,)`."""
@@ -40,9 +41,6 @@ Wide = NDArray[np.float64]
 
 MOMENTUM: Final = "momentum"
 VARIANCE: Final = "variance"
-
-BLOCK_VALUES: Final = 1 << 16
-"""Coordinates that `advance` moves at a time: what it computes with stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,8 +39,8 @@ from minga.federation.aggregation.contributions import Vector
 from minga.federation.aggregation.ledger import Budget, Concentrated, Gaussian, Mechanism
 from minga.federation.aggregation.noise import MAX_VARIANCE, DiscreteNoise, RandomBytes
 from minga.federation.errors import PrivacyError
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.secagg.fixedpoint import encode_update
-from minga.federation.secagg.masking import BLOCK_VALUES
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.secagg.sizing import SHARE_SLACK
 

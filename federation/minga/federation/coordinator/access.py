@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from minga.federation.certificates import chain_to_der, is_newer
 from minga.federation.coordinator.calls import Call, RunningCalls
-from minga.federation.errors import AccessError, IdentityError
+from minga.federation.errors import AccessError, FederationError, IdentityError, LimitError
 from minga.federation.identity import (
     Clock,
     Principal,
@@ -176,11 +176,11 @@ def revoked(principal: Principal) -> IdentityError:
 STRANGER: Final = "stranger"
 """Stands for a caller without a certificate."""
 
-OnRefused = Callable[[str, str, str, IdentityError], None]
+OnRefused = Callable[[str, str, str, FederationError], None]
 """Hears of a refusal: caller (`device/press-7`, or `STRANGER`), its address, method, and why."""
 
 
-def _pass_over(caller: str, peer: str, method: str, error: IdentityError) -> None:
+def _pass_over(caller: str, peer: str, method: str, error: FederationError) -> None:
     """Hear of a refusal and do nothing."""
 
 
@@ -219,24 +219,30 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         return around(reading_anything(handler), admitting)
 
     async def admit(self, method: str, context: Context, *, is_stream: bool) -> Call | None:
-        """Let a call pass, or refuse it and say so; raises as `Gatekeeper.admit` does.
+        """Let a call pass, or refuse it and say so.
 
         Returns:
             What to leave when it is over; None if it is not noted.
+
+        Raises:
+            IdentityError: as `Gatekeeper.admit`.
+            LimitError: as `RunningCalls.require_allowed`.
         """
         try:
             principal = self._gatekeeper.admit(
                 method, _certificate_pem_of(context), _intermediate_pem_of(context)
             )
-            is_noted = principal is not None and method != _SESSION
-            return self.calls.begin(principal.path) if principal and is_noted else None
-        except IdentityError as error:
+            if principal is None:
+                return None
+            self.calls.require_allowed(principal)
+            return None if method == _SESSION else self.calls.begin(principal)
+        except (IdentityError, LimitError) as error:
             if is_stream:
                 await _take_opening(context)
             self.tell(method, context, error)
             raise
 
-    def tell(self, method: str, context: Context, error: IdentityError) -> None:
+    def tell(self, method: str, context: Context, error: FederationError) -> None:
         """Say that a call is refused."""
         self._on_refused(_caller_of(context), context.peer(), method, error)
 

@@ -15,11 +15,17 @@ from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
+from minga.federation.coordinator.rate import Buckets
 from minga.federation.coordinator.rounds import DeviceLost
 from minga.federation.coordinator.store import Store
-from minga.federation.errors import FederationError, IdentityError, PeerError
+from minga.federation.errors import FederationError, IdentityError, LimitError, PeerError
 from minga.federation.identity import Principal
-from minga.federation.limits import HEARTBEATS_PER_S, SILENT_HEARTBEATS
+from minga.federation.limits import (
+    HEARTBEATS_PER_S,
+    MAX_VERSION_CHARS,
+    RATED_MESSAGE_BYTES,
+    SILENT_HEARTBEATS,
+)
 from minga.federation.secagg.plan import ROUND_ID_BYTES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
@@ -47,6 +53,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         heartbeat_interval_s: float,
         reconnect_window_ms: Callable[[], int],
         audit: AuditLog,
+        rate: Buckets[str],
     ) -> None:
         self._store = store
         self._hub = hub
@@ -57,6 +64,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._heartbeat_interval_s = heartbeat_interval_s
         self._reconnect_window_ms = reconnect_window_ms
         self._audit = audit
+        self._rate = rate
 
     async def Session(  # type: ignore[override] # gRPC takes a coroutine as well
         self,
@@ -76,6 +84,8 @@ class FederationService(pb_grpc.FederationServiceServicer):
                 await context.write(first_message)
             while (message := await connection.outbox.get()) is not None:
                 await context.write(message)
+            if connection.error is not None:
+                raise connection.error
         finally:
             reader.cancel()
             self._hub.leave(connection)
@@ -107,7 +117,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
         self._store.note_hello(
             device_id,
             trains=hello.trains,
-            agent_version=printable(hello.agent_version)[:64],
+            agent_version=printable(hello.agent_version)[:MAX_VERSION_CHARS],
             at=now,
         )
         if hello.HasField("model"):
@@ -188,15 +198,41 @@ class FederationService(pb_grpc.FederationServiceServicer):
                     return
                 connection.heard_at = self._clock()
                 connection.heard_last = time()
+                self._require_allowed(connection, request)
                 self._take(connection, request)
         except grpc.RpcError:
             pass  # the link broke; the device comes back by itself
+        except LimitError as error:
+            connection.error = error  # sent behind what is queued
+            self._note_refused(connection, "", str(error))
         except FederationError as error:
             _log.warning("closing the stream of %s: %s", connection.device_id, error)
         except Exception:  # noqa: BLE001 - the outermost frame of this task
             _log.exception("closing the stream of %s", connection.device_id)
         finally:
             connection.close()
+
+    def _require_allowed(self, connection: Connection, request: pb.SessionRequest | None) -> None:
+        """Make sure that a device does not send too much; a new stream begins where this one ends.
+
+        Raises:
+            LimitError: it does.
+        """
+        amount = 1 + (request.ByteSize() if request else 0) // RATED_MESSAGE_BYTES
+        if not self._rate.allows(connection.device_id, amount):
+            raise LimitError(
+                f"{connection.device_id} sends more than {self._rate.per_s:g} messages a second; "
+                "the stream is closed"
+            )
+
+    def _note_refused(self, connection: Connection, round_id: str, reason: str) -> None:
+        """Write that a message was refused."""
+        self._metrics.refused.inc()
+        is_written = self._audit.append_limited(
+            Kind.MESSAGE_REFUSED, f"device/{connection.device_id}", round=round_id, reason=reason
+        )
+        if is_written:  # else the log on the disk is what a device could fill
+            _log.warning("refused a message of %s: %s", connection.device_id, reason)
 
     def _take(self, connection: Connection, request: pb.SessionRequest | None) -> None:
         """Hand a message on, or tell the device why it was refused."""
@@ -223,12 +259,7 @@ class FederationService(pb_grpc.FederationServiceServicer):
                             reason=event.reason,
                         )
         except PeerError as error:
-            self._metrics.refused.inc()
             reason = printable(str(error))
-            is_written = self._audit.append_limited(
-                Kind.MESSAGE_REFUSED, f"device/{device_id}", round=round_id, reason=reason
-            )
-            if is_written:  # else the log on the disk is what a device could fill
-                _log.warning("refused a message of %s: %s", device_id, reason)
+            self._note_refused(connection, round_id, reason)
             refusal = pb.Refusal(round_id=round_id, reason=reason)
             connection.send(pb.SessionResponse(refusal=refusal))

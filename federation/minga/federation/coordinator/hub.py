@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from minga.federation.condition import Condition
+from minga.federation.errors import FederationError
 from minga.federation.limits import OUTBOX_CLOSE_S, OUTBOX_MESSAGES, RETURN_S
 from minga.federation.v1.federation_pb2 import SessionResponse
 
@@ -103,6 +104,8 @@ class Connection:
     """A silence longer than this means that the device hangs."""
     heard_last: float = 0.0
     """The event loop's time at which something came."""
+    error: FederationError | None = None
+    """What the stream ends with; None: with nothing."""
 
     def send(self, message: SessionResponse) -> bool:
         """Queue a message; a device that reads nothing for so long is cut off instead."""

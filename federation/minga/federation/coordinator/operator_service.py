@@ -42,7 +42,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         models: PublishedModels,
         metrics: Metrics,
         audit: AuditLog,
-        mint_token: Callable[[str, float, str], tuple[str, float]],
+        mint_token: Callable[[str, float, int, str], tuple[str, float]],
         own_identities: Mapping[str, OwnIdentity],
         calls: RunningCalls,
         clock: Callable[[], float],
@@ -65,7 +65,10 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
     ) -> pb.CreateTokenResponse:
         """Make a token; it is shown this once."""
         token, expires_at = self._mint_token(
-            request.group, float(request.lifetime_s), principal_of_call(context).path
+            request.group,
+            float(request.lifetime_s),
+            request.uses or 1,
+            principal_of_call(context).path,
         )
         return pb.CreateTokenResponse(token=token, expires_at=timestamp(expires_at))
 

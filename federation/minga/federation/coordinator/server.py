@@ -18,7 +18,7 @@ from cryptography import x509
 from prometheus_client import start_http_server
 
 from minga.federation import transport
-from minga.federation.audit import AUDITOR, format_time
+from minga.federation.audit import AUDITOR, Detail, format_time
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import STRANGER, AccessInterceptor, Gatekeeper
 from minga.federation.coordinator.audit_log import AuditLog, Kind
@@ -37,7 +37,7 @@ from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.operator_service import OperatorService
 from minga.federation.coordinator.pacing import window_ms
-from minga.federation.coordinator.rate import Rate
+from minga.federation.coordinator.rate import Buckets, Rate
 from minga.federation.coordinator.renewal import Renewer
 from minga.federation.coordinator.settings import CoordinatorSettings
 from minga.federation.coordinator.store import DATABASE_FILE, Store
@@ -45,9 +45,7 @@ from minga.federation.coordinator.token_table import TokenTable
 from minga.federation.coordinator.tokens import TokenIssuer, token_name
 from minga.federation.enrolment_token import EnrolmentToken
 from minga.federation.errors import (
-    EnrolmentError,
     FederationError,
-    IdentityError,
     PeerError,
     StorageError,
 )
@@ -110,7 +108,7 @@ class Coordinator:
         self._driver: asyncio.Task[None] | None = None
         self._is_started = False
         self._own: dict[str, OwnIdentity] = {}
-        self._calls = RunningCalls()
+        self._calls = RunningCalls(Buckets(per_s=settings.calls_per_s))
 
     async def __aenter__(self) -> "Coordinator":
         async with AsyncExitStack() as stack:
@@ -237,7 +235,10 @@ class Coordinator:
             transport.ErrorInterceptor(),
             AccessInterceptor(gatekeeper, self._note_refused_call, calls=self._calls),
         ]
-        device_server = grpc.aio.server(interceptors=interceptors, options=transport.SERVER_OPTIONS)
+        device_server = grpc.aio.server(
+            interceptors=interceptors,
+            options=[*transport.SERVER_OPTIONS, transport.at_most(settings.max_connections)],
+        )
         device_port = device_server.add_secure_port(
             f"{settings.host}:{settings.port}",
             transport.mutual_server_credentials(self._certificate.current),
@@ -284,7 +285,12 @@ class Coordinator:
             authority=self._authority, tokens=tokens, register_device=self._register
         )
         pb_grpc.add_EnrollmentServiceServicer_to_server(
-            EnrolmentServicer(enroller, self._note_refused_enrolment), enrol_server
+            EnrolmentServicer(
+                enroller,
+                self._note_refused_enrolment,
+                enrolments_per_s=self._settings.enrolments_per_s,
+            ),
+            enrol_server,
         )
         self._renewals = Rate[str](
             per_minute=MAX_RENEWALS_PER_MINUTE, clock=self._certificate_clock
@@ -303,6 +309,7 @@ class Coordinator:
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
             reconnect_window_ms=self._reconnect_window_ms,
             audit=self._audit,
+            rate=Buckets(per_s=self._settings.messages_per_s),
         )
         pb_grpc.add_FederationServiceServicer_to_server(self._federation, device_server)
         blobs = BlobServicer(
@@ -357,15 +364,19 @@ class Coordinator:
         return None if device is None else device.key_digest
 
     def _mint(
-        self, tokens: TokenIssuer, group: str, lifetime_s: float, by: str
+        self, tokens: TokenIssuer, group: str, lifetime_s: float, uses: int, by: str
     ) -> tuple[str, float]:
         lifetime = timedelta(seconds=lifetime_s)
         with self._store.transaction():
-            text = tokens.mint(group, lifetime)
+            text = tokens.mint(group, lifetime, uses)
             name = token_name(EnrolmentToken.parse(text).secret)
-            self._audit.append(
-                Kind.TOKEN_MADE, f"token/{name}", group=group, lifetime_s=int(lifetime_s), by=by
-            )
+            details: dict[str, Detail] = {
+                "group": group,
+                "lifetime_s": int(lifetime_s),
+                "uses": uses,
+                "by": by,
+            }
+            self._audit.append(Kind.TOKEN_MADE, f"token/{name}", **details)
         return text, self._clock() + lifetime_s
 
     def _may_upload(self, principal: Principal, digest: bytes, size: int) -> bool:
@@ -415,7 +426,9 @@ class Coordinator:
         except FederationError:
             _log.exception("the end of the audit log is not signed")
 
-    def _note_refused_call(self, caller: str, peer: str, method: str, error: IdentityError) -> None:
+    def _note_refused_call(
+        self, caller: str, peer: str, method: str, error: FederationError
+    ) -> None:
         self._audit.append_limited(
             Kind.ACCESS_REFUSED, caller, method=method, peer=peer, reason=printable(str(error))
         )
@@ -426,7 +439,7 @@ class Coordinator:
         )
 
     def _note_refused_enrolment(
-        self, request: pb.EnrollRequest, peer: str, error: EnrolmentError
+        self, request: pb.EnrollRequest, peer: str, error: FederationError
     ) -> None:
         self._audit.append_limited(
             Kind.ENROLMENT_REFUSED,

@@ -9,7 +9,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from minga.federation.coordinator.authority import Lifetimes
 from minga.federation.limits import (
+    CALLS_PER_S,
+    ENROLMENTS_PER_S,
     HEARTBEAT_INTERVAL_S,
+    MAX_CONNECTIONS,
+    MESSAGES_PER_S,
     MIN_HEARTBEAT_INTERVAL_S,
     RECONNECT_GRACE_S,
     RECONNECTS_PER_S,
@@ -17,6 +21,8 @@ from minga.federation.limits import (
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Hours = Annotated[float, Field(ge=1, le=87600)]
 
@@ -56,6 +62,18 @@ class CoordinatorSettings(BaseSettings):
 
     reconnects_per_s: Annotated[float, Field(gt=0)] = RECONNECTS_PER_S
     """How many devices may dial again in a second: after a restart a fleet spreads out so far."""
+
+    enrolments_per_s: Rate = ENROLMENTS_PER_S
+    """Enrolments that one address may ask for in a second; all together four times that."""
+
+    calls_per_s: Rate = CALLS_PER_S
+    """Calls that one device may make in a second."""
+
+    messages_per_s: Rate = MESSAGES_PER_S
+    """Messages that one device may send on its control stream in a second."""
+
+    max_connections: Annotated[int, Field(ge=1)] = MAX_CONNECTIONS
+    """Connections that are held on the device port; further ones are closed at once."""
 
     strategies: tuple[str, ...] = ()
     """Strategies written for Flower that campaigns may name beside Flower's own, each as

@@ -39,6 +39,7 @@ from minga.federation.limits import (
     MIN_HEARTBEAT_INTERVAL_S,
     SILENT_HEARTBEATS,
 )
+from minga.federation.secagg.sizing import MIN_COHORT
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
 from minga.federation.wire import printable
@@ -66,6 +67,7 @@ class Agent:
         keepsakes: what this device keeps for itself from round to round; None: nothing.
         allow_plain: whether the coordinator may see this device's updates.
         min_noise: least noise multiplier of sums that its updates go into; 0: none.
+        min_summed: fewest updates in such a sum, its own included, whoever is lost.
         queries: what queries may find out here.
         look: says what this machine is doing.
         compress: when models and plain updates travel as Zstandard frames.
@@ -82,6 +84,7 @@ class Agent:
         keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
         min_noise: float = 0.0,
+        min_summed: int = MIN_COHORT,
         queries: Queries = NO_QUERIES,
         look: Callable[[], Condition] = measure,
         compress: Compress = "auto",
@@ -94,6 +97,7 @@ class Agent:
         self._capacity = Capacity(compress, metrics)
         self._allow_plain = allow_plain
         self._min_noise = min_noise
+        self._min_summed = min_summed
         self._trainer = trainer
         self._slots = slots
         self._models = models
@@ -353,6 +357,7 @@ class Agent:
             keepsakes=self._keepsakes,
             allow_plain=self._allow_plain,
             min_noise=self._min_noise,
+            min_summed=self._min_summed,
             queries=self._queries,
         )
         return self._participant

@@ -6,6 +6,7 @@ enrolling again with the same token and folder uses the same key, and the coordi
 a token's uses by key, answers again.
 """
 
+import asyncio
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Final, Self
 
 from minga.federation import durable
 from minga.federation.enrolment_token import EnrolmentToken
-from minga.federation.errors import EnrolmentError, IdentityError
+from minga.federation.errors import EnrolmentError, IdentityError, LimitError
 from minga.federation.identity import (
     KEY_FILE,
     Identity,
@@ -26,7 +27,8 @@ from minga.federation.identity import (
     save_identity,
     utc_now,
 )
-from minga.federation.limits import CALL_TIMEOUT_S
+from minga.federation.limits import CALL_TIMEOUT_S, ENROLMENT_TRIES
+from minga.federation.transfer import Retry
 from minga.federation.transport import calling, open_pinned_channel
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1.federation_pb2_grpc import EnrollmentServiceStub
@@ -62,18 +64,26 @@ class CoordinatorAddress:
         durable.replace_file(directory / COORDINATOR_FILE, text.encode())
 
 
-async def enrol(token_text: str, directory: Path, name: str) -> Identity:
+PATIENCE: Final = Retry(attempts=ENROLMENT_TRIES, first_delay_s=1.0, max_delay_s=30.0)
+"""How a device waits for its turn while too many others enrol."""
+
+
+async def enrol(
+    token_text: str, directory: Path, name: str, *, retry: Retry = PATIENCE
+) -> Identity:
     """Enrol this machine as a device.
 
     Args:
         token_text: The enrolment token that the operator gave.
         directory: The identity folder; made if missing.
         name: The device's name: a-z, 0-9 and '-'.
+        retry: How patient to be while too many others enrol.
 
     Raises:
         EnrolmentError: the token or the name is refused, or the folder has an identity already.
         IdentityError: who answered is not the coordinator that the token names.
         UnreachableError: nobody answered; the same token may be tried again.
+        LimitError: too many others enrol, also after that patience.
     """
     token = EnrolmentToken.parse(token_text)
     if not is_name(name):
@@ -86,7 +96,7 @@ async def enrol(token_text: str, directory: Path, name: str) -> Identity:
             f"{directory} holds an identity already; use another folder, or remove this one"
         )
     key = load_or_create_key(directory / KEY_FILE)
-    response = await _redeem(token, name, make_csr(key, name))
+    response = await _redeem(token, name, make_csr(key, name), retry)
     # The authority stays the token's, whatever the answer says; and the clock of a machine that was
     # never online may be wrong: then it is told so here.
     identity = accept_certificate(
@@ -104,14 +114,20 @@ async def enrol(token_text: str, directory: Path, name: str) -> Identity:
     return identity
 
 
-async def _redeem(token: EnrolmentToken, name: str, csr: bytes) -> pb.EnrollResponse:
+async def _redeem(token: EnrolmentToken, name: str, csr: bytes, retry: Retry) -> pb.EnrollResponse:
+    """Ask for a certificate, again after a pause while too many others ask."""
+    request = pb.EnrollRequest(
+        token_secret=token.secret, device_name=name, certificate_signing_request=csr
+    )
+    failures = 0
     async with open_pinned_channel(token.enrol_address, token.issuer) as channel:
-        with calling(token.enrol_address):
-            return await EnrollmentServiceStub(channel).Enroll(
-                pb.EnrollRequest(
-                    token_secret=token.secret,
-                    device_name=name,
-                    certificate_signing_request=csr,
-                ),
-                timeout=CALL_TIMEOUT_S,
-            )
+        stub = EnrollmentServiceStub(channel)
+        while True:
+            try:
+                with calling(token.enrol_address):
+                    return await stub.Enroll(request, timeout=CALL_TIMEOUT_S)
+            except LimitError:
+                failures += 1
+                if failures >= retry.attempts:
+                    raise
+                await asyncio.sleep(retry.delay_s(failures))

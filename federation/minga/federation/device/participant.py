@@ -40,6 +40,7 @@ from minga.federation.plain import PlainPlan, update_to_bytes
 from minga.federation.secagg.device import DeviceSession
 from minga.federation.secagg.fixedpoint import encode_update
 from minga.federation.secagg.plan import RoundPlan
+from minga.federation.secagg.sizing import MIN_COHORT
 from minga.federation.transfer import digest_of
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.work import Evaluation, Training
@@ -71,6 +72,7 @@ class Participant:
         keepsakes: Keepsakes | None = None,
         allow_plain: bool = False,
         min_noise: float = 0.0,
+        min_summed: int = MIN_COHORT,
         queries: Queries = NO_QUERIES,
     ) -> None:
         """Begin with what the round asks.
@@ -97,7 +99,7 @@ class Participant:
         self._session: DeviceSession | None = None
         if isinstance(self._plan, RoundPlan):
             verifier = CertificateVerifier(authority=identity.issuer)
-            self._session = DeviceSession(self._plan, identity, verifier)
+            self._session = DeviceSession(self._plan, identity, verifier, min_summed=min_summed)
         elif not allow_plain:
             raise PlainRefusedError(
                 "the coordinator would see this device's update; its owner has to allow that "

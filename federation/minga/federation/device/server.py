@@ -63,6 +63,7 @@ async def run(settings: DeviceSettings) -> None:
         keepsakes=Keepsakes(settings.folder / "learning") if trainer else None,
         allow_plain=settings.allow_plain,
         min_noise=settings.min_noise,
+        min_summed=settings.min_summed,
         queries=Queries(
             columns=frozenset(settings.query_columns), min_cohort=settings.query_min_cohort
         ),

@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from minga.federation.device.capacity import Compress
 from minga.federation.limits import QUERY_MIN_COHORT
+from minga.federation.secagg.sizing import MIN_COHORT
 from minga.federation.trainer import Scalar
 from minga.inference.access import Protection
 
@@ -37,6 +38,10 @@ class DeviceSettings(BaseSettings):
     min_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Train only for sums in which the devices' own noise is at least so many times as long as the
     longest update, also if a tenth of them adds none; 0: with or without noise."""
+
+    min_summed: Annotated[int, Field(ge=MIN_COHORT)] = MIN_COHORT
+    """Take part only in rounds that mask updates and sum so many of them at the least, this
+    device's included, also if as many are lost as the round's plan bears."""
 
     query_columns: tuple[str, ...] = ()
     """Columns of this site's data of which the coordinator may ask statistics, in sums over many

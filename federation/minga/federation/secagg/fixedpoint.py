@@ -25,8 +25,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.secagg.errors import SumError, UpdateError
-from minga.federation.secagg.masking import BLOCK_VALUES, MASK_KEY_BYTES, Keystream, new_scratch
+from minga.federation.secagg.masking import MASK_KEY_BYTES, Keystream, new_scratch
 from minga.federation.secagg.plan import RoundPlan
 from minga.federation.secagg.rotation import rotate, rotate_back
 

@@ -19,10 +19,9 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-MASK_KEY_BYTES: Final = 16
+from minga.federation.memory import BLOCK_VALUES
 
-BLOCK_VALUES: Final = 1 << 16
-"""256 KB: the fastest block in a sweep from 64 KB to 4 MB (2026-11-22)."""
+MASK_KEY_BYTES: Final = 16
 
 _VALUES_PER_CIPHER_BLOCK: Final = 4
 _CIPHER_BLOCK_BYTES: Final = 16

@@ -12,10 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from minga.federation.memory import BLOCK_VALUES
 from minga.federation.secagg.errors import MessageError
-
-BLOCK_VALUES: Final = 1 << 16
-"""256 KB of values: a block and its packed form stay in the second-level cache."""
 
 _GROUP: Final = 32
 """Values that fill a whole number of 32-bit words at any width."""

@@ -1522,17 +1522,21 @@ class CreateTokenRequest(_message.Message):
 
     GROUP_FIELD_NUMBER: _builtins.int
     LIFETIME_S_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     lifetime_s: _builtins.int
+    uses: _builtins.int
+    """How many devices it lets in; 0 means one."""
     def __init__(
         self,
         *,
         group: _builtins.str = ...,
         lifetime_s: _builtins.int = ...,
+        uses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "lifetime_s", b"lifetime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "lifetime_s", b"lifetime_s", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
