@@ -50,10 +50,13 @@ class DataConfig(Table):
         return redacted(source)
 
 
+Over = Literal["training", "simulation"]
+
+
 class SearchConfig(Table):
     """How hyper-parameters are searched."""
 
-    over: Literal["training", "simulation"] = "training"
+    over: Over = "training"
     """What a trial is. training: the Task is trained on the training split. simulation: the
     campaign of `[federation]` is played on the virtual devices of `[simulation]`; what is said of
     epochs here then holds for its rounds."""
