@@ -34,7 +34,7 @@ def project(tmp_path, with_database):
 def test_training_is_seen_while_it_goes_on(project, ray_cluster, tmp_path, monkeypatch):
     """Epochs are in MLflow and TensorBoard before the last is made; few checkpoints are kept.
 
-    The best one stays beside the last; one more is there while it takes the place of another.
+    The best one stays beside the last; Ray deletes the others in its own time.
     """
     from minga.training import train
 
@@ -54,5 +54,5 @@ def test_training_is_seen_while_it_goes_on(project, ray_cluster, tmp_path, monke
     train_model(project, params, look)
     assert 0 < drawn[-2] < 20
     assert 0 < logged[-2] < 20
-    assert max(kept) <= 3 < len(ever), (kept, ever)
+    assert max(kept) <= 5 < len(ever), (kept, ever)
     assert len(points_of(project.tensorboard_folder, "train_loss")) == 20

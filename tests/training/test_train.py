@@ -154,31 +154,6 @@ def test_two_workers_train_piece_by_piece(run_train):
         np.testing.assert_allclose(trained.parameters[name], value, atol=1e-5)
 
 
-def test_workers_become_more_when_there_is_room(run_train, tmp_path, monkeypatch):
-    """With `min_workers` training begins with one worker where there is room for one alone.
-
-    When others leave, it goes on with two, from what it had; no epoch is missing.
-    """
-    import ray
-
-    from minga.training import train
-
-    monkeypatch.setattr(train, "RESIZE_CHECK_S", 1.0)
-    others = ray.remote(num_cpus=3)(type("Others", (), {})).remote()
-    marker = tmp_path / "workers"
-
-    def leave(progress):
-        if progress.done == 2:
-            ray.kill(others)
-
-    settings = {"num_workers": 2, "min_workers": 1, "epochs": 25}
-    trained = run_train("Workers", params={"marker": str(marker)}, on_progress=leave, **settings)
-    seen = marker.read_text().split()
-    assert (seen[0], seen[-1]) == ("1", "2")
-    assert seen == sorted(seen)
-    assert [record["epoch"] for record in trained.history] == list(range(1, 26))
-
-
 def test_bug_in_the_task_is_one_line(run_train):
     """What fails in a worker comes back as one line with the cause.
 

@@ -97,18 +97,6 @@ class Saves(Notes):
         return super().model(params)
 
 
-class Workers(Notes):
-    """Adds the number of workers to the marker's file for each epoch that is measured."""
-
-    def metrics(self, outputs, targets):
-        import ray.train
-
-        with self.marker.open("a") as file:
-            file.write(f"{ray.train.get_context().get_world_size()}\n")
-        time.sleep(0.2)
-        return Blobs.metrics(self, outputs, targets)
-
-
 class Crowd(Notes):
     """Writes down how many processes are measuring at the moment, itself among them."""
 
