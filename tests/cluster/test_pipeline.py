@@ -127,10 +127,11 @@ def test_runs_are_recorded(finished, project):
     boards = project.tensorboard_folder
     curve = points_of(boards / f"train-{training.info.run_id[:8]}", "average_precision")
     assert curve.keys() == {1, 2, 3, 4, 5, 6}
-    found = pipeline.finished_search(project)
-    for trial in found.trials:
-        curve = points_of(boards / f"search-{search[:8]}" / f"trial {trial.number}", "train_loss")
-        assert curve == pytest.approx({r["epoch"]: r["train_loss"] for r in trial.history})
+    for name, trial in tracker.children(search).items():
+        logged = tracker.client.get_metric_history(trial, "train_loss")
+        curve = points_of(boards / f"search-{search[:8]}" / name, "train_loss")
+        assert 1 in curve
+        assert curve == pytest.approx({metric.step: metric.value for metric in logged})
 
 
 def test_version_is_drawn_for_tensorboard(finished, project):
