@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minga.cluster import pipeline
+from minga.cluster.checking import check_data
 from minga.cluster.project import load
 from minga.training.bundle import Digests
 
@@ -26,6 +27,28 @@ def test_examples_are_those_that_are_listed() -> None:
         "water-circuit",
     ]
     assert all(f"`{name}/`" in listed for name in NAMES)
+
+
+REAL = {
+    "chest-x-ray": (4708, 524, 624),
+    "credit-default": (18_000, 6_000, 6_000),
+    "energy-forecast": (39_803, 13_267, 13_267),
+    "load-days": (1_654, 552, 552),
+    "water-circuit": (8_400, 7_401, 7_732),
+}
+"""Examples of the real sets, by split."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("error")
+def test_example_reads_its_real_data(name: str) -> None:
+    """Where the real set is, an example reads all of it, and the check of data finds no error."""
+    project = load(EXAMPLES / name)
+    if not Path(project.source).exists():
+        pytest.skip(f"{project.source} is not there")
+    splits = project.splits
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == REAL[name]
+    assert not check_data(project).errors
 
 
 @pytest.mark.slow

@@ -73,10 +73,10 @@ def examples(times: pd.Series, load: np.ndarray) -> tuple[np.ndarray, np.ndarray
     hourly = hourly[~hourly.index.duplicated()].asfreq("h").interpolate(limit=3)
     index = hourly.index
     columns = [hourly.shift(lag).to_numpy() for lag in LAGS_H]
-    angles = (index.hour / 24, index.dayofweek / 7, index.dayofyear / 365.25)
+    angles = (index.hour / 24, index.day_of_week / 7, index.day_of_year / 365.25)
     for angle in angles:
         columns += [np.sin(2 * np.pi * angle), np.cos(2 * np.pi * angle)]
-    columns += [index.dayofweek >= 5, (index.dayofweek + 6) % 7 >= 5]
+    columns += [index.day_of_week >= 5, (index.day_of_week + 6) % 7 >= 5]
     inputs = np.column_stack([np.asarray(column, np.float32) for column in columns])
     targets = (hourly / hourly.shift(24) - 1).to_numpy(np.float32)
     is_known = np.isfinite(inputs).all(axis=1) & np.isfinite(targets)
@@ -93,7 +93,7 @@ def made_up(num_days: int = 3 * 365) -> tuple[pd.Series, np.ndarray]:
     for day in range(1, num_days):
         weather[day] = 0.8 * weather[day - 1] + generator.normal(0, 0.02)
     daily = -0.15 * np.cos(2 * np.pi * (times.dt.hour - 4) / 24)
-    weekly = np.where(times.dt.dayofweek >= 5, -0.12, 0.0)
+    weekly = np.where(times.dt.day_of_week >= 5, -0.12, 0.0)
     yearly = 0.1 * np.cos(4 * np.pi * hours / (365 * 24))
     noise = generator.normal(0, 0.01, len(times))
     level = 1 + daily + weekly + yearly + np.repeat(weather, 24) + noise

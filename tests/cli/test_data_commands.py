@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minga.cli.app import main
 from minga.cli.data import check, report, schema
 from minga.cli.failures import exit_code_of
 from minga.cluster.checking import require_valid_data
+from minga.cluster.federate import take_in
 from minga.cluster.project import load
+from minga.federation.v1 import federation_pb2 as pb
 from minga.training.errors import DataError, SchemaError, TamperedError
 from minga.training.federated import trainer_from_options
 
@@ -76,6 +79,29 @@ def test_schema_is_kept_and_counts_from_then_on(project, capsys):
     with pytest.raises(SchemaError, match="category is 7, should be one of L, M, H") as caught:
         require_valid_data(load(project))
     assert exit_code_of(caught.value) == 44
+
+
+@pytest.mark.parametrize(
+    "words", ["run", "run --auto", "tune", "train", "simulate", "model judge 1"]
+)
+def test_every_use_of_data_begins_with_its_check(project, capsys, words):
+    """Whatever would learn from data, or judge by it, ends at once where that breaks the schema."""
+    schema(project=project)
+    write(project / "readings.csv", type=7)
+    with pytest.raises(SystemExit) as left:
+        main([*words.split(), "--project", str(project)])
+    assert left.value.code == 44
+    assert "category is 7, should be one of L, M, H" in capsys.readouterr().err
+    assert not (project / ".minga").exists()
+
+
+def test_product_of_a_campaign_is_not_judged_by_broken_data(project):
+    """Data that breaks the schema judges no federated model: nothing is registered."""
+    schema(project=project)
+    write(project / "readings.csv", type=7)
+    campaign = pb.Campaign(plan=pb.CampaignPlan(model_name="plant"))
+    with pytest.raises(SchemaError):
+        take_in(load(project), campaign, {})
 
 
 def test_violations_are_a_small_file(project, tmp_path, capsys):

@@ -32,12 +32,13 @@ def test_second_command_is_refused(tmp_path, capsys):
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "working\n"
-        with pytest.raises(BusyError, match=f"process {holder.pid} searches or trains"):
+        with pytest.raises(BusyError, match=f"process {holder.pid} searches, trains or"):
             occupied(project).__enter__()
-        with pytest.raises(SystemExit) as left:
-            main(["run", "--project", str(project.directory)])
+        for command in ("run", "simulate"):
+            with pytest.raises(SystemExit) as left:
+                main([command, "--project", str(project.directory)])
+            assert left.value.code == 42
+            assert f"process {holder.pid}" in capsys.readouterr().err
         holder.kill()
-    assert left.value.code == 42
-    assert f"process {holder.pid}" in capsys.readouterr().err
     with occupied(project), occupied(project):
         pass

@@ -1,6 +1,7 @@
-"""A new user's path: what the how-to says, word by word, on a table of one's own.
+"""A new user's path: the steps of the how-to, in their order, on a table of one's own.
 
-Only `task.py` and `minga.toml` are edited, to what `docs/how-to/start-from-your-csv.md` shows.
+Only `task.py` and `minga.toml` are edited: to what `docs/how-to/start-from-your-csv.md` shows, with
+fewer trials and epochs, so that the test is over soon.
 """
 
 import asyncio

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboardX.proto.graph_pb2 import GraphDef
 
 from minga.cluster import pipeline
 from minga.cluster.checking import check_data
@@ -24,10 +25,12 @@ from minga.inference.app import InferenceApp
 from minga.inference.client import InferenceClient
 from minga.inference.repository import ModelRepository
 from minga.training import choice
-from minga.training.bundle import LINEAGE, MODEL, read_parameters
+from minga.training.bundle import GATES, LINEAGE, MODEL, read_parameters
 from minga.training.errors import GateError
+from minga.training.gates import GateReport
 from minga.training.lineage import Campaign, Lineage
 from minga.training.network import build_network, parameters_of
+from tests.events import events_of, points_of
 from tests.federation.fleet import Fleet
 from tests.serving.conftest import ref_of, serving
 
@@ -58,11 +61,19 @@ def champion_of(project):
 
 
 def test_run_ends_with_a_champion(finished, project):
-    """The run prints one JSON value: a blessed version that is champion now."""
+    """The run prints one JSON value: a blessed version that is champion now.
+
+    What both runtimes have tried is the very file that is registered.
+    """
     _, printed = finished
     assert (printed["model"], printed["version"]) == ("shuttle-anomaly", 1)
     assert printed["promoted"]
     assert printed["metrics"]["average_precision"] > 0.9
+    report = GateReport.read(project.registry().fetch("shuttle-anomaly", 1) / GATES)
+    digest = project.registry().get("shuttle-anomaly", 1).digests.onnx[:12]
+    tried = [gate for gate in report.gates if gate.name.startswith("runs in")]
+    assert len(tried) == 2
+    assert all(digest in gate.seen for gate in tried)
     assert len(printed["trials"]) == 3
     assert {gate["name"] for gate in printed["gates"]} >= {
         "onnx parity",
@@ -113,21 +124,44 @@ def test_runs_are_recorded(finished, project):
     assert training.data.metrics["test_average_precision"] > 0.9
     epochs = tracker.client.get_metric_history(training.info.run_id, "average_precision")
     assert [metric.step for metric in epochs] == [1, 2, 3, 4, 5, 6]
-    (events,) = project.tensorboard_folder.glob(f"train-{training.info.run_id[:8]}/*")
-    assert events.read_bytes().count(b"average_precision") == 6
+    boards = project.tensorboard_folder
+    curve = points_of(boards / f"train-{training.info.run_id[:8]}", "average_precision")
+    assert curve.keys() == {1, 2, 3, 4, 5, 6}
+    for name, trial in tracker.children(search).items():
+        logged = tracker.client.get_metric_history(trial, "train_loss")
+        curve = points_of(boards / f"search-{search[:8]}" / name, "train_loss")
+        assert 1 in curve
+        assert curve == pytest.approx({metric.step: metric.value for metric in logged})
+
+
+def test_version_is_drawn_for_tensorboard(finished, project):
+    """A version's graph, from input to output, and a row to compare it with others."""
+    events = list(events_of(project.tensorboard_folder / "version-1"))
+    (drawn,) = (event.graph_def for event in events if event.graph_def)
+    nodes = {node.name: node for node in GraphDef.FromString(drawn).node}
+    assert (nodes["input"].op, "output" in nodes) == ("Input", True)
+    assert all(source in nodes for node in nodes.values() for source in node.input)
+    tags = {value.tag: value for event in events for value in event.summary.value}
+    reached = finished[1]["metrics"]["average_precision"]
+    assert tags["test_average_precision"].simple_value == pytest.approx(reached)
+    assert b"hidden" in tags["_hparams_/session_start_info"].metadata.plugin_data.content
 
 
 def test_best_points_of_earlier_searches_are_found(project):
-    """A warm start takes the best trials that MLflow has, as far as they lie in the space."""
+    """A warm start takes the best trials that MLflow has, as far as they lie in the space.
+
+    Trainings tell nothing of campaigns: a search over simulations starts from none of them.
+    """
     from minga.training.search.runs import earlier_points
 
     task, trials = project.loaded_task, pipeline.finished_search(project).trials
     best = max(trials, key=lambda trial: trial.metrics["average_precision"])
-    points = earlier_points(project.tracker(), task, 2)
+    points = earlier_points(project.tracker(), task, 2, over="training")
+    assert earlier_points(project.tracker(), task, 2, over="simulation") == []
     assert len(points) == 2
     assert points[0] == {name: best.params[name] for name in task.search_space}
     narrow = type("Narrow", (type(task),), {"search_space": {"hidden": choice([3, 5])}})()
-    assert earlier_points(project.tracker(), narrow, 2) == []
+    assert earlier_points(project.tracker(), narrow, 2, over="training") == []
 
 
 def test_runs_name_their_data(finished, project):
@@ -336,6 +370,13 @@ async def test_project_with_a_flower_app(project, tmp_path):
         file.write_text(before)
     assert result.campaign.state == pb.CAMPAIGN_STATE_COMPLETED
     assert len(committed(result.campaign)[-1].survivors) == 3
+    client = project.tracker().client
+    run_id = result.registered.run_id
+    for name, values in (("devices", [3, 3]), ("devices_loss", None)):
+        history = client.get_metric_history(run_id, name)
+        curve = points_of(project.tensorboard_folder / f"federate-{run_id[:8]}", name)
+        assert {point.step: point.value for point in history} == pytest.approx(curve)
+        assert values is None or [point.value for point in history] == values
     champion, _ = champion_of(project)
     product = read_parameters(result.registered.bundle_path)
     moved = {name for name, value in product.items() if not np.array_equal(value, champion[name])}

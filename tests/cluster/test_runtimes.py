@@ -17,6 +17,18 @@ pytestmark = pytest.mark.slow
 TASKS = Path(__file__).parents[1] / "training" / "tasks"
 
 
+@pytest.fixture
+def stage(tmp_path):
+    """Puts a model where a runtime loads it from."""
+
+    def put(onnx):
+        file = tmp_path / "model.onnx"
+        file.write_bytes(onnx)
+        return file
+
+    return put
+
+
 @pytest.fixture(scope="module")
 def exported():
     """An ONNX model, inputs, and what it makes of them."""
@@ -33,22 +45,29 @@ def children():
     return [child for child in found if any(".trial" in word for word in child.cmdline())]
 
 
-def test_both_runtimes_answer(exported):
+def test_both_runtimes_answer(exported, stage):
     """A fresh server and a fresh device load the file, answer as the export does, and end."""
-    trials = runtimes.runtimes_for("blobs", timeout_s=120)(*exported)
+    trials = runtimes.runtimes_for("blobs", stage, timeout_s=120)(*exported)
     assert [trial.runtime for trial in trials] == ["serving", "device"]
     assert all(trial.error is not None and trial.error < 1e-6 for trial in trials), trials
     assert not children()
 
 
-def test_other_answers_and_broken_files_are_seen(exported):
-    """Answers that differ are measured; a file that does not load is refused in words."""
+def test_other_answers_and_broken_files_are_seen(exported, stage):
+    """Answers that differ are measured; a file that does not load is refused in words.
+
+    So is a store that gives other bytes back than it got.
+    """
     onnx, inputs, outputs = exported
-    try_out = runtimes.runtimes_for("blobs", timeout_s=120)
+    try_out = runtimes.runtimes_for("blobs", stage, timeout_s=120)
     assert [trial.error for trial in try_out(onnx, inputs, outputs + 1)] == pytest.approx([1, 1])
     for trial in try_out(onnx[:-50], inputs, outputs):
         assert trial.error is None
         assert "no ONNX model" in trial.detail
+    lossy = runtimes.runtimes_for("blobs", lambda model: stage(model + b"\0"), timeout_s=120)
+    for trial in lossy(onnx, inputs, outputs):
+        assert trial.error is None
+        assert "the file was altered" in trial.detail
 
 
 @pytest.mark.parametrize(
@@ -58,13 +77,14 @@ def test_other_answers_and_broken_files_are_seen(exported):
         ("import minga.missing", "it ended: Mod"),
     ],
 )
-def test_runtime_that_does_not_come_up_is_ended(exported, monkeypatch, tmp_path, code, complaint):
+def test_runtime_that_does_not_come_up_is_ended(exported, stage, monkeypatch, code, complaint):
     """A runtime that hangs or dies costs its time limit and no more; nothing stays behind."""
-    (tmp_path / "hanging_trial.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")
+    folder = stage(b"").parent
+    (folder / "hanging_trial.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{':'.join(sys.path)}")
     monkeypatch.setattr(runtimes, "RUNTIMES", {"device": "hanging_trial"})
     monkeypatch.setattr(runtimes, "END_TIMEOUT_S", 0.5)
-    (trial,) = runtimes.runtimes_for("blobs", timeout_s=2)(*exported)
+    (trial,) = runtimes.runtimes_for("blobs", stage, timeout_s=2)(*exported)
     assert trial.error is None
     assert complaint in trial.detail
     assert not [child for child in psutil.Process().children() if "hanging" in str(child.cmdline())]

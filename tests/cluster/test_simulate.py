@@ -15,6 +15,7 @@ from minga.cli.app import main
 from minga.cluster.learning import finished_search, search
 from minga.cluster.project import load
 from minga.training.simulation.simulate import Simulation, simulate
+from tests.events import points_of
 
 TASK = Path(__file__).parents[1] / "training" / "tasks" / "virtual.py"
 TABLES = """
@@ -103,10 +104,16 @@ def test_rounds_are_shown_and_kept_in_mlflow(plant):
     assert run.data.params["partition"] == "dirichlet"
     names = {file.path for file in client.list_artifacts(report["run_id"])}
     assert names == {"minga.json", "model.safetensors"}
+    for name in ("accuracy", "devices_accuracy"):
+        curve = points_of(project.tensorboard_folder / f"simulate-{report['run_id'][:8]}", name)
+        assert curve == pytest.approx({r["epoch"]: r[name] for r in report["rounds"] if name in r})
 
 
 def test_interrupted_simulation_goes_on(plant, monkeypatch):
-    """After Ctrl-C the same command goes on, to the same history; --fresh begins anew."""
+    """After Ctrl-C the same command goes on, to the same history; --fresh begins anew.
+
+    The run has each round once.
+    """
     whole = json.loads(minga("simulate", "--project", str(plant), "--json").out)["rounds"]
     from minga.cluster.simulate import _Log
 
@@ -125,7 +132,10 @@ def test_interrupted_simulation_goes_on(plant, monkeypatch):
         assert said.code == 130
         assert "2 rounds are kept; the same command goes on from there" in said.err
         said = minga("simulate", "--project", str(plant), "--json", *words)
-        assert json.loads(said.out)["rounds"] == whole
+        report = json.loads(said.out)
+        assert report["rounds"] == whole
+        history = load(plant).tracker().client.get_metric_history(report["run_id"], "accuracy")
+        assert [point.step for point in history] == [1, 2, 3, 4]
         lines = [line for line in said.err.splitlines() if line.startswith("simulate")]
         assert len([line for line in lines if "updates" in line]) == num_played
 

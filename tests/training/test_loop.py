@@ -78,6 +78,20 @@ def test_thread_count_is_left_as_it_was(blobs, splits):
     assert torch.get_num_threads() == before
 
 
+def test_gradients_are_clipped(blobs, splits):
+    """No step follows a gradient longer than `max_grad_norm`; shorter ones stay as they are."""
+    learner = learner_of(blobs, splits, max_grad_norm=0.2)
+    before, after = [], []
+
+    def length():
+        return float(torch.stack([p.grad.norm() for p in learner.network.parameters()]).norm())
+
+    learner.optimiser.register_step_pre_hook(lambda *_: after.append(length()))
+    fit(learner, splits.train, epochs=3, seed=7, on_gradient=lambda: before.append(length()))
+    assert min(before) < 0.2 < max(before)
+    assert after == pytest.approx([min(norm, 0.2) for norm in before], rel=1e-4)
+
+
 def test_divergence_is_explained(blobs, splits):
     """A loss that is no number ends training with the parameters and an advice."""
     with pytest.raises(DivergedError, match=r"epoch 1 .*'lr': 1e\+30.*smaller lr"):

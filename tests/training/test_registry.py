@@ -83,6 +83,21 @@ def test_versions_are_not_overwritten(registry, register, write_bundle):
     assert Digests.of(registry.fetch("blobs", version.version)) == version.digests
 
 
+def test_model_is_staged_where_its_version_will_be(registry, tracking_uri, tmp_path, bundle_folder):
+    """What is tried before there is a version is the file that the version has afterwards.
+
+    Nothing is staged in the place of a version.
+    """
+    run_id = Tracker.open(tracking_uri, str(tmp_path / "artifacts"), "blobs").start("train")
+    onnx = (bundle_folder / MODEL).read_bytes()
+    file = registry.stage(run_id, onnx)
+    version = registry.register("blobs", bundle_folder, run_id=run_id, blessed=True, tags={})
+    assert registry.fetch("blobs", version.version) / MODEL == file
+    with pytest.raises(RegistryError, match="has version 1 of blobs already"):
+        registry.stage(run_id, b"another")
+    assert file.read_bytes() == onnx
+
+
 def test_lost_files_are_noticed(registry, register):
     """A version whose file is gone is refused with the file's name."""
     version = register()

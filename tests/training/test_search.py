@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minga.training import TaskReference
+from minga.training import TaskReference, choice
 from minga.training.config import SearchConfig
 from minga.training.errors import TrainingError
 from minga.training.search.ledger import Ledger
@@ -24,10 +24,19 @@ def run_search(ray_cluster, tmp_path):
     from minga.training.search.tuning import search
 
     def run(
-        name="Blobs", *, folder="search", on_progress=lambda progress: None, points=(), **settings
+        name="Blobs",
+        *,
+        folder="search",
+        marker="",
+        on_progress=lambda progress: None,
+        points=(),
+        **settings,
     ):
         reference = TaskReference(root=TASKS, name=f"blobs.py:{name}")
         task = reference.load()
+        if marker:  # only what is searched reaches the trials' processes
+            task = task.with_defaults({"marker": marker})
+            vars(task)["search_space"] = {**task.search_space, "marker": choice([marker])}
         settings = {"num_trials": 4, "max_epochs": 4, "max_concurrent": 1} | settings
         return search(
             reference,
@@ -106,6 +115,16 @@ def test_search_goes_on_after_ctrl_c_and_a_killed_driver(run_search, tmp_path):
     whole = run_search(folder="whole", num_trials=6, max_concurrent=1)
     assert rest.trials == whole.trials
     assert rest.params == whole.params
+
+
+def test_no_more_trials_run_than_may(run_search, tmp_path):
+    """Of six trials on four processors two run at a time, and never three."""
+    marker = tmp_path / "seen"
+    settings = {"num_trials": 6, "max_epochs": 3, "max_concurrent": 2, "scheduler": "none"}
+    run_search("Crowd", marker=str(marker), **settings)
+    seen = [int(line) for line in marker.read_text().split()]
+    assert len(seen) == 18
+    assert max(seen) == 2
 
 
 def test_population_based_training(run_search):

@@ -142,6 +142,18 @@ def test_training_goes_on_from_given_weights(run_train, blobs, splits):
     assert to_bytes(trained.parameters) == to_bytes(before)
 
 
+def test_two_workers_train_piece_by_piece(run_train):
+    """With `accumulate` each of two workers takes its part in pieces; the step is that of one."""
+    params = {"accumulate": 2}
+    trained = run_train("Pieces", params=params, num_workers=2, epochs=1)
+    task = TaskReference(root=TASKS, name="blobs.py:Pieces").load()
+    splits, params = task.data("1"), {**task.defaults, "accumulate": 4}
+    network = build_network(task, params, splits.train, seed=7)
+    fit(Learner(task, network, params), splits.train, epochs=1, seed=7)
+    for name, value in parameters_of(network).items():
+        np.testing.assert_allclose(trained.parameters[name], value, atol=1e-5)
+
+
 def test_bug_in_the_task_is_one_line(run_train):
     """What fails in a worker comes back as one line with the cause.
 

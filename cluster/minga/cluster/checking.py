@@ -66,12 +66,15 @@ def require_valid_data(project: Project) -> DataReport:
 
 
 def data_tags(project: Project) -> dict[str, str]:
-    """Name the data for a run: the digest of its values, and what DVC calls the files."""
+    """Name the data for a run: the digest of its values, and what DVC calls the files.
+
+    A view of several files that DVC tracks names all of them, in its order: `MD5, MD5, ...`, and
+    the commits of their records likewise; `-` stands for a record that is not committed.
+    """
     tags = {"minga.data_sha256": digest_of(project.splits)}
-    for version in project.data_versions:
-        if version.dvc is not None:
-            tags |= {"minga.dvc_md5": version.dvc.md5, "minga.dvc_commit": version.dvc.commit}
-            break
+    if known := [version.dvc for version in project.data_versions if version.dvc is not None]:
+        tags["minga.dvc_md5"] = ", ".join(dvc.md5 for dvc in known)
+        tags["minga.dvc_commit"] = ", ".join(dvc.commit or "-" for dvc in known)
     return tags
 
 

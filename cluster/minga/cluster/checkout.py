@@ -1,7 +1,6 @@
 """The code of then: a project's folder as it was at a commit, beside the one of today."""
 
 import hashlib
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from minga.cluster.errors import ReproductionError
+from minga.training.git import GitError, git
 from minga.training.lineage import Code, code_of
 from minga.training.task import TaskReference
+
+CHECKOUT_TIMEOUT_S = 600.0
 
 Differs = tuple[str, str, str]
 """What is not as it was, how it was, and how it is."""
@@ -72,16 +74,10 @@ def _state(code: Code) -> str:
 
 
 def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(  # noqa: S603 - fixed words and a recorded commit, no shell
-        ("git", "-C", str(root), *words),  # noqa: S607 - whichever git the user has
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
+    try:
+        return git(root, *words, timeout_s=CHECKOUT_TIMEOUT_S)
+    except GitError as error:
         raise ReproductionError(
-            f"the code of then cannot be checked out: {lines[-1] if lines else 'git failed'}; "
+            f"the code of then cannot be checked out: {error}; "
             "fetch the commit, or run in the repository that has it"
-        )
-    return done.stdout.strip()
+        ) from error

@@ -18,7 +18,7 @@ class ProjectError(ValueError):
 
 
 class BusyError(Exception):
-    """Another process searches or trains in the project."""
+    """Another process searches, trains or simulates in the project."""
 
 
 class SubmissionError(Exception):

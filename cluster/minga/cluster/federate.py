@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minga.cluster import pipeline
+from minga.cluster.checking import require_valid_data
 from minga.cluster.fleet import OnCampaign, committed, follow_campaign
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project
+from minga.cluster.runs import campaign_run
 from minga.federation.errors import CampaignError
 from minga.federation.flower.arrays import FLOWER_ARRAYS, names_to_text
 from minga.federation.operator import Operator, connect
@@ -60,19 +62,32 @@ def federate(
         on_progress: told of the steps around it.
         campaign_id: follow this campaign, started earlier, instead of starting one.
 
+    Rounds are in MLflow and TensorBoard while it goes on, in the run that the version will have.
+
     Raises:
         RegistryError: there is no champion to start from.
         CampaignError: the campaign failed or was cancelled, or is of another model.
+        SchemaError: the project's own data, which judges the product, breaks its schema; the
+            campaign's model is kept by the coordinator.
     """
     registry = project.registry(on_progress)
 
-    async def rounds() -> tuple[pb.Campaign, Parameters]:
+    async def rounds() -> tuple[str, pb.Campaign, Parameters]:
         async with connect(state) as operator:
             followed = campaign_id or await start(operator, project, registry)
-            return await follow_campaign(operator, followed, on_campaign)
+            if campaign_id and pipeline.find_registered(project, campaign=campaign_id):
+                return "", *await follow_campaign(operator, campaign_id, on_campaign)
+            with campaign_run(project, followed, on_progress) as (run_id, note):
 
-    campaign, model = asyncio.run(rounds())
-    registered = take_in(project, campaign, model, on_progress)
+                def told(campaign: pb.Campaign) -> None:
+                    _require_own(project, campaign)
+                    on_campaign(campaign)
+                    note(campaign)
+
+                return run_id, *await follow_campaign(operator, followed, told)
+
+    run_id, campaign, model = asyncio.run(rounds())
+    registered = take_in(project, campaign, model, on_progress, run_id=run_id)
     if not pipeline.promote_if_allowed(project, registered):
         return Federated(
             campaign=campaign, registered=registered, promoted=False, num_devices_told=0
@@ -88,33 +103,60 @@ def take_in(
     campaign: pb.Campaign,
     model: Parameters,
     on_progress: OnProgress = silent,
+    *,
+    run_id: str = "",
 ) -> Registered:
     """Judge and register what a campaign came to, unless that was done already.
 
+    Args:
+        project: whose campaign it was.
+        campaign: as it ended.
+        model: its last global model.
+        on_progress: told of the steps.
+        run_id: of the run that recorded it; without one a run is made.
+
     Raises:
         CampaignError: it is of another model than the project's.
+        SchemaError: the project's data breaks its schema.
     """
+    _require_own(project, campaign)
     name, registry = project.loaded_task.name, project.registry(on_progress)
-    if campaign.plan.model_name != name:
-        raise CampaignError(
-            f"campaign {campaign.campaign_id} trained {campaign.plan.model_name!r}, this project's "
-            f"model is {name!r}; go to the project that started it"
-        )
     found = pipeline.find_registered(project, campaign=campaign.campaign_id)
     if found is not None:
         return found
+    require_valid_data(project)
+    run_id = run_id or _recorded(project, campaign, on_progress)
     parent = registry.get(name, campaign.plan.parent_version)
     params = params_of(registry, parent)
+    project.tracker().log(run_id, params=params)
     return pipeline.register_candidate(
         project,
         parameters=pipeline.finish(
             project, {**personal_of(registry, parent, campaign), **model}, params
         ),
         params=params,
+        run_id=run_id,
         parent_version=parent.version,
         campaign=_campaign(campaign),
         on_progress=on_progress,
     )
+
+
+def _recorded(project: Project, campaign: pb.Campaign, on_progress: OnProgress) -> str:
+    """Make the run of a campaign that has ended, and give its id."""
+    with campaign_run(project, campaign.campaign_id, on_progress) as (run_id, note):
+        note(campaign)
+    return run_id
+
+
+def _require_own(project: Project, campaign: pb.Campaign) -> None:
+    """Refuse a campaign of another model than the project's."""
+    name = project.loaded_task.name
+    if campaign.plan.model_name != name:
+        raise CampaignError(
+            f"campaign {campaign.campaign_id} trained {campaign.plan.model_name!r}, this project's "
+            f"model is {name!r}; go to the project that started it"
+        )
 
 
 def publish(project: Project, state: Path, which: int | str = CHAMPION) -> int:

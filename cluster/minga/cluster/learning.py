@@ -158,9 +158,13 @@ def _search(
 
     task, config = project.loaded_task, project.search
     tracker.log_settings(run_id, project.model_dump(mode="json"))
-    points = earlier_points(tracker, task, config.warm_start) if config.warm_start else ()
+    points = (
+        earlier_points(tracker, task, config.warm_start, over=config.over)
+        if config.warm_start
+        else ()
+    )
     with recording(tracker, project.tensorboard_folder / f"search-{run_id[:8]}") as recorder:
-        runs = TrialRuns(tracker, recorder, run_id, task.objective)
+        runs = TrialRuns(tracker, recorder, run_id, task.objective, config.over)
         found = run_search(
             project.reference,
             task,

@@ -34,7 +34,7 @@ def occupied(project: Project) -> Iterator[None]:
 
     def problem(holder: str) -> str:
         where = project.directory
-        return f"process {holder} searches or trains in {where}; wait for it, or end it"
+        return f"process {holder} searches, trains or simulates in {where}; wait for it, or end it"
 
     with held(path, problem):
         _held.add(path)

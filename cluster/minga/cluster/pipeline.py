@@ -32,11 +32,13 @@ from minga.cluster.learning import (
 )
 from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
+from minga.cluster.runs import open_run, settings_of
 from minga.cluster.runtimes import runtimes_for
 from minga.cluster.selecting import select_model
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
 from minga.training import data
+from minga.training.boards import draw_version
 from minga.training.bundle import (
     GATES,
     LINEAGE,
@@ -53,8 +55,7 @@ from minga.training.data import DataReport, digest_of
 from minga.training.errors import ApprovalError
 from minga.training.evaluate import evaluate as evaluate_network
 from minga.training.gates import GateReport
-from minga.training.history import Record
-from minga.training.lineage import Campaign, Lineage, digest_of_settings, trace
+from minga.training.lineage import Campaign, Lineage, trace
 from minga.training.models import ExportedModel, Model
 from minga.training.network import build_network, load_parameters, parameters_of
 from minga.training.probe import probe
@@ -258,14 +259,14 @@ def register_candidate(
         on_progress: hears of each part.
 
     Raises:
+        SchemaError: the data breaks its schema; nothing was registered.
         ShapeError: the parameters are not of the network that `params` describe.
         TaskError: the network does not export to ONNX.
     """
+    require_valid_data(project)
     on_progress(Progress(step="gate", done=0, total=1, note="export, compare, measure"))
     splits = project.splits
-    candidate, schema = _assess(
-        project, _network(project, parameters, params) if parameters is not None else model
-    )
+    trained = _network(project, parameters, params) if parameters is not None else model
     lineage = trace(
         project.loaded_task,
         project.reference,
@@ -275,10 +276,12 @@ def register_candidate(
         data_digest=digest_of(splits),
         data_versions=project.data_versions,
         num_examples=campaign.num_examples if campaign else len(splits.train),
-        settings_sha256=_settings_of(project, run_id),
+        settings_sha256=settings_of(project, run_id),
         parent_version=parent_version,
         campaign=campaign,
     )
+    run_id = run_id or open_run(project, lineage, on_progress)
+    candidate, schema = _assess(project, trained, run_id)
     bundle = Bundle(
         onnx=candidate.onnx,
         parameters=parameters,
@@ -289,15 +292,10 @@ def register_candidate(
         description=inspect.getdoc(project.loaded_task) or "",
         authors=authors,
     )
-    registered = _store(project, bundle, run_id or _open_run(project, lineage, on_progress))
+    registered = _store(project, bundle, run_id)
     verdict = "all gates passed" if registered.report.blessed else "refused"
     on_progress(Progress(step="gate", done=1, total=1, note=verdict))
     return registered
-
-
-def _settings_of(project: Project, run_id: str) -> str:
-    """Name the settings that a run keeps, so that the verdict vouches for them too."""
-    return digest_of_settings(project.tracker().read_settings(run_id)) if run_id else ""
 
 
 def finish(project: Project, parameters: Parameters, params: Params) -> Parameters:
@@ -337,10 +335,12 @@ def judge_anew(project: Project, which: int | str, on_progress: OnProgress = sil
     Versions do not change, so the verdict is on a new one with the same weights.
 
     Raises:
+        SchemaError: the data breaks its schema.
         RegistryError: there is no such version, or its files are not what was registered.
         VerdictError: its verdict is altered or not by a trusted key.
         ShapeError: the Task's network is another one now.
     """
+    require_valid_data(project)
     registry = project.registry()
     version = registry.get(project.loaded_task.name, which)
     folder = registry.fetch(version.name, version.version)
@@ -407,8 +407,10 @@ def _network(project: Project, parameters: Parameters, params: Params) -> nn.Mod
     return network
 
 
-def _assess(project: Project, trained: nn.Module | Model | None) -> tuple[Candidate, Schema]:
-    """Export a model, and judge it against the champion."""
+def _assess(
+    project: Project, trained: nn.Module | Model | None, run_id: str
+) -> tuple[Candidate, Schema]:
+    """Export a model, and judge it against the champion, and in the runtimes that will load it."""
     assert trained is not None, "there are parameters of a network, or another model"
     task, splits = project.loaded_task, project.splits
     schema = task.schema(splits.train)
@@ -422,27 +424,13 @@ def _assess(project: Project, trained: nn.Module | Model | None) -> tuple[Candid
         champion=_read_champion(project, champion) if champion else None,
         config=project.gates,
         seed=project.seed,
-        try_out=runtimes_for(task.name, timeout_s=project.gates.trial_timeout_s),
+        try_out=runtimes_for(
+            task.name,
+            partial(project.registry().stage, run_id),
+            timeout_s=project.gates.trial_timeout_s,
+        ),
     )
     return candidate, schema
-
-
-def _open_run(project: Project, lineage: Lineage, on_progress: OnProgress) -> str:
-    """Make the run of parameters that came from elsewhere."""
-    tracker = project.tracker(on_progress)
-    with tracker.run(lineage.origin, tags={"minga.step": "register"}) as run_id:
-        tracker.log(run_id, params=lineage.params, history=_history(lineage.campaign))
-        tracker.log_settings(run_id, project.model_dump(mode="json"))
-    return run_id
-
-
-def _history(campaign: Campaign | None) -> list[Record]:
-    """Give what devices measured, with the round as the step."""
-    evaluations = campaign.evaluations if campaign else {}
-    return [
-        {"epoch": number, **{f"devices_{name}": value for name, value in metrics.items()}}
-        for number, metrics in sorted(evaluations.items())
-    ]
 
 
 def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
@@ -467,6 +455,13 @@ def _store(project: Project, bundle: Bundle, run_id: str) -> Registered:
     project.tracker().log(run_id, metrics=test_metrics, tags=tags)
     if report.blessed:
         registry.set_alias(version.name, CHALLENGER, version.version)
+    draw_version(
+        project.tensorboard_folder,
+        version.version,
+        bundle.onnx,
+        params=lineage.params,
+        metrics=report.metrics,
+    )
     return Registered(
         name=version.name,
         version=version.version,

@@ -27,6 +27,7 @@ from minga.training.config import (
 )
 from minga.training.data import read_splits
 from minga.training.data.versions import DataVersion, require_version, versions_of
+from minga.training.lineage import Code, code_of, code_tags
 from minga.training.progress import OnProgress, silent
 from minga.training.signing import Keyring
 from minga.training.simulation.config import SimulationConfig
@@ -181,8 +182,17 @@ class Project(BaseModel):
         from minga.training.tracking import Tracker  # noqa: PLC0415 - loads MLflow
 
         return Tracker.open(
-            self.tracking_uri, self.artifact_root, self.loaded_task.name, on_progress
+            self.tracking_uri,
+            self.artifact_root,
+            self.loaded_task.name,
+            on_progress,
+            tags=code_tags(self.code),
         )
+
+    @cached_property
+    def code(self) -> Code:
+        """The project's state in Git, when it was first asked for."""
+        return code_of(self.reference)
 
     @property
     def tensorboard_folder(self) -> Path:

@@ -1,8 +1,9 @@
 """Infra validation: the runtimes that are to load a model do so before it may be promoted.
 
-The exact file is given to a fresh process of each runtime, and questions are asked over HTTP as
-clients will ask them. What a registry, an exporter or another package's version has broken shows
-here and not in production (TFX calls this an InfraValidator: Baylor et al., KDD 2017).
+The exact file, as it is read from where the version's files lie and held against the digest that
+the version will have, is given to a fresh process of each runtime, and questions are asked over
+HTTP as clients will ask them. What a registry, an exporter or another package's version has broken
+shows here and not in production (TFX calls this an InfraValidator: Baylor et al., KDD 2017).
 """
 
 import hashlib
@@ -13,8 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,25 +36,28 @@ RUNTIMES = {"serving": "minga.serving.trial", "device": "minga.federation.device
 END_TIMEOUT_S = 10.0
 
 
-def runtimes_for(name: str, *, timeout_s: float) -> TryOut:
+def runtimes_for(name: str, stage: Callable[[bytes], Path], *, timeout_s: float) -> TryOut:
     """Give what tries a model out in every runtime.
 
     Args:
         name: of the registered model.
+        stage: puts the model where it will be loaded from, and gives that file.
         timeout_s: how long each may take to load the model and to answer.
     """
 
     def try_out(onnx: bytes, inputs: NDArray[Any], outputs: NDArray[Any]) -> tuple[Trial, ...]:
+        digest = hashlib.sha256(onnx).hexdigest()
+        words = (str(stage(onnx)), name, digest)
         with tempfile.TemporaryDirectory(prefix="minga-trial-") as folder, ExitStack() as stack:
-            file = Path(folder) / "model.onnx"
-            file.write_bytes(onnx)
-            words = (str(file), name, hashlib.sha256(onnx).hexdigest())
             children = [
                 stack.enter_context(_Child(runtime, module, words, Path(folder)))
                 for runtime, module in RUNTIMES.items()
             ]
             deadline = time.monotonic() + timeout_s
-            return tuple(child.ask(name, inputs, outputs, deadline) for child in children)
+            trials = [child.ask(name, inputs, outputs, deadline) for child in children]
+        return tuple(
+            replace(trial, detail=f"{trial.detail}; sha256 {digest[:12]}") for trial in trials
+        )
 
     return try_out
 

@@ -4,27 +4,24 @@ What is simulated is what `minga federate` would run: the same `[federation]` ta
 hyper-parameters. Only the `[simulation]` table, which says what the devices are like, is its own.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minga.cluster import pipeline
+from minga.cluster.checking import data_tags, require_valid_data
+from minga.cluster.occupation import occupied
 from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters, to_bytes
 from minga.training.bundle import LINEAGE, read_parameters
-from minga.training.data import digest_of
 from minga.training.history import Record
 from minga.training.lineage import Lineage
 from minga.training.probe import probe
 from minga.training.progress import OnProgress, Progress, silent
+from minga.training.recording import Recorder, recording
 from minga.training.simulation.simulate import Simulated, Simulation
 from minga.training.simulation.simulate import simulate as play
 from minga.training.space import Params
-from minga.training.tracking import Tracker
-
-LOGGED_EVERY_S = 2.0
-"""Rounds go to MLflow in batches: one transaction takes longer than a round of small models."""
 
 WEIGHTS = "model.safetensors"
 """The last global model among a run's files."""
@@ -51,6 +48,9 @@ def simulate(
 ) -> Report:
     """Play a project's campaign on virtual devices.
 
+    Rounds are in MLflow and TensorBoard while it goes on; what was interrupted goes on in the same
+    run.
+
     Args:
         project: the project.
         params: complete hyper-parameters; those of `start` take their place.
@@ -60,10 +60,13 @@ def simulate(
         fresh: start anew, even if an interrupted simulation is kept.
 
     Raises:
+        SchemaError: the data breaks its schema; nothing was started.
+        BusyError: another process works in the project.
         DataError, TaskError, CampaignError, PrivacyError: see `minga.training.simulation`.
         RegistryError: there is no version `start`.
         KeyboardInterrupt: the user stopped it; the same call goes on.
     """
+    require_valid_data(project)
     first: Parameters | None = None
     if start:
         registry = project.registry(on_progress)
@@ -84,21 +87,30 @@ def simulate(
     )
     settings = (project.federation, project.simulation, dict(params), start)
     state = project.ray_storage / f"simulate-{pipeline.fingerprint(project, settings)}.safetensors"
-    if fresh:
-        state.unlink(missing_ok=True)
+    kept = state.with_suffix(".run")
     tracker = project.tracker(on_progress)
-    tags = {"minga.step": "simulate", "minga.data_sha256": digest_of(project.splits)}
-    with tracker.run("simulate", tags=tags) as run_id:
-        tracker.log(run_id, params={**params, **_summary(project)})
-        tracker.log_settings(run_id, project.model_dump(mode="json"))
-        log = _Log(tracker, run_id, project, on_progress)
-        simulated = play(
-            simulation, reference=project.reference, ray=local_ray, on_round=log.note, state=state
-        )
-        log.finish(simulated.history)
-        metrics = pipeline.evaluate(project, simulated.parameters, params)
-        tracker.log(run_id, metrics={f"test_{name}": value for name, value in metrics.items()})
-        tracker.log_file(run_id, WEIGHTS, to_bytes(simulated.parameters))
+    tags = {"minga.step": "simulate", **data_tags(project)}
+    with occupied(project):
+        if fresh:
+            state.unlink(missing_ok=True)
+            kept.unlink(missing_ok=True)
+        with tracker.run("simulate", tags=tags, kept=kept) as run_id:
+            tracker.log(run_id, params={**params, **_summary(project)})
+            tracker.log_settings(run_id, project.model_dump(mode="json"))
+            with recording(tracker, project.tensorboard_folder) as recorder:
+                recorder.open(run_id, f"simulate-{run_id[:8]}")
+                log = _Log(recorder, run_id, project, on_progress)
+                simulated = play(
+                    simulation,
+                    reference=project.reference,
+                    ray=local_ray,
+                    on_round=log.note,
+                    state=state,
+                )
+                log.finish(simulated.history)
+            metrics = pipeline.evaluate(project, simulated.parameters, params)
+            tracker.log(run_id, metrics={f"test_{name}": value for name, value in metrics.items()})
+            tracker.log_file(run_id, WEIGHTS, to_bytes(simulated.parameters))
     return Report(simulated=simulated, run_id=run_id, params=params, metrics=metrics)
 
 
@@ -120,19 +132,16 @@ def _summary(project: Project) -> dict[str, str | int | float | bool]:
 
 
 class _Log:
-    """Tells of rounds: the terminal of each, MLflow of several at once."""
+    """Tells of rounds: the terminal, and the run's record."""
 
     def __init__(
-        self, tracker: Tracker, run_id: str, project: Project, on_progress: OnProgress
+        self, recorder: Recorder, run_id: str, project: Project, on_progress: OnProgress
     ) -> None:
-        self._tracker = tracker
+        self._recorder = recorder
         self._run_id = run_id
         self._metric = project.loaded_task.objective.metric
         self._num_rounds = project.federation.num_rounds
         self._on_progress = on_progress
-        self._waiting: list[Record] = []
-        self._logged: set[float] = set()
-        self._logged_at = time.monotonic()
         on_progress(Progress(step="simulate", done=0, total=self._num_rounds))
 
     def note(self, record: Record) -> bool:
@@ -142,18 +151,10 @@ class _Log:
         for name in (self._metric, f"devices_{self._metric}"):
             note += f", {name} {record[name]:.4f}" if name in record else ""
         self._on_progress(Progress(step="simulate", done=number, total=self._num_rounds, note=note))
-        self._waiting.append(record)
-        self._logged.add(record["epoch"])
-        if time.monotonic() - self._logged_at > LOGGED_EVERY_S:
-            self._flush()
+        self._recorder.note(self._run_id, record)
         return False
 
     def finish(self, history: tuple[Record, ...]) -> None:
-        """Log what is left, and what an earlier call played before it was interrupted."""
-        self._waiting += [record for record in history if record["epoch"] not in self._logged]
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._tracker.log(self._run_id, history=self._waiting)
-        self._waiting, self._logged_at = [], time.monotonic()
+        """Record what an earlier call played and was killed before it recorded it."""
+        for record in history:
+            self._recorder.note(self._run_id, record)

@@ -87,6 +87,40 @@ class Notes(Blobs):
         return super().metrics(outputs, targets)
 
 
+class Saves(Notes):
+    """Leaves a checkpoint after each epoch, whatever that takes of the time."""
+
+    def model(self, params):
+        from minga.training import train
+
+        train.CHECKPOINT_SHARE = float("inf")
+        return super().model(params)
+
+
+class Crowd(Notes):
+    """Writes down how many processes are measuring at the moment, itself among them."""
+
+    def metrics(self, outputs, targets):
+        mine = self.marker.with_name(f"present-{os.getpid()}")
+        mine.touch()
+        time.sleep(0.1)
+        with self.marker.open("a") as file:
+            file.write(f"{len(list(mine.parent.glob('present-*')))}\n")
+        mine.unlink()
+        return Blobs.metrics(self, outputs, targets)
+
+
+class Pieces(Blobs):
+    """Draws nothing while it trains, and takes no more than eight examples at a time."""
+
+    def model(self, params):
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+
+    def step(self, model, batch):
+        assert not torch.is_grad_enabled() or len(batch.inputs) <= 8
+        return super().step(model, batch)
+
+
 class BreaksInStep(Blobs):
     """Has a bug that shows after some steps."""
 

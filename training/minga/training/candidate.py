@@ -73,7 +73,7 @@ def assess(
         champion: what it must not be worse than, if there is one.
         config: the gates' limits.
         seed: of the bootstrap and of the disturbances.
-        try_out: starts the runtimes that are to load the model; see `minga.cluster.trials`.
+        try_out: starts the runtimes that are to load the model; see `minga.cluster.runtimes`.
     """
     model = NetworkModel(trained, test.inputs) if isinstance(trained, nn.Module) else trained
     bare = exported(task, model)

@@ -50,10 +50,13 @@ class DataConfig(Table):
         return redacted(source)
 
 
+Over = Literal["training", "simulation"]
+
+
 class SearchConfig(Table):
     """How hyper-parameters are searched."""
 
-    over: Literal["training", "simulation"] = "training"
+    over: Over = "training"
     """What a trial is. training: the Task is trained on the training split. simulation: the
     campaign of `[federation]` is played on the virtual devices of `[simulation]`; what is said of
     epochs here then holds for its rounds."""
@@ -105,8 +108,8 @@ class TrainConfig(Table):
     num_workers: Count = 2
     """Processes that share each batch; each takes one CPU, or one GPU."""
     min_workers: Annotated[int, Field(ge=0)] = 0
-    """Training goes on with so few workers when machines are lost, and grows again when they come
-    back; 0: it waits for num_workers."""
+    """Training goes on with so few workers when machines are lost; when some come back Ray may
+    make the workers more again. 0: it waits for num_workers."""
     epochs: Count = 10
     """Passes over the training split; the best one on the validation split is kept."""
     patience: Annotated[int, Field(ge=0)] = 0

@@ -63,3 +63,9 @@ class ConflictError(TrainingError):
 
 class VerdictError(RegistryError):
     """Nobody who is trusted vouches for a version as it is."""
+
+
+def last_line(error: Exception) -> str:
+    """Give the last line of an error that came from another process: what its traceback ends in."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import platform
-import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from minga.training.data.versions import DataVersion
 from minga.training.document import Document
+from minga.training.git import GitError, git
 from minga.training.space import Param, Params
 from minga.training.task import Task, TaskReference
 from minga.training.uris import PublicUri
@@ -126,29 +126,26 @@ def digest_of_settings(settings: dict[str, Any]) -> str:
 def code_of(reference: TaskReference) -> Code:
     """Describe the project's state in Git, as of now."""
     task_sha256 = _sha256(reference.file)
-    commit = _git(reference.root, "rev-parse", "HEAD")
-    if commit is None:
-        return Code(task_sha256=task_sha256)
-    return Code(
-        commit=commit,
-        dirty=bool(_git(reference.root, "status", "--porcelain", "--", ".")),
-        task_sha256=task_sha256,
-    )
-
-
-def _git(root: Path, *words: str) -> str | None:
-    """Ask Git about the project; None without Git or outside of a repository."""
     try:
-        answer = subprocess.run(  # noqa: S603 - fixed words, no shell
-            ("git", "-C", str(root), *words),  # noqa: S607 - whichever git the user has
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
+        commit = git(reference.root, "rev-parse", "HEAD")
+        dirty = bool(git(reference.root, "status", "--porcelain", "--", "."))
+    except GitError:
+        return Code(task_sha256=task_sha256)
+    return Code(commit=commit, dirty=dirty, task_sha256=task_sha256)
+
+
+def code_tags(code: Code) -> dict[str, str]:
+    """Say to a run of MLflow what code it is of, under MLflow's own names too."""
+    if not code.commit:
+        return {"minga.task_sha256": code.task_sha256}
+    dirty = str(code.dirty).lower()
+    return {
+        "minga.task_sha256": code.task_sha256,
+        "minga.git_commit": code.commit,
+        "minga.git_dirty": dirty,
+        "mlflow.source.git.commit": code.commit,
+        "mlflow.source.git.dirty": dirty,
+    }
 
 
 def installed_packages() -> str:

@@ -21,14 +21,14 @@ WRITE_S = 1.0
 class Recorder:
     """Writes epochs of any number of runs; use it through `recording`.
 
-    An epoch that a run has already, from before an interruption, is not written again.
+    What a run has already of an epoch, from before an interruption, is not written again.
     """
 
     def __init__(self, tracker: Tracker, folder: Path) -> None:
         self._tracker = tracker
         self._folder = folder
         self._waiting: dict[str, list[Record]] = defaultdict(list)
-        self._last: dict[str, float] = {}
+        self._known: dict[str, set[tuple[int, str]]] = {}
         self._boards: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -37,17 +37,20 @@ class Recorder:
         # Takes half a second to import, and only those who train need it.
         from tensorboardX import SummaryWriter
 
-        last = self._tracker.last_epoch(run_id)
+        known = self._tracker.points(run_id)
         with self._lock:
-            self._last[run_id] = last
-            self._boards[run_id] = SummaryWriter(str(self._folder / name), flush_secs=2)
+            self._known[run_id] = known
+            self._boards[run_id] = SummaryWriter(str(self._folder / name), flush_secs=1)
 
     def note(self, run_id: str, record: Record) -> None:
-        """Take an epoch of a run that was opened."""
+        """Take an epoch of a run that was opened, or what was measured of it later."""
+        epoch = int(record["epoch"])
         with self._lock:
-            if record["epoch"] > self._last[run_id]:
-                self._last[run_id] = record["epoch"]
-                self._waiting[run_id].append(record)
+            known = self._known[run_id]
+            new = {k: v for k, v in record.items() if k != "epoch" and (epoch, k) not in known}
+            known.update((epoch, name) for name in new)
+            if new:
+                self._waiting[run_id].append({"epoch": epoch, **new})
 
     def write(self) -> None:
         """Write what waits; what cannot be written goes on waiting."""
@@ -76,11 +79,16 @@ class Recorder:
                 board.close()
 
     def _draw(self, run_id: str, records: list[Record]) -> None:
-        board = self._boards[run_id]
-        for record in records:
-            for name, value in record.items():
-                if name != "epoch":
-                    board.add_scalar(name, value, int(record["epoch"]))
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        writer = self._boards[run_id].file_writer
+        for record in records:  # one event each: rounds of small models come by the hundred
+            values = [
+                Summary.Value(tag=name, simple_value=value)
+                for name, value in record.items()
+                if name != "epoch"
+            ]
+            writer.add_summary(Summary(value=values), int(record["epoch"]))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ The aliases `champion` and `challenger` say which is used; how the first moves i
 `minga.training.promotions`, and who may follow whom in `minga.training.succession`.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from minga.training.approvals import (
     require_approvals,
     sign_approval,
 )
-from minga.training.bundle import Digests, read_authors, read_verdict
+from minga.training.bundle import MODEL, Digests, read_authors, read_verdict
 from minga.training.errors import GateError, RegistryError
 from minga.training.progress import OnProgress, silent
 from minga.training.promotions import SUFFIX, Decision, Kind, Ledger, who_and_when
@@ -123,15 +124,11 @@ class Registry:
             RegistryError: the run has a version already, whose files this one's would overwrite.
         """
         digests = Digests.of(bundle)
-        if taken := self._client.search_model_versions(f"run_id='{run_id}'"):
-            raise RegistryError(
-                f"run {run_id} has version {taken[0].version} of {taken[0].name} already, and "
-                "versions never change; open another run"
-            )
+        self._require_free(run_id)
         self._client.log_artifacts(run_id, str(bundle), ARTIFACT_PATH)
         if name not in self.names():
             self._client.create_registered_model(name)
-        source = self._client.get_run(run_id).info.artifact_uri + f"/{ARTIFACT_PATH}"
+        source = self._place(run_id)
         made = self._client.create_model_version(
             name,
             source,
@@ -145,6 +142,26 @@ class Registry:
             },
         )
         return self.get(name, int(made.version))
+
+    def stage(self, run_id: str, onnx: bytes) -> Path:
+        """Store a model where its version's files will lie, before there is the version.
+
+        Args:
+            run_id: the run that the version will belong to.
+            onnx: the model.
+
+        Returns:
+            the file as the store gives it to whoever loads the version; only read it.
+
+        Raises:
+            RegistryError: the run has a version already, whose files this one's would overwrite.
+        """
+        self._require_free(run_id)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / MODEL
+            file.write_bytes(onnx)
+            self._client.log_artifact(run_id, str(file), ARTIFACT_PATH)
+        return self._fetched(self._place(run_id), run_id) / MODEL
 
     def list_versions(self, name: str) -> tuple[Version, ...]:
         """Give all versions of a model, the newest first."""
@@ -421,8 +438,22 @@ class Registry:
 
     def _folder(self, version: Version) -> Path:
         """Give where a version's files are on this machine, unchecked."""
-        folder = local_path(self._source(version))
-        return folder or Path(self._client.download_artifacts(version.run_id, ARTIFACT_PATH))
+        return self._fetched(self._source(version), version.run_id)
+
+    def _fetched(self, source: str, run_id: str) -> Path:
+        folder = local_path(source)
+        return folder or Path(self._client.download_artifacts(run_id, ARTIFACT_PATH))
+
+    def _place(self, run_id: str) -> str:
+        """Give the URI of the folder that the files of a run's version are in."""
+        return f"{self._client.get_run(run_id).info.artifact_uri}/{ARTIFACT_PATH}"
+
+    def _require_free(self, run_id: str) -> None:
+        if taken := self._client.search_model_versions(f"run_id='{run_id}'"):
+            raise RegistryError(
+                f"run {run_id} has version {taken[0].version} of {taken[0].name} already, and "
+                "versions never change; open another run"
+            )
 
     def _tag(self, version: Version, key: str, value: str) -> None:
         self._client.set_model_version_tag(version.name, str(version.version), key, value)

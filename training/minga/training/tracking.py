@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -86,6 +86,8 @@ class Tracker:
 
     client: Any
     experiment_id: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """On every run, nested ones too."""
 
     @classmethod
     def open(
@@ -94,6 +96,8 @@ class Tracker:
         artifact_root: str,
         experiment: str,
         on_progress: OnProgress = silent,
+        *,
+        tags: Mapping[str, str] | None = None,
     ) -> Self:
         """Open the database and the experiment; both are made the first time.
 
@@ -102,15 +106,17 @@ class Tracker:
             artifact_root: folder or URI of new experiments' artifacts.
             experiment: its name.
             on_progress: hears of the seconds that making a database takes.
+            tags: on every run that is started, such as `code_tags`.
         """
         client = connect(tracking_uri, on_progress)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
-            return cls(client, found.experiment_id)
+            return cls(client, found.experiment_id, tags or {})
         location = artifact_root
         if not urlsplit(location).scheme:
             location = (Path(location).absolute() / experiment).as_uri()
-        return cls(client, client.create_experiment(experiment, artifact_location=location))
+        made = client.create_experiment(experiment, artifact_location=location)
+        return cls(client, made, tags or {})
 
     @contextmanager
     def run(
@@ -130,7 +136,11 @@ class Tracker:
             kept: a file that names the run until it is finished: after an interruption, a kill or
                 a failure the same call goes on with the run that the file names.
         """
-        run_id = self._unfinished(kept) or self.start(name, tags=tags, parent=parent)
+        run_id = self._unfinished(kept)
+        if run_id is None:
+            run_id = self.start(name, tags=tags, parent=parent)
+        else:
+            self.log(run_id, tags={**self.tags, **(tags or {})})
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(run_id, encoding="utf-8")
@@ -164,7 +174,7 @@ class Tracker:
         self, name: str, *, tags: Mapping[str, str] | None = None, parent: str | None = None
     ) -> str:
         """Start a run, nested under `parent` if given, and give its id."""
-        all_tags = dict(tags or {}) | ({PARENT_TAG: parent} if parent else {})
+        all_tags = {**self.tags, **(tags or {})} | ({PARENT_TAG: parent} if parent else {})
         run = self.client.create_run(self.experiment_id, run_name=name, tags=all_tags)
         return str(run.info.run_id)
 
@@ -207,10 +217,14 @@ class Tracker:
         for start in range(BATCH_METRICS, len(values), BATCH_METRICS):
             self.client.log_batch(run_id, metrics=values[start : start + BATCH_METRICS])
 
-    def last_epoch(self, run_id: str) -> int:
-        """Give the last epoch whose loss a run has; 0 if it has none."""
-        losses = self.client.get_metric_history(run_id, "train_loss")
-        return max((loss.step for loss in losses), default=0)
+    def points(self, run_id: str) -> set[tuple[int, str]]:
+        """Give the epochs that a run has a value of, with the value's name."""
+        names = self.client.get_run(run_id).data.metrics
+        return {
+            (metric.step, name)
+            for name in names
+            for metric in self.client.get_metric_history(run_id, name)
+        }
 
     def children(self, run_id: str) -> dict[str, str]:
         """Give the runs nested under one: name -> id."""

@@ -35,9 +35,10 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig
 
+from minga.federation.durable import replacing
 from minga.federation.parameters import Parameters
 from minga.training.config import TrainConfig
-from minga.training.errors import TrainingError
+from minga.training.errors import TrainingError, last_line
 from minga.training.history import OnEpoch, Record, is_stalled, unheard
 from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, Shard, fit
@@ -144,7 +145,7 @@ def train(
             result = trainer.fit()
         trained = _read_best(result, task, splits, params, seed)
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(_reason(error)) from error
+        raise TrainingError(f"training failed: {last_line(error)}") from error
     except (SystemExit, KeyboardInterrupt):
         # Ray makes a SystemExit of Ctrl-C, once it has stopped the workers; before it listens and
         # after it is done Ctrl-C is what it always is.
@@ -297,9 +298,8 @@ def _agree(over: bool, due: bool, shard: Shard) -> tuple[bool, bool]:
 
 def _write_history(history: Sequence[Record], file: Path) -> None:
     """Put the history where the driver looks, whole or not at all."""
-    unfinished = file.with_suffix(".new")
-    unfinished.write_text(json.dumps(history), encoding="utf-8")
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(history), encoding="utf-8")
 
 
 def _read_best(result: Any, task: Task, splits: Splits, params: Params, seed: int) -> Trained:
@@ -346,12 +346,6 @@ def _use_gpu(config: TrainConfig) -> bool:
             f"training.{name} = {fewest} but Ray has {num_cpus} CPUs; ask for fewer workers"
         )
     return use_gpu
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line what made training fail: the last one of the first worker's traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"training failed: {lines[-1] if lines else type(error).__name__}"
 
 
 @contextlib.contextmanager

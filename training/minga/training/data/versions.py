@@ -9,7 +9,6 @@ needed.
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from minga.inference.uris import redacted
 from minga.training.document import Document
 from minga.training.errors import DataError, TamperedError
+from minga.training.git import GitError, git
 from minga.training.uris import Kind, PublicUri, kind_of
 
 CHUNK_BYTES = 1 << 20
@@ -186,17 +186,9 @@ def _digest(file: Path, algorithm: str) -> str:
 
 def _commit_of(record: Path) -> str:
     """Give the last commit that changed the record; empty if it is not committed as it stands."""
-    words = ("git", "-C", str(record.parent))
     try:
-        if _git(*words, "status", "--porcelain", "--", record.name):
+        if git(record.parent, "status", "--porcelain", "--", record.name):
             return ""
-        return _git(*words, "log", "-1", "--format=%H", "--", record.name)
-    except (OSError, subprocess.SubprocessError):
+        return git(record.parent, "log", "-1", "--format=%H", "--", record.name)
+    except GitError:
         return ""
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(  # noqa: S603 - fixed words, no shell
-        words, capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()

@@ -5,13 +5,13 @@ that its own process writes after each epoch. Nothing is kept in Tune's own snap
 taken every few seconds, so that what ended in between would be done again.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter
 
+from minga.federation.durable import replacing
 from minga.training.document import Document
 from minga.training.history import Record
 from minga.training.space import Param, Params
@@ -94,10 +94,5 @@ class Ledger:
         return adapter.validate_json(file.read_bytes())
 
     def _put(self, name: str, text: str, *, durably: bool = True) -> None:
-        unfinished = self._folder / f"{name}.new"
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durably:
-                file.flush()
-                os.fsync(file.fileno())
-        unfinished.replace(self._folder / name)
+        with replacing(self._folder / name, durably=durably) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from minga.training.config import Over
 from minga.training.history import Record
 from minga.training.recording import Recorder
 from minga.training.search.suggestions import parse
@@ -11,6 +12,8 @@ from minga.training.tracking import Tracker
 from minga.training.trials import Trial
 
 STEP = "trial"
+OVER = "minga.over"
+"""The tag that says what a trial was: a training or a simulated campaign."""
 MAX_EARLIER = 1000
 """Of the trials of earlier searches so many are looked at, the best first."""
 
@@ -19,8 +22,14 @@ class TrialRuns:
     """A run for each trial, opened with its first epoch; after an interruption the same ones."""
 
     def __init__(
-        self, tracker: Tracker, recorder: Recorder, parent: str, objective: Objective
+        self,
+        tracker: Tracker,
+        recorder: Recorder,
+        parent: str,
+        objective: Objective,
+        over: Over,
     ) -> None:
+        self._tags = {"minga.step": STEP, OVER: over}
         self._tracker = tracker
         self._recorder = recorder
         self._parent = parent
@@ -49,8 +58,7 @@ class TrialRuns:
 
     def _run(self, name: str) -> str:
         if name not in self._runs:
-            tags = {"minga.step": STEP}
-            self._runs[name] = self._tracker.start(name, tags=tags, parent=self._parent)
+            self._runs[name] = self._tracker.start(name, tags=self._tags, parent=self._parent)
         return self._runs[name]
 
 
@@ -64,19 +72,26 @@ def best_of(metric: str) -> str:
     return f"best_{metric}"
 
 
-def earlier_points(tracker: Tracker, task: Task, limit: int) -> list[dict[str, Param]]:
+def earlier_points(
+    tracker: Tracker, task: Task, limit: int, *, over: Over
+) -> list[dict[str, Param]]:
     """Give the best points of earlier searches that lie in the Task's space of today.
+
+    What is good in a training need not be good in a campaign, whose values are others too: only
+    searches over the same count.
 
     Args:
         tracker: of the Task's experiment.
         task: today's.
         limit: of points.
+        over: what the trials are now.
     """
     order = "DESC" if task.objective.mode == "max" else "ASC"
     metric = best_of(task.objective.metric)
     runs = tracker.client.search_runs(
         [tracker.experiment_id],
-        f"tags.`minga.step` = '{STEP}' and tags.`minga.status` != 'failed'",
+        f"tags.`minga.step` = '{STEP}' and tags.`{OVER}` = '{over}' "
+        "and tags.`minga.status` != 'failed'",
         max_results=MAX_EARLIER,
         order_by=[f"metrics.`{metric}` {order}"],
     )

@@ -25,9 +25,10 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from minga.federation.durable import replacing
 from minga.federation.errors import CampaignError
 from minga.training.config import SearchConfig
-from minga.training.errors import DivergedError, TrainingError
+from minga.training.errors import DivergedError, TrainingError, last_line
 from minga.training.history import Record
 from minga.training.interrupts import handlers_restored
 from minga.training.loop import Learner, fit
@@ -108,7 +109,7 @@ def search(
         )
         with _at(desk), handlers_restored():
             results = _tuner(work, course, folder).fit()
-        errors = [_reason(error) for error in results.errors]
+        errors = [last_line(error) for error in results.errors]
     if not course.is_complete:
         raise KeyboardInterrupt(
             f"{course.num_ended} of {course.num_trials} trials are kept in {folder}; "
@@ -181,9 +182,8 @@ def _train_trial(task: Task, entry: Entry, until: int, work: _Work) -> None:
     file = folder / entry.learner
 
     def report(record: Record) -> bool:
-        unfinished = file.with_suffix(".new")
-        torch.save({"params": entry.params, **learner.state()}, unfinished)
-        unfinished.replace(file)
+        with replacing(file) as unfinished:
+            torch.save({"params": entry.params, **learner.state()}, unfinished)
         tune.report(_figures(record))
         return record["epoch"] >= until
 
@@ -335,12 +335,6 @@ class _Judge(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, _: Any, trial: Any) -> None:
         _desk.get().end(trial.trial_id, failed=True)
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line what made a trial fail."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

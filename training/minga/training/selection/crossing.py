@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from minga.federation.durable import replacing
 from minga.training.config import SelectionConfig, TrainConfig
 from minga.training.errors import TaskError
 from minga.training.evaluate import measure
@@ -172,6 +173,5 @@ def _file(folder: Path, name: str, fold: int) -> Path:
 
 def _keep(outcome: Outcome, file: Path) -> None:
     """Write what was done, whole or not at all."""
-    unfinished = file.with_suffix(".new")
-    outcome.write(unfinished)
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        outcome.write(unfinished)
