@@ -27,11 +27,13 @@ def check_data(project: Project, source: str | None = None) -> DataReport:
     """
     task = project.loaded_task
     if source is None:
-        name, splits = project.source, project.splits
+        name, splits, digest = project.source, project.splits, project.data_digest
+        schema, profile = project.data_schema, project.data_profile
     else:
         name = project.reference.resolve(source)
         splits = data.read_splits(task, name)
-    schema, profile = task.schema(splits.train), data.profile_of(task, splits.train)
+        digest = digest_of(splits)
+        schema, profile = task.schema(splits.train), data.profile_of(task, splits.train)
     champion, kept = find_champion(project), kept_schema(project)
     expected, past = kept or schema, profile
     references = [SCHEMA_FILE] if kept else []
@@ -43,7 +45,7 @@ def check_data(project: Project, source: str | None = None) -> DataReport:
     return DataReport(
         task=task.name,
         source=name,
-        digest=digest_of(splits),
+        digest=digest,
         versions=project.data_versions if source is None else versions_of(name),
         num_examples={part: len(splits[part]) for part in data.SPLIT_NAMES},
         data_schema=schema,
@@ -67,7 +69,7 @@ def require_valid_data(project: Project) -> DataReport:
 
 def data_tags(project: Project) -> dict[str, str]:
     """Name the data for a run: the digest of its values, and what DVC calls the files."""
-    tags = {"minga.data_sha256": digest_of(project.splits)}
+    tags = {"minga.data_sha256": project.data_digest}
     for version in project.data_versions:
         if version.dvc is not None:
             tags |= {"minga.dvc_md5": version.dvc.md5, "minga.dvc_commit": version.dvc.commit}
@@ -84,7 +86,7 @@ def keep_schema(project: Project, *, replace: bool = False) -> tuple[Schema, tup
     Raises:
         DataError: another one is kept and `replace` is not set.
     """
-    schema = project.loaded_task.schema(project.splits.train)
+    schema = project.data_schema
     kept = kept_schema(project)
     changes = kept.changes(schema) if kept else ()
     if changes and not replace:

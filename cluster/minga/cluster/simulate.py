@@ -13,7 +13,6 @@ from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters, to_bytes
 from minga.training.bundle import LINEAGE, read_parameters
-from minga.training.data import digest_of
 from minga.training.history import Record
 from minga.training.lineage import Lineage
 from minga.training.probe import probe
@@ -87,7 +86,7 @@ def simulate(
     if fresh:
         state.unlink(missing_ok=True)
     tracker = project.tracker(on_progress)
-    tags = {"minga.step": "simulate", "minga.data_sha256": digest_of(project.splits)}
+    tags = {"minga.step": "simulate", "minga.data_sha256": project.data_digest}
     with tracker.run("simulate", tags=tags) as run_id:
         tracker.log(run_id, params={**params, **_summary(project)})
         tracker.log_settings(run_id, project.model_dump(mode="json"))
