@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +28,7 @@ from harness import (
     print_conditions,
     print_table,
 )
-from onnx import TensorProto, helper, numpy_helper
+from networks import network
 
 from minga.inference.batching import Batcher
 from minga.inference.engine import ModelRef, OnnxModel
@@ -58,29 +57,6 @@ class Run:
     rows_per_s: float
     p50_ms: float
     p99_ms: float
-
-
-def network(widths: Sequence[int]) -> bytes:
-    """Build a dense network with ReLU between its layers, of random weights."""
-    rng = np.random.default_rng(1)
-    nodes, weights, last = [], [], "input"
-    for layer, (wide, narrow) in enumerate(pairwise(widths)):
-        matrix = rng.normal(0, wide**-0.5, (wide, narrow)).astype(np.float32)
-        weights.append(numpy_helper.from_array(matrix, f"w{layer}"))
-        end = layer == len(widths) - 2
-        product = "output" if end else f"product{layer}"
-        nodes.append(helper.make_node("MatMul", [last, f"w{layer}"], [product]))
-        last = f"hidden{layer}"
-        if not end:
-            nodes.append(helper.make_node("Relu", [product], [last]))
-    infos = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
-        for name, width in (("input", widths[0]), ("output", widths[-1]))
-    ]
-    graph = helper.make_graph(nodes, "network", infos[:1], infos[1:], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    content: bytes = model.SerializeToString()
-    return content
 
 
 def load(scale: Scale) -> OnnxModel:

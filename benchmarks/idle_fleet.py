@@ -35,8 +35,8 @@ from harness import (
 from processes import start_coordinator, stop
 from rivals.rounds_work import status_bytes
 
+from minga.federation.certificates import digest_of_key
 from minga.federation.coordinator.authority import AUTHORITY_FOLDER, Authority
-from minga.federation.coordinator.enrolment import digest_of_key
 from minga.federation.coordinator.store import DATABASE_FILE, Store
 from minga.federation.identity import Role, key_to_pem, make_csr, new_key
 from minga.federation.operator import Operator, connect

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack
-from itertools import pairwise
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, Self
@@ -35,66 +35,29 @@ from harness import (
     print_conditions,
     print_table,
 )
-from onnx import TensorProto, helper, numpy_helper
+from networks import network
 
 from minga.inference.app import InferenceApp
 from minga.inference.engine import ModelRef
 from minga.inference.monitor.keeper import Keeper
 from minga.inference.monitor.observer import Observer
-from minga.inference.monitor.reference import METADATA_KEY
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
-from minga.training.profile import profile_columns
 
 WIDTHS: Final = (64, 128, 10)
 NUM_CALLERS: Final = 16
-NUM_ROWS: Final = 5000
 
 
-def network(generator: np.random.Generator) -> bytes:
-    """Build the network, with a reference of its inputs and outputs inside."""
-    nodes, weights, last = [], [], "input"
-    values = generator.normal(size=(NUM_ROWS, WIDTHS[0])).astype(np.float32)
-    inputs = values
-    for layer, (wide, narrow) in enumerate(pairwise(WIDTHS)):
-        matrix = generator.normal(0, wide**-0.5, (wide, narrow)).astype(np.float32)
-        weights.append(numpy_helper.from_array(matrix, f"w{layer}"))
-        is_last = layer == len(WIDTHS) - 2
-        product = "output" if is_last else f"product{layer}"
-        nodes.append(helper.make_node("MatMul", [last, f"w{layer}"], [product]))
-        values = values @ matrix
-        if not is_last:
-            last = f"hidden{layer}"
-            nodes.append(helper.make_node("Relu", [product], [last]))
-            values = np.maximum(values, 0)
-    infos = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
-        for name, width in (("input", WIDTHS[0]), ("output", WIDTHS[-1]))
-    ]
-    graph = helper.make_graph(nodes, "network", infos[:1], infos[1:], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    helper.set_model_props(model, {METADATA_KEY: json.dumps(reference(inputs, values))})
-    content: bytes = model.SerializeToString()
-    return content
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is measured."""
+
+    seconds: float
+    num_pairs: int
 
 
-def reference(inputs: np.ndarray, outputs: np.ndarray) -> dict[str, Any]:
-    """Describe inputs and outputs as training does."""
-    columns = [
-        {
-            "role": role,
-            "name": profile.name,
-            "edges": profile.edges,
-            "shares": profile.shares,
-            "num_examples": NUM_ROWS,
-            "mean": profile.mean,
-            "deviation": profile.deviation,
-        }
-        for role, table in (("input", inputs), ("output", outputs))
-        for profile in profile_columns(table)
-    ]
-    outliers = {"threshold": 1.3, "share": 0.01}
-    return {"layout": 1, "num_held_out": NUM_ROWS, "columns": columns, "outliers": outliers}
+FULL: Final = Scale(seconds=3, num_pairs=20)
+QUICK: Final = Scale(seconds=1, num_pairs=4)
 
 
 def serve(folder: Path, with_monitor: bool, parent: Connection) -> None:
@@ -196,17 +159,17 @@ class Served:
         return 1e6 * watching / self._answers
 
 
-def measure(folder: Path, seconds: float, pairs: int) -> tuple[list[dict[str, Any]], float]:
+def measure(folder: Path, scale: Scale) -> tuple[list[dict[str, Any]], float]:
     """Ask both servers in turn; give the turns of each pair, and the monitor's thread's us."""
     with Served(folder, with_monitor=False) as bare, Served(folder, with_monitor=True) as watched:
         servers = {"without": bare, "with": watched}
         for server in servers.values():
-            server.turn(seconds / 2)
+            server.turn(scale.seconds / 2)
         turns = []
-        for pair in range(pairs):
+        for pair in range(scale.num_pairs):
             # Whoever is second is asked while the machine is warm: that changes too.
             names = list(servers) if pair % 2 else list(reversed(servers))
-            turns.append({name: servers[name].turn(seconds) for name in names})
+            turns.append({name: servers[name].turn(scale.seconds) for name in names})
             print(".", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         bare.end()
@@ -228,13 +191,13 @@ def _processor_s(pid: int | None) -> float:
 def main() -> None:
     """Measure, print, write."""
     options = arguments(__doc__ or "").parse_args()
-    seconds, pairs = (1.0, 4) if options.quick else (3.0, 20)
+    scale = QUICK if options.quick else FULL
     under = conditions(["numpy", "onnxruntime", "uvicorn"])
     print_conditions(under)
     with ending_cleanly(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "network.onnx").write_bytes(network(np.random.default_rng(1)))
-        turns, watching = measure(folder, seconds, pairs)
+        (folder / "network.onnx").write_bytes(network(WIDTHS))
+        turns, watching = measure(folder, scale)
 
     def median(name: str, field: str) -> float:
         return statistics.median(pair[name][field] for pair in turns)

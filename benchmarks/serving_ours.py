@@ -1,7 +1,7 @@
 """Our server for `serving.py`: `local` from one process, or `ray` from one replica on Ray Serve.
 
-Both are what `minga serve` runs, over HTTP and gRPC; only the registry is left out, and the model
-comes from a file.
+Both are what `minga serve` runs, over HTTP and gRPC, with the monitor; only the registry is left
+out, and the model comes from a file. What the monitor keeps lies beside it: see `monitor_folder`.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import sys
 import threading
 
 from rivals.serve_work import GRPC_PORT, HTTP_PORT, MODEL, NAME
+from serving_watched import monitor_folder
 
 from minga.cli.services import run_service
 from minga.inference.engine import ModelRef
@@ -22,6 +23,7 @@ def main(engine: str) -> None:
     digest = hashlib.sha256(MODEL.read_bytes()).hexdigest()
     refs = [ModelRef(name=NAME, version="1", path=str(MODEL), sha256=digest)]
     config = ServingConfig.model_validate({"port": HTTP_PORT, "grpc_port": GRPC_PORT})
+    config = config.watched_in(monitor_folder(MODEL))
     if engine == "local":
         from minga.serving.local import serve_locally
 

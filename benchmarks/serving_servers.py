@@ -76,14 +76,14 @@ RIVALS: Final = (
         command=("rivals.serve_mlserver",),
         package="mlserver==1.7.1",
         beside=("onnxruntime",),
-        wires=("json", "grpc"),
+        wires=("json", "grpc"),  # it has no binary tensors over HTTP
     ),
     Server(
         name="KServe",
         command=("rivals.serve_kserve",),
         package="kserve==0.21.0",
         beside=("onnxruntime",),
-        wires=("json", "grpc"),
+        wires=WIRES,
     ),
     Server(
         name="LitServe",

@@ -19,10 +19,13 @@ class Net(kserve.Model):
         """Compute rows."""
         outputs = self.session.run(None, {"input": payload.inputs[0].as_numpy()})[0]
         tensor = kserve.InferOutput(name="output", shape=list(outputs.shape), datatype="FP32")
-        # Raw over gRPC, JSON over HTTP: what is asked for here.
-        tensor.set_data_from_numpy(outputs, binary_data=bool(payload.from_grpc))
+        is_raw = payload.use_binary_outputs  # over gRPC too, if the request was
+        tensor.set_data_from_numpy(outputs, binary_data=is_raw)
         return kserve.InferResponse(
-            response_id=payload.id or generate_uuid(), model_name=NAME, infer_outputs=[tensor]
+            response_id=payload.id or generate_uuid(),
+            model_name=NAME,
+            infer_outputs=[tensor],
+            use_binary_outputs=is_raw,
         )
 
 

@@ -16,6 +16,7 @@ SOUND = 'task = "task.py:T"\n[data]\nsource = "data/a.csv"\n'
 NUMBERS = "epsilon = 8\ndelta = 1e-5\nnoise_multiplier = 4\nmax_norm = 0.5\n"
 CENTRAL = SOUND + '[federation.privacy]\nname = "central"\n' + NUMBERS
 DISTRIBUTED = CENTRAL.replace("central", "distributed")
+PLAIN = '[federation]\nprotection = "plain"\n[fed'
 
 
 def asked(is_distributed):
@@ -63,7 +64,7 @@ def test_table_becomes_the_plans_privacy(plan_of, text, privacy):
         (CENTRAL.replace("= 4", "= 0"), r"noise_multiplier should be greater than 0"),
         (CENTRAL + '[federation.rule]\nname = "mean"\nclip = 1\n', "privacy takes the mean"),
         (
-            DISTRIBUTED.replace("[fed", '[federation]\nprotection = "plain"\n[fed'),
+            DISTRIBUTED.replace("[fed", PLAIN),
             "devices add noise in secure rounds",
         ),
         (
@@ -80,23 +81,28 @@ def test_mistake_in_the_table_is_explained(plan_of, text, words):
 
 
 def test_quantile_becomes_a_bound_that_follows(plan_of):
-    """With a quantile the bound follows the updates, in plain rounds alone."""
-    plain = CENTRAL.replace("[fed", '[federation]\nprotection = "plain"\n[fed')
-    privacy = privacy_from_wire(plan_of(plain + "quantile = 0.4\n"))
-    assert privacy.clip == AdaptiveClip(quantile=0.4, learning_rate=0.2)
-    with pytest.raises(ProjectError, match="takes plain rounds"):
-        plan_of(CENTRAL + "quantile = 0.4\n")
+    """With a quantile the bound follows the updates, whoever adds the noise to what."""
+    for table in (CENTRAL.replace("[fed", PLAIN), CENTRAL, DISTRIBUTED):
+        privacy = privacy_from_wire(plan_of(table + "quantile = 0.4\n"))
+        assert privacy.clip == AdaptiveClip(quantile=0.4, learning_rate=0.2)
+        privacy = privacy_from_wire(plan_of(table + "quantile = 0.4\nquantile_rate = 0.5\n"))
+        assert privacy.clip == AdaptiveClip(quantile=0.4, learning_rate=0.5)
+    with pytest.raises(ProjectError, match=r"privacy\.quantile should be less than 1"):
+        plan_of(DISTRIBUTED + "quantile = 1\n")
 
 
 def test_spending_is_told(plan_of):
-    """Status and progress say what the newest round left spent, of how much."""
+    """Status and progress say what the newest round left spent, of how much, and the bound."""
     told = []
     campaign = pb.Campaign(plan=plan_of(CENTRAL), rounds=[pb.Round(number=1)])
-    assert describe_campaign(campaign)["privacy"] == {"epsilon": 0, "delta": 1e-5, "budget": 8}
+    before = {"epsilon": 0, "delta": 1e-5, "budget": 8, "max_norm": 0.5}
+    assert describe_campaign(campaign)["privacy"] == before
     campaign.rounds[0].privacy.epsilon = 1.23456
+    campaign.rounds[0].privacy.max_norm = 0.4321
     described = describe_campaign(campaign)["privacy"]
-    assert privacy_note(described) == "epsilon 1.23 of 8 spent at delta 1e-05"
+    note = "epsilon 1.23 of 8 spent at delta 1e-05, updates up to 0.432 long"
+    assert privacy_note(described) == note
     report_campaign(lambda progress: told.append(progress.note))(campaign)
-    assert told[0].endswith("0 updates, epsilon 1.23 of 8 spent at delta 1e-05")
+    assert told[0].endswith(f"0 updates, {note}")
     assert describe_campaign(pb.Campaign(plan=plan_of(SOUND)))["privacy"] is None
     assert privacy_note(None) == ""

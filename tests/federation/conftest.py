@@ -11,6 +11,7 @@ import pytest
 
 from minga.federation.coordinator.access import AccessInterceptor, Gatekeeper
 from minga.federation.coordinator.authority import Authority, Lifetimes
+from minga.federation.coordinator.calls import RunningCalls
 from minga.federation.identity import Clock, Identity, Principal, Role, make_csr, new_key, utc_now
 from minga.federation.transport import (
     SERVER_OPTIONS,
@@ -87,10 +88,11 @@ async def serve(authority: Authority) -> AsyncIterator[Serve]:
         clock: Clock = utc_now,
         hosts: tuple[str, ...] = ("127.0.0.1",),
         options: tuple[tuple[str, int], ...] = (),
+        calls: RunningCalls | None = None,
     ) -> str:
         gatekeeper = Gatekeeper(authority=issuer.certificate, is_revoked=is_revoked, clock=clock)
         server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(), AccessInterceptor(gatekeeper)],
+            interceptors=[ErrorInterceptor(), AccessInterceptor(gatekeeper, calls=calls)],
             options=[*SERVER_OPTIONS, *options],
         )
         add_services(server)

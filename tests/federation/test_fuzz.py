@@ -64,6 +64,7 @@ CALLS: dict[str, type[Message]] = {
     "OperatorService/CreateToken": pb.CreateTokenRequest,
     "OperatorService/ListDevices": pb.ListDevicesRequest,
     "OperatorService/RevokeDevice": pb.RevokeDeviceRequest,
+    "OperatorService/RevokeIdentity": pb.RevokeIdentityRequest,
     "OperatorService/StartCampaign": pb.StartCampaignRequest,
     "OperatorService/CancelCampaign": pb.CancelCampaignRequest,
     "OperatorService/PublishModel": pb.PublishModelRequest,

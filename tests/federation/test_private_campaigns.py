@@ -1,5 +1,6 @@
 """Differential privacy in campaigns, over real gRPC: bounds, noise, ledger, budget."""
 
+import asyncio
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -16,11 +17,12 @@ from minga.federation.aggregation.adaptive_clip import AdaptiveClip
 from minga.federation.aggregation.ledger import Budget, Gaussian, Ledger
 from minga.federation.aggregation.privacy import Privacy
 from minga.federation.aggregation.rules import Median
+from minga.federation.coordinator.hub import Connection
 from minga.federation.errors import BudgetError, CampaignError, PeerError
 from minga.federation.parameters import from_bytes
-from minga.federation.secagg.plan import RoundPlan
+from minga.federation.secagg.plan import RoundPlan, context_digest
 from minga.federation.v1 import federation_pb2 as pb
-from tests.federation.fleet import Fleet, campaign_plan, toy_model
+from tests.federation.fleet import PATIENCE_S, Fleet, campaign_plan, toy_model
 
 NUM_VALUES = 1007
 MAX_NORM = 2.0
@@ -48,10 +50,28 @@ def private_plan(
     return campaign_plan(privacy=wire.privacy_to_wire(privacy), **changes)
 
 
-def with_quantile(plan: pb.CampaignPlan) -> pb.CampaignPlan:
+def with_quantile(plan: pb.CampaignPlan, rate: float = 0.2) -> pb.CampaignPlan:
     """Let a plan's bound follow the updates."""
-    plan.privacy.quantile, plan.privacy.quantile_rate = 0.5, 0.2
+    plan.privacy.quantile, plan.privacy.quantile_rate = 0.5, rate
     return plan
+
+
+def noise_std(plan: pb.CampaignPlan, record: pb.Round, bound: float) -> float:
+    """Say how strong the noise on each value of a round's mean is, on updates of some bound."""
+    num, multiplier = len(record.survivors), plan.privacy.noise_multiplier
+    if not plan.privacy.distributed:
+        adaptive = AdaptiveClip(quantile=0.5, learning_rate=1.0)
+        return adaptive.update_noise(multiplier, num) * bound / num
+    _, encoding = wire.round_plan(
+        plan,
+        round_id=record.round_id,
+        model_digest=record.model_digest,
+        training={},
+        num_values=NUM_VALUES,
+        num_invited=len(record.invited),
+    )
+    max_level = (1 << (record.plan.value_bits - 1)) - 1
+    return sqrt(num * encoding.variance) * record.plan.clip / max_level / num
 
 
 async def steps(fleet: Fleet, campaign: pb.Campaign) -> np.ndarray:
@@ -96,7 +116,9 @@ async def test_the_loop_does_not_wait_for_the_accountant(
     await fleet.stop_coordinator()
     forget()
     await fleet.start_coordinator()
-    assert loaded_by
+    async with asyncio.timeout(PATIENCE_S):
+        while not loaded_by:
+            await asyncio.sleep(0.01)
     await fleet.operator.cancel(campaign_id)
     assert threading.main_thread() not in loaded_by
 
@@ -227,24 +249,82 @@ async def test_campaigns_share_one_budget(fleet: Fleet) -> None:
     assert not done.rounds[0].HasField("privacy")
 
 
-async def test_bound_follows_the_updates(fleet: Fleet) -> None:
-    """Round by round the bound comes down to the updates' lengths, and is used and recorded."""
+@pytest.mark.parametrize(
+    ("protection", "distributed"),
+    [(pb.PROTECTION_PLAIN, False), (pb.PROTECTION_SECURE, False), (pb.PROTECTION_SECURE, True)],
+    ids=["plain", "secure", "distributed"],
+)
+async def test_bound_follows_the_updates(fleet: Fleet, protection: int, distributed: bool) -> None:
+    """Round by round the bound comes down to the updates' lengths, also over a restart."""
     for index in range(6):
         await fleet.add(f"site-{index}", {"step": 0.001}, allow_plain=True)  # a length of 0.032
-    plan = private_plan(0.1, num_rounds=3, cohort=6, min_cohort=6, protection=2)
-    plan = with_quantile(plan)
-    plan.privacy.quantile_rate = 1.0
-    campaign = await fleet.finish(await fleet.start_campaign(plan))
+    plan = private_plan(
+        0.1,
+        distributed=distributed,
+        num_rounds=3,
+        cohort=6,
+        min_cohort=6,
+        expected_dropout=0.0,
+        protection=protection,
+    )
+    plan = with_quantile(plan, rate=1.0)
+    campaign_id = await fleet.start_campaign(plan)
+    await fleet.reach(campaign_id, pb.ROUND_STAGE_COMMITTED)
+    await fleet.stop_coordinator()
+    await fleet.start_coordinator()
+    campaign = await fleet.finish(campaign_id)
     assert campaign.state == pb.CAMPAIGN_STATE_COMPLETED, campaign.reason
-    bounds = [MAX_NORM, *(round_.privacy.max_norm for round_ in campaign.rounds)]
+    committed = [r for r in campaign.rounds if r.stage == pb.ROUND_STAGE_COMMITTED]
+    assert len(committed) == 3
+    bounds = [MAX_NORM, *(round_.privacy.max_norm for round_ in committed)]
     # All are within the bound, so it shrinks by exp(-0.5), give or take the noise on the share.
     for before, after in pairwise(bounds):
         assert 0.59 < after / before < 0.85
+    if protection == pb.PROTECTION_SECURE:
+        for round_, bound in zip(committed, bounds, strict=False):
+            assert round_.plan.num_values == NUM_VALUES + 1  # the bit
+            assert round_.plan.clip / committed[0].plan.clip == pytest.approx(bound / MAX_NORM)
+    stds = [noise_std(plan, *pair) for pair in zip(committed, bounds, strict=False)]
     noise = await steps(fleet, campaign) - 0.003
-    multiplier = AdaptiveClip(quantile=0.5, learning_rate=1.0).update_noise(0.1, 6)
-    std = multiplier * np.linalg.norm(bounds[:3]) / 6
-    assert stats.kstest(noise / std, "norm").pvalue > 1e-4
-    assert campaign.rounds[-1].privacy.epsilon == pytest.approx(epsilon_after(0.1, 3))
+    assert stats.kstest(noise / np.linalg.norm(stds), "norm").pvalue > 1e-4
+    slack = 1.1 if distributed else 1 + 1e-6
+    spent = campaign.rounds[-1].privacy.epsilon
+    assert 1 - 1e-6 <= spent / epsilon_after(0.1, 3) < slack
+
+
+async def test_bound_grows_where_updates_are_longer(fleet: Fleet) -> None:
+    """Updates that were shortened say so under their masks, and the bound goes up."""
+    for index in range(6):
+        await fleet.add(f"site-{index}", {"step": 0.5 if index else 0.01})
+    plan = private_plan(0.1, distributed=True, cohort=6, min_cohort=6, expected_dropout=0.0)
+    campaign = await fleet.finish(await fleet.start_campaign(with_quantile(plan, rate=1.0)))
+    [round_] = campaign.rounds
+    # One of six is within: by exp(0.5 - 1 / 6), give or take a twentieth of noise.
+    assert round_.privacy.max_norm / MAX_NORM == pytest.approx(np.exp(1 / 3), rel=0.3)
+    assert round_.privacy.max_norm > MAX_NORM
+
+
+async def test_one_device_is_told_another_bound(fleet: Fleet) -> None:
+    """A coordinator that tells one device another bound than the rest gets no sum at all."""
+    send = Connection.send
+
+    def lie(connection: Connection, message: pb.SessionResponse) -> bool:
+        if connection.device_id == "site-0" and message.HasField("invite"):
+            message.invite.private_update.max_norm *= 0.5
+        return send(connection, message)
+
+    for index in range(4):
+        await fleet.add(f"site-{index}", {"step": 0.01})
+    plan = private_plan(0.1, distributed=True, min_cohort=4, expected_dropout=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "send", lie)
+        # It hands the advert on, though it is not signed for the round that it told the others.
+        patch.setattr("minga.federation.coordinator.campaigns.check_proof", lambda *_: None)
+        campaign = await fleet.finish(await fleet.start_campaign(with_quantile(plan)))
+    assert campaign.state == pb.CAMPAIGN_STATE_FAILED
+    for round_ in campaign.rounds:
+        assert not round_.survivors
+        assert "SignatureError on the device" in "; ".join(round_.lost.values())
 
 
 async def test_plain_update_that_is_too_long_is_cut(fleet: Fleet) -> None:
@@ -275,7 +355,8 @@ async def test_plain_update_that_is_too_long_is_cut(fleet: Fleet) -> None:
             private_plan(1.0, protection=2, flower_strategy=STRATEGY),
             "takes the place of rule and privacy",
         ),
-        (with_quantile(private_plan(1.0)), "takes plain rounds"),
+        (with_quantile(private_plan(1.0)), "takes more than 10 devices"),
+        (with_quantile(private_plan(1.0, distributed=True)), "takes more than 10 devices"),
         (with_quantile(private_plan(1.0, protection=2)), "takes more than 10 devices"),
         (campaign_plan(privacy=pb.Privacy(epsilon=1.0, delta=2.0)), "delta is 2"),
         (campaign_plan(privacy=pb.Privacy(epsilon=1.0, delta=0.1)), "noise_multiplier is 0"),
@@ -286,7 +367,8 @@ async def test_plain_update_that_is_too_long_is_cut(fleet: Fleet) -> None:
         "plain",
         "no noise",
         "strategy",
-        "secure quantile",
+        "few in the clear sum",
+        "few that add noise",
         "few",
         "delta",
         "nothing",
@@ -302,6 +384,51 @@ async def test_campaign_beyond_the_budget_from_the_start(fleet: Fleet) -> None:
     """A budget that is too small for one round is told at once."""
     with pytest.raises(BudgetError, match=r"to epsilon 4\.37"):
         await fleet.start_campaign(private_plan(1.0, epsilon=4.0))
+
+
+def test_the_context_names_bound_noise_and_bit() -> None:
+    """What a device does to its update before it masks is in the plan's digest, by these names."""
+    plan = with_quantile(private_plan(0.2, distributed=True, cohort=10, min_cohort=8))
+    values = {"round_id": "00" * 16, "model_digest": bytes(32), "num_values": 100}
+    made, encoding = wire.round_plan(plan, num_invited=10, training={"lr": 0.1}, **values)
+    assert made.num_values == 101
+    told = {
+        "lr": 0.1,
+        "private_update.max_norm": MAX_NORM,
+        "private_update.variance": encoding.variance,
+        "private_update.bit_level": encoding.bit_level,
+    }
+    assert made.context_digest == context_digest(bytes(32), told)
+    fixed, encoding = wire.round_plan(
+        private_plan(0.2, distributed=True, cohort=10, min_cohort=8),
+        num_invited=10,
+        training={"lr": 0.1},
+        **values,
+    )
+    told["private_update.variance"] = encoding.variance
+    del told["private_update.bit_level"]
+    assert fixed.context_digest == context_digest(bytes(32), told)
+
+
+@pytest.mark.parametrize(
+    "change", [{"variance": 5}, {"max_norm": MAX_NORM / 2}, {"bit_level": 1}, {"bit_level": 0}]
+)
+def test_another_bound_for_some_is_another_round(change: dict[str, float]) -> None:
+    """Devices that are told different bounds, bits or noise agree on no digest: nothing cancels."""
+    plan = with_quantile(private_plan(0.5, distributed=True, cohort=10, min_cohort=8))
+    values = {"round_id": "00" * 16, "model_digest": bytes(32), "num_values": 100, "training": {}}
+    made, encoding = wire.round_plan(plan, num_invited=10, **values)
+    invite = pb.RoundInvite(
+        round_id="00" * 16,
+        model_digest=bytes(32),
+        plan=wire.plan_to_wire(made),
+        private_update=wire.encoding_to_wire(encoding),
+    )
+    assert wire.plan_of_invite(invite) == made
+    assert wire.encoding_of_invite(invite) == encoding
+    for name, value in change.items():
+        setattr(invite.private_update, name, value)
+    assert wire.plan_of_invite(invite).digest != made.digest
 
 
 def test_less_noise_for_some_is_another_round() -> None:

@@ -124,6 +124,33 @@ def token(
 
 
 @app.command
+def revoke(identity: Literal["operator", "audit"], *, state: State = Path("coordinator")) -> None:
+    """Give one of the coordinator's own identities another key and refuse the one before.
+
+    For a copy of the `operator` folder that was lost or stolen: every certificate for its key is
+    refused at the next call, and calls that run end. The coordinator writes the new identity into
+    its state folder; operators elsewhere need a new copy of it. Devices are revoked by name, with
+    `minga device revoke`.
+
+    Example: minga coordinator revoke operator --state ./coordinator
+
+    Args:
+        identity: Whose key: the operator's, or that of the service that signs the audit log.
+        state: The coordinator's state folder, or an operator's identity folder.
+    """
+    from minga.federation.operator import connect
+
+    path = {"operator": "operator/operator", "audit": "service/audit"}[identity]
+
+    async def refuse() -> bytes:
+        async with connect(state) as operator:
+            return await operator.revoke_identity(path)
+
+    digest = asyncio.run(refuse())
+    print_line(f"{path} has another key; {digest.hex()[:16]} is refused from now on")
+
+
+@app.command
 def request(file: Path, *, root: Path | None = None, state: State = Path("coordinator")) -> None:
     """Ask an offline root for the intermediate that this coordinator issues certificates with.
 

@@ -52,24 +52,25 @@ def _condition(device: pb.Device) -> dict[str, Any]:
 
 
 def _privacy(campaign: pb.Campaign) -> dict[str, float] | None:
-    """Say what the fleet's privacy ledger had spent after the newest round; None without noise."""
+    """Say what was spent after the newest round, and the bound it left; None without noise."""
     if not campaign.plan.HasField("privacy"):
         return None
-    spent = [round_.privacy.epsilon for round_ in campaign.rounds if round_.HasField("privacy")]
+    notes = [round_.privacy for round_ in campaign.rounds if round_.HasField("privacy")]
     return {
-        "epsilon": spent[-1] if spent else 0.0,
+        "epsilon": notes[-1].epsilon if notes else 0.0,
         "delta": campaign.plan.privacy.delta,
         "budget": campaign.plan.privacy.epsilon,
+        "max_norm": notes[-1].max_norm if notes else campaign.plan.privacy.max_norm,
     }
 
 
 def privacy_note(privacy: Mapping[str, float] | None) -> str:
-    """Write what was spent of the budget; nothing without noise."""
+    """Write what was spent of the budget, and how long updates may be; nothing without noise."""
     if privacy is None:
         return ""
     return (
         f"epsilon {privacy['epsilon']:.3g} of {privacy['budget']:.3g} spent "
-        f"at delta {privacy['delta']:.3g}"
+        f"at delta {privacy['delta']:.3g}, updates up to {privacy['max_norm']:.3g} long"
     )
 
 

@@ -9,7 +9,8 @@ Rules:
 3. A checkpoint is a signature under the number and hash of one entry, by a key that the authority
    certified for `service/audit`. It also names the checkpoint before. Without the key, nobody can
    compute the hashes anew behind a change.
-4. Verifying needs the authority's certificate and nothing else: under an offline root a checkpoint
+4. From the entry on that says that the audit key was revoked, it signs nothing that counts.
+5. Verifying needs the authority's certificate and nothing else: under an offline root a checkpoint
    brings the intermediate with it.
 
 What a log cannot show of itself: that its end is missing. A log that was cut back looks like the
@@ -31,12 +32,21 @@ from typing import Any, Final, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from minga.federation.certificates import is_newer, issuer_of, parse_chain
+from minga.federation.certificates import (
+    digest_of_key,
+    is_newer,
+    issuer_of,
+    p256_key,
+    parse_chain,
+)
 from minga.federation.errors import AuditError, IdentityError
 from minga.federation.identity import CertificateVerifier, Identity, Role
 
 AUDITOR: Final = "audit"
 """Name of the service whose certificate signs checkpoints."""
+
+IDENTITY_REVOKED: Final = "identity-revoked"
+"""Kind of the entry after which a key of the coordinator's own counts no more."""
 
 NOTHING: Final = bytes(32)
 """What the first entry has in place of the hash before it."""
@@ -179,8 +189,11 @@ class Checkpoint:
             "type": "checkpoint",
         }
 
-    def verify(self, authority: x509.Certificate) -> x509.Certificate:
-        """Check the signature, by the certificate as it held when it was made; gives its issuer.
+    def verify(self, authority: x509.Certificate) -> tuple[x509.Certificate, bytes]:
+        """Check the signature, by the certificate as it held when it was made.
+
+        Returns:
+            Its issuer, and SHA-256 of the key that signed, 32 bytes.
 
         Raises:
             AuditError: it is not by this federation's audit key.
@@ -199,7 +212,7 @@ class Checkpoint:
             raise broken(
                 f"the checkpoint of entry {self.sequence} is not valid: {error}"
             ) from error
-        return issuer
+        return issuer, digest_of_key(p256_key(leaf))
 
 
 Record = Entry | Checkpoint
@@ -239,14 +252,20 @@ def verify(records: Iterable[Record], authority: x509.Certificate) -> Report:
     sequence, num_checkpoints, signed_until = 0, 0, 0
     last_hash, last_time = NOTHING, ""
     issuer: x509.Certificate | None = None
+    revoked: set[str] = set()
     for record in records:
         if isinstance(record, Checkpoint):
             _check_place(record, sequence, last_hash, signed_until)
-            issuer = _later_issuer(issuer, record.verify(authority), record.sequence)
+            next_issuer, key_digest = record.verify(authority)
+            issuer = _later_issuer(issuer, next_issuer, record.sequence)
+            if key_digest.hex() in revoked:
+                raise broken(f"the checkpoint of entry {sequence} is by a key that was revoked")
             num_checkpoints, signed_until = num_checkpoints + 1, record.sequence
             continue
         _check_entry(record, sequence, last_hash)
         sequence, last_hash, last_time = record.sequence, record.hash, record.time
+        if record.kind == IDENTITY_REVOKED:
+            revoked.add(str(record.details.get("key")))
     if sequence == 0:
         raise broken("the log is empty, but every coordinator writes an entry when it starts")
     return Report(

@@ -14,6 +14,7 @@ Not here: whom a certificate names and what its key signed (`identity`), issuing
 (`coordinator.authority`, `coordinator.root`).
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -23,7 +24,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from minga.federation.errors import IdentityError
@@ -310,3 +311,10 @@ def p256_key(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise IdentityError("the certificate's key is not a P-256 key")
     return key
+
+
+def digest_of_key(key: ec.EllipticCurvePublicKey) -> bytes:
+    """Name a public key by the SHA-256 of its SubjectPublicKeyInfo."""
+    return hashlib.sha256(
+        key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    ).digest()

@@ -40,6 +40,7 @@ from minga.federation.certificates import (
     check_not_ended,
     check_usages,
     check_validity,
+    digest_of_key,
     is_newer,
     is_trust_domain,
     issuer_of,
@@ -84,11 +85,19 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who makes a call, as its certificate says."""
+    """Who makes a call, as its certificate says.
+
+    Attributes:
+        role: What it is.
+        name: Which one.
+        serial: The certificate's serial number.
+        key_digest: SHA-256 of the certificate's public key, 32 bytes.
+    """
 
     role: Role
     name: str
     serial: int
+    key_digest: bytes = field(repr=False)
 
     @property
     def path(self) -> str:
@@ -393,7 +402,10 @@ def _holder(certificate: x509.Certificate) -> tuple[str, Principal]:
     if match["role"] not in set(Role):
         raise IdentityError(f"the certificate's role {match['role']!r} is not one of {list(Role)}")
     principal = Principal(
-        role=Role(match["role"]), name=match["name"], serial=certificate.serial_number
+        role=Role(match["role"]),
+        name=match["name"],
+        serial=certificate.serial_number,
+        key_digest=digest_of_key(p256_key(certificate)),
     )
     return match["domain"], principal
 

@@ -69,6 +69,20 @@ class Operator:
         with transport.calling(self.address):
             await self._stub.RevokeDevice(request, timeout=CALL_TIMEOUT_S)
 
+    async def revoke_identity(self, identity: str) -> bytes:
+        """Refuse the key that one of the coordinator's own identities has; it gets another one.
+
+        Args:
+            identity: `operator/operator` or `service/audit`.
+
+        Returns:
+            SHA-256 of the key that is refused, 32 bytes.
+        """
+        request = pb.RevokeIdentityRequest(identity=identity)
+        with transport.calling(self.address):
+            response = await self._stub.RevokeIdentity(request, timeout=CALL_TIMEOUT_S)
+        return response.key_digest
+
     async def start_campaign(self, plan: pb.CampaignPlan, model: bytes) -> str:
         """Upload a model (safetensors) and start a campaign from it; gives its name."""
         plan.model_digest = await self._upload(model)

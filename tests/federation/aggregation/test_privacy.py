@@ -52,6 +52,11 @@ def update_of(length: float, num_values: int, seed: int = 0) -> np.ndarray:
     return (direction * length / np.linalg.norm(direction)).astype(np.float32)
 
 
+def shares_of(variance: int) -> PrivateEncoding:
+    """Give how devices add shares of noise."""
+    return PrivateEncoding(max_norm=MAX_NORM, variance=variance)
+
+
 def signed(levels: np.ndarray) -> np.ndarray:
     """Read levels that are not masked as integers, without the weight."""
     return levels[:-1].view(np.int32).astype(np.int64)
@@ -220,7 +225,7 @@ def test_sized_noise_fits(noise_multiplier: float, num_values: int, cohort: int)
     plan = sized_plan(size, num_values, cohort)
     norm = norm_in_levels(plan, MAX_NORM)
     assert counted * norm + 8 * sqrt(counted * size.variance) <= counted * plan.max_level * 1.001
-    rho = distributed_rho(plan=plan, max_norm=MAX_NORM, variance=size.variance, num_honest=counted)
+    rho = distributed_rho(plan=plan, encoding=shares_of(size.variance), num_honest=counted)
     assert rho <= 1 / (2 * noise_multiplier**2) * (1 + 1e-9)
     assert rho >= 0.9 / (2 * noise_multiplier**2) or size.variance < 100
 
@@ -262,7 +267,7 @@ def test_distributed_noise_by_hand() -> None:
     gap = 10 * (exp(-(pi**2) * 4) + exp(-2 * pi**2 * 4 * 2 / 3))
     ratio = bound / sqrt(12)
     expected = min(ratio**2 + gap * 50, (ratio + gap * 10) ** 2) / 2
-    rho = distributed_rho(plan=plan, max_norm=MAX_NORM, variance=4, num_honest=3)
+    rho = distributed_rho(plan=plan, encoding=shares_of(4), num_honest=3)
     assert rho == pytest.approx(expected, rel=1e-12)
     assert expected == pytest.approx(bound**2 / 24, rel=1e-9)
 
@@ -271,13 +276,12 @@ def test_fewer_honest_devices_spend_more() -> None:
     """What was lost beyond the expected is charged, and no honest device means no privacy."""
     plan = private_plan(100)
     spent = [
-        distributed_rho(plan=plan, max_norm=MAX_NORM, variance=1000, num_honest=num)
-        for num in (2, 4, 8)
+        distributed_rho(plan=plan, encoding=shares_of(1000), num_honest=num) for num in (2, 4, 8)
     ]
     assert spent[0] == pytest.approx(2 * spent[1], rel=1e-9)
     assert spent[1] == pytest.approx(2 * spent[2], rel=1e-9)
     with pytest.raises(PrivacyError, match="no device in the sum"):
-        distributed_rho(plan=plan, max_norm=MAX_NORM, variance=1000, num_honest=0)
+        distributed_rho(plan=plan, encoding=shares_of(1000), num_honest=0)
 
 
 def test_distributed_noise_costs_what_central_noise_does() -> None:
@@ -291,7 +295,8 @@ def test_distributed_noise_costs_what_central_noise_does() -> None:
         cohort=80,
     )
     plan = sized_plan(size, 1_000_000, 80)
-    rho = distributed_rho(plan=plan, max_norm=1.0, variance=size.variance, num_honest=64)
+    encoding = PrivateEncoding(max_norm=1.0, variance=size.variance)
+    rho = distributed_rho(plan=plan, encoding=encoding, num_honest=64)
     plenty = Budget(epsilon=100.0, delta=1e-6)
     distributed = Ledger().spend(Concentrated(rho=rho), plenty).epsilon(1e-6)
     central = Ledger().spend(Gaussian(noise_multiplier=4.0), plenty).epsilon(1e-6)
@@ -307,9 +312,7 @@ def test_neighbours_cannot_be_told_apart_better_than_promised() -> None:
     """An attacker who knows all but one update does no better than epsilon at delta allows."""
     num_trials = 100_000
     plan = private_plan(num_trials, value_bits=8, clip=4 * MAX_NORM)
-    rho = distributed_rho(
-        plan=replace(plan, num_values=1), max_norm=MAX_NORM, variance=250, num_honest=4
-    )
+    rho = distributed_rho(plan=replace(plan, num_values=1), encoding=shares_of(250), num_honest=4)
     delta = 1e-2
     epsilon = Ledger().spend(Concentrated(rho=rho), Budget(epsilon=9, delta=delta)).epsilon(delta)
     # Each coordinate is a trial of its own: four shares of noise, and the victim's level or zero.
@@ -373,17 +376,20 @@ def test_bound_finds_the_quantile() -> None:
     for start in (0.01, 500.0):
         norm, path = start, []
         for number in range(120):
-            within = int((lengths <= norm).sum())
-            norm = adaptive.next_norm(norm, within, 200, seeded_bytes(number))
+            share = adaptive.blur(float((lengths <= norm).mean()), seeded_bytes(number))
+            norm = adaptive.next_norm(norm, share)
             path.append(norm)
         assert np.mean(path[-40:]) == pytest.approx(np.median(lengths), rel=0.1)
 
 
 def test_one_step_of_the_bound() -> None:
-    """Without noise to speak of, the bound moves by exp(-rate (share - quantile))."""
-    adaptive = AdaptiveClip(quantile=0.5, learning_rate=0.2, bit_noise=1e-9)
-    assert adaptive.next_norm(3.0, 10, 10, os.urandom) == pytest.approx(3 * exp(-0.1))
-    assert adaptive.next_norm(3.0, 0, 10, os.urandom) == pytest.approx(3 * exp(0.1))
+    """The bound moves by exp(-rate (share - quantile)), and a share is between 0 and 1."""
+    adaptive = AdaptiveClip(quantile=0.5, learning_rate=0.2)
+    assert adaptive.next_norm(3.0, 0.75) == pytest.approx(3 * exp(-0.05))
+    for share in (1.0, 1.2, 1e9):
+        assert adaptive.next_norm(3.0, share) == pytest.approx(3 * exp(-0.1))
+    for share in (0.0, -0.3, -1e9):
+        assert adaptive.next_norm(3.0, share) == pytest.approx(3 * exp(0.1))
 
 
 def test_bits_and_updates_together_spend_what_was_asked_for() -> None:

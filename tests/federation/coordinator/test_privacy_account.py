@@ -13,8 +13,15 @@ from minga.federation.v1 import federation_pb2 as pb
 from tests.federation.coordinator.desk import Desk
 from tests.federation.fleet import campaign_plan, toy_model
 
-PRIVACY = pb.Privacy(epsilon=100.0, delta=1e-5, noise_multiplier=2.0, max_norm=1.0)
-TWICE = Ledger((Spent(mechanism=Gaussian(noise_multiplier=2.0)),) * 2)
+PRIVACY = pb.Privacy(
+    epsilon=100.0,
+    delta=1e-5,
+    noise_multiplier=0.2,
+    max_norm=1.0,
+    quantile=0.5,
+    quantile_rate=1.0,
+)
+TWICE = Ledger((Spent(mechanism=Gaussian(noise_multiplier=0.2)),) * 2)
 NUM_WRITES = 80
 """More than a campaign of two rounds takes."""
 
@@ -31,7 +38,7 @@ def begin(folder: Path) -> tuple[Desk, str]:
 
 @pytest.mark.slow
 async def test_killed_before_any_write_spends_once(tmp_path: Path) -> None:
-    """However often a sum is made again after a kill, the ledger has one entry for each round."""
+    """However often a sum is made again, each round has one entry and moves the bound once."""
     ended_by_itself = False
     for lives in range(1, NUM_WRITES, 3):
         desk, campaign_id = begin(tmp_path / str(lives))
@@ -58,6 +65,10 @@ async def test_killed_before_any_write_spends_once(tmp_path: Path) -> None:
         store.close()
         epsilon = TWICE.epsilon(PRIVACY.delta)
         assert campaign.rounds[-1].privacy.epsilon == pytest.approx(epsilon)
+        # All updates are within the bound, 1 and then what the first round left of it.
+        left = [round_.privacy.max_norm for round_ in campaign.rounds]
+        assert [round_.plan.clip for round_ in campaign.rounds] == [1.0, left[0]], lives
+        assert all(0.6 < ratio < 0.85 for ratio in (left[0], left[1] / left[0])), left
         if ended_by_itself:
             return
     raise AssertionError("NUM_WRITES is too small to reach the campaign's last write")

@@ -36,6 +36,7 @@ EXPECTED = {
     "OperatorService/CreateToken": {OPERATOR},
     "OperatorService/ListDevices": {OPERATOR},
     "OperatorService/RevokeDevice": {OPERATOR},
+    "OperatorService/RevokeIdentity": {OPERATOR},
     "OperatorService/StartCampaign": {OPERATOR},
     "OperatorService/WatchCampaign": {OPERATOR},
     "OperatorService/CancelCampaign": {OPERATOR},

@@ -14,12 +14,12 @@ from minga.federation import audit
 from minga.federation.audit import AUDITOR, Checkpoint, Entry, Record
 from minga.federation.certificates import (
     chain_to_der,
+    digest_of_key,
     issuer_of,
     parse_chain,
 )
 from minga.federation.coordinator.access import Gatekeeper
 from minga.federation.coordinator.authority import Authority
-from minga.federation.coordinator.enrolment import digest_of_key
 from minga.federation.coordinator.root import Root
 from minga.federation.enrolment_token import EnrolmentToken
 from minga.federation.errors import (

@@ -11,11 +11,10 @@ import pytest
 from cryptography import x509
 
 from minga.federation.audit import AUDITOR, Entry
-from minga.federation.certificates import renewal_time
+from minga.federation.certificates import digest_of_key, renewal_time
 from minga.federation.coordinator.audit_log import AuditLog, Kind, read_log
 from minga.federation.coordinator.authority import Authority, Lifetimes
 from minga.federation.coordinator.credentials import OwnIdentity
-from minga.federation.coordinator.enrolment import digest_of_key
 from minga.federation.coordinator.identity_service import IdentityServicer
 from minga.federation.coordinator.rate import Rate
 from minga.federation.coordinator.renewal import Renewer

@@ -55,8 +55,9 @@ CAMPAIGNS = {
             "name": "distributed",
             "epsilon": 1e4,
             "delta": 1e-3,
-            "noise_multiplier": 0.5,
+            "noise_multiplier": 0.15,
             "max_norm": 1.0,
+            "quantile": 0.5,
         },
     },
     "private": {

@@ -5,7 +5,6 @@ is made of many, `[federation.privacy]` what hides each device in it.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -306,6 +305,14 @@ class NoisyTable(PrivacyTable, ABC):
     """Updates longer than this (Euclidean length) are shortened to it; it takes the place of
     clip. All devices count the same, whatever their number of examples."""
 
+    quantile: Probability | None = None
+    """With it max_norm is only where the bound begins, and follows this quantile of the updates'
+    lengths (Andrew et al. 2021); takes more than 10 noise_multiplier devices. 0.5 is a good
+    choice."""
+
+    quantile_rate: Positive = 0.2
+    """How fast the bound follows: by this as an exponent, at most, in each round."""
+
 
 class CentralPrivacyTable(NoisyTable):
     """Noise that the coordinator adds (McMahan et al. 2018)."""
@@ -314,20 +321,9 @@ class CentralPrivacyTable(NoisyTable):
     """The coordinator adds noise to the mean: it is trusted with what it sees, and its models are
     private."""
 
-    quantile: Probability | None = None
-    """With it max_norm is only where the bound begins, and follows this quantile of the updates'
-    lengths (Andrew et al. 2021); takes plain rounds. 0.5 is a good choice."""
-
-    quantile_rate: Positive = 0.2
-    """How fast the bound follows: by this as an exponent, at most, in each round."""
-
     def privacy(self) -> Privacy:
         """Give what the table describes."""
-        privacy = _privacy(self, is_distributed=False)
-        if self.quantile is None:
-            return privacy
-        clip = AdaptiveClip(quantile=self.quantile, learning_rate=self.quantile_rate)
-        return replace(privacy, clip=clip)
+        return _privacy(self, is_distributed=False)
 
 
 class DistributedPrivacyTable(NoisyTable):
@@ -343,11 +339,15 @@ class DistributedPrivacyTable(NoisyTable):
 
 
 def _privacy(table: NoisyTable, *, is_distributed: bool) -> Privacy:
+    clip = None
+    if table.quantile is not None:
+        clip = AdaptiveClip(quantile=table.quantile, learning_rate=table.quantile_rate)
     return Privacy(
         budget=Budget(epsilon=table.epsilon, delta=table.delta),
         noise_multiplier=table.noise_multiplier,
         max_norm=table.max_norm,
         is_distributed=is_distributed,
+        clip=clip,
     )
 
 

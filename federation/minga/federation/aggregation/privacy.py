@@ -20,10 +20,15 @@ and below 1e-12 from `MIN_VARIANCE` on.
 
 Rounding makes updates a little longer. `PrivateEncoding` bounds that too: whatever its coins say,
 no update leaves it longer than `level_bound`.
+
+A bound that follows the updates (`adaptive_clip`) takes one more thing from each device: whether
+its update was within the bound. In secure rounds that is one more coordinate, plus or minus
+`bit_level`, with the same noise as all others. Update and bit are one vector then, as long as the
+two at right angles, and its sum is one mechanism: nothing is to be composed.
 """
 
 from dataclasses import dataclass
-from math import ceil, exp, floor, isfinite, pi, sqrt
+from math import ceil, exp, floor, hypot, isfinite, pi, sqrt
 from typing import Final
 
 import numpy as np
@@ -144,6 +149,8 @@ class PrivateEncoding:
     Attributes:
         max_norm: the longest update, above 0, at most the plan's `clip`.
         variance: of this device's share of the noise, in squared levels; 0: none.
+        bit_level: the size of one more coordinate, the last of the plan's `num_values`: above zero
+            if the update was within `max_norm`, below if it had to be shortened. 0: there is none.
 
     Raises:
         PrivacyError: a number is out of its range.
@@ -151,6 +158,7 @@ class PrivateEncoding:
 
     max_norm: float
     variance: int = 0
+    bit_level: int = 0
 
     def __post_init__(self) -> None:
         if not (self.max_norm > 0 and isfinite(self.max_norm)):
@@ -160,6 +168,25 @@ class PrivateEncoding:
                 f"a device's noise has a variance of {self.variance} squared levels; it must be "
                 f"from {MIN_VARIANCE} to {MAX_VARIANCE}, as `size_noise` chooses it"
             )
+        if self.bit_level < 0:
+            raise PrivacyError(f"bit_level is {self.bit_level}; it must be 0 or more")
+
+    @property
+    def num_bits(self) -> int:
+        """Coordinates beside the update's: 1 for the bit, if it is asked for."""
+        return 1 if self.bit_level else 0
+
+    def share_within(self, plan: RoundPlan, mean_bit: float) -> float:
+        """Read from the mean of a secure round the share of updates that were within the bound.
+
+        Args:
+            plan: the round's numbers.
+            mean_bit: the last value of the mean.
+
+        Returns:
+            The share; with what noise and lies add, any number.
+        """
+        return 0.5 + 0.5 * mean_bit * plan.max_level / (plan.clip * self.bit_level)
 
     def encode(
         self, plan: RoundPlan, delta: Vector, weight: int, random_bytes: RandomBytes
@@ -168,7 +195,7 @@ class PrivateEncoding:
 
         Args:
             plan: the round's numbers.
-            delta: the update, float32, shape `(num_values,)`.
+            delta: the update, float32, shape `(num_values - num_bits,)`.
             weight: must be the plan's `max_weight`: all devices count the same.
             random_bytes: source of randomness.
 
@@ -185,7 +212,17 @@ class PrivateEncoding:
                 f"the plan clips at {plan.clip:g} and the update weighs {weight}; private updates "
                 f"are up to {self.max_norm:g} long, and weigh {plan.max_weight} each"
             )
-        levels = self._rounded(plan, clip_length(delta, self.max_norm)[0], random_bytes)
+        if self.bit_level and (plan.rotate or self.bit_level > plan.max_level):
+            raise PrivacyError(
+                f"the bit of an update is {self.bit_level} levels, and the plan has up to "
+                f"{plan.max_level}; the plan must hold it, and must not rotate it"
+            )
+        delta, is_within = clip_length(delta, self.max_norm)
+        if self.bit_level:
+            delta = np.append(delta, np.float32(0.0))  # stays 0 when it is rounded
+        levels = self._rounded(plan, delta, random_bytes)
+        if self.bit_level:
+            levels[-2:-1].view(np.int32)[0] = self.bit_level if is_within else -self.bit_level
         if self.variance:
             noise = DiscreteNoise(self.variance, random_bytes).draw(levels.size - 1)
             # What is beyond the ring wraps around: that may spoil the sum, but not privacy.
@@ -194,7 +231,7 @@ class PrivateEncoding:
 
     def _rounded(self, plan: RoundPlan, delta: Vector, random_bytes: RandomBytes) -> Levels:
         """Round at random until the levels are short enough, which nearly always is at once."""
-        most = longest_levels(plan, self.max_norm)
+        most = longest_levels(plan, self)
         for _ in range(_ROUNDINGS):
             levels = encode_update(plan, delta, plan.max_weight, random_bytes)
             if _length(levels[:-1].view(np.int32)) <= most:
@@ -210,9 +247,15 @@ def norm_in_levels(plan: RoundPlan, max_norm: float) -> float:
     return plan.max_level * max_norm / plan.clip
 
 
-def longest_levels(plan: RoundPlan, max_norm: float) -> float:
-    """Bound the length of an update's levels in a round: the sensitivity of their sum."""
-    return level_bound(norm_in_levels(plan, max_norm), plan.vector_length - 1)
+def longest_levels(plan: RoundPlan, encoding: PrivateEncoding) -> float:
+    """Bound the length of an update's levels in a round, without its bit."""
+    num_values = plan.vector_length - 1 - encoding.num_bits
+    return level_bound(norm_in_levels(plan, encoding.max_norm), num_values)
+
+
+def sensitivity(plan: RoundPlan, encoding: PrivateEncoding) -> float:
+    """Bound the length of what one device adds to a sum, its bit included; in levels."""
+    return hypot(longest_levels(plan, encoding), encoding.bit_level)
 
 
 def level_bound(norm: float, num_values: int) -> float:
@@ -238,6 +281,8 @@ class NoiseSize:
     """The plan's: `max_norm`, and room for the noise."""
     variance: int
     """Of one device's share of the noise, in squared levels."""
+    bit_level: int = 0
+    """Of a bound that follows the updates: see `PrivateEncoding`."""
 
 
 def size_noise(
@@ -248,32 +293,44 @@ def size_noise(
     num_noisy: int,
     min_cohort: int,
     cohort: int,
+    adaptive: AdaptiveClip | None = None,
 ) -> NoiseSize:
     """Choose the finest levels for which noise can be drawn, and how much each device draws.
 
-    The ring gets no more room for the noise than it takes: uploads are as small as they can be.
+    The ring gets no more room for the noise than it takes: uploads are as small as they can be. A
+    bit beside the update gets so many levels that the noise of those counted on is `bit_noise` on
+    the share of bits; with the others' there is less on the share, and more on the updates.
 
     Args:
-        noise_multiplier: standard deviation of the whole noise over the longest update.
+        noise_multiplier: standard deviation of the whole noise over the longest update, with its
+            bit if there is one.
         max_norm: the longest update.
         num_values: coordinates.
         num_noisy: how many devices' shares make up the noise (`num_noisy`).
         min_cohort: the fewest devices in a sum: their noise has the least room.
         cohort: the most.
+        adaptive: how the bound follows the updates; None: it does not, and there is no bit.
 
     Raises:
-        PrivacyError: the noise is too small against the levels, or too large for the ring.
+        PrivacyError: the noise is too small against the levels, or too large for the ring; or the
+            bits alone would tell more than the noise multiplier allows.
     """
+    bit_length = 0.0 if adaptive is None else adaptive.bit_length(noise_multiplier, num_noisy)
     most_bits = min(_MOST_BITS, 32 - (cohort - 1).bit_length())
     for room in range(most_bits - 1):
         for value_bits in range(most_bits, _LEAST_BITS - 1, -1):
             max_level = (1 << (value_bits - 1)) - 1
             norm = max_level / (1 << room)
-            variance = ceil((noise_multiplier * level_bound(norm, num_values)) ** 2 / num_noisy)
-            fits = norm + _TAIL * sqrt(variance / min_cohort) <= max_level
+            longest = level_bound(norm, num_values)
+            bit_level = 0 if adaptive is None else max(1, round(bit_length * longest))
+            variance = ceil((noise_multiplier * hypot(longest, bit_level)) ** 2 / num_noisy)
+            fits = max(norm, bit_level) + _TAIL * sqrt(variance / min_cohort) <= max_level
             if fits and MIN_VARIANCE <= variance <= MAX_VARIANCE:
                 return NoiseSize(
-                    value_bits=value_bits, clip=max_norm * (1 << room), variance=variance
+                    value_bits=value_bits,
+                    clip=max_norm * (1 << room),
+                    variance=variance,
+                    bit_level=bit_level,
                 )
     raise PrivacyError(
         f"no levels suit a noise_multiplier of {noise_multiplier:g} with {num_values} values and "
@@ -281,20 +338,24 @@ def size_noise(
     )
 
 
-def distributed_rho(*, plan: RoundPlan, max_norm: float, variance: int, num_honest: int) -> float:
+def distributed_rho(*, plan: RoundPlan, encoding: PrivateEncoding, num_honest: int) -> float:
     """Give what a sum spends: it is rho-concentrated differentially private (zCDP).
 
-    Kairouz, Liu and Steinke, theorem 1: with n shares of variance s², updates of a length up to D
+    Kairouz, Liu and Steinke, theorem 1: with n shares of variance s², vectors of a length up to D
     and d coordinates, rho is half the square of the smaller of
 
         sqrt(D² / (n s²) + t d / 2)   and   D / (sqrt(n) s) + t sqrt(d),
 
     where t = 10 (exp(-2 pi² s² 1/2) + exp(-2 pi² s² 2/3) + ... + exp(-2 pi² s² (n - 1)/n)).
 
+    A bit beside the update is one of the coordinates, so D² is L² + b² for updates of a length up
+    to L and a bit of plus or minus b. With s² n = S² that is b² / S² + L² / S² = z**-2, which is
+    Andrew et al.'s sum (NeurIPS 2021, theorem 1): the noise on the sum of bits is S / (2 b), and
+    that on the updates S / L times as long as they are.
+
     Args:
         plan: the round's numbers.
-        max_norm: the longest update.
-        variance: s², in squared levels.
+        encoding: what its devices add; with noise.
         num_honest: n, the devices in the sum that added their share and keep it to themselves.
 
     Raises:
@@ -303,7 +364,8 @@ def distributed_rho(*, plan: RoundPlan, max_norm: float, variance: int, num_hone
     if num_honest < 1:
         raise PrivacyError("no device in the sum is counted on for noise: it must not be published")
     num_values = plan.vector_length - 1
-    ratio = longest_levels(plan, max_norm) / sqrt(num_honest * variance)
+    variance = encoding.variance
+    ratio = sensitivity(plan, encoding) / sqrt(num_honest * variance)
     gap = 10.0 * sum(exp(-2.0 * pi**2 * variance * k / (k + 1)) for k in range(1, num_honest))
     return min(ratio**2 + gap * num_values / 2, (ratio + gap * sqrt(num_values)) ** 2) / 2
 
@@ -328,12 +390,7 @@ def assured_multiplier(
     num_honest = num_devices - ceil(colluder_share * num_devices)
     if num_honest < 1 or not encoding.variance:
         return 0.0
-    rho = distributed_rho(
-        plan=plan,
-        max_norm=encoding.max_norm,
-        variance=encoding.variance,
-        num_honest=num_honest,
-    )
+    rho = distributed_rho(plan=plan, encoding=encoding, num_honest=num_honest)
     return 1.0 / sqrt(2.0 * rho)
 
 

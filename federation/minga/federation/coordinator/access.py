@@ -17,8 +17,8 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from minga.federation.certificates import chain_to_der, is_newer, p256_key
-from minga.federation.coordinator.enrolment import digest_of_key
+from minga.federation.certificates import chain_to_der, is_newer
+from minga.federation.coordinator.calls import Call, RunningCalls
 from minga.federation.errors import AccessError, IdentityError
 from minga.federation.identity import (
     Clock,
@@ -41,6 +41,7 @@ class Everybody(Enum):
 
 _PACKAGE: Final = "/minga.federation.v1"
 _RENEW: Final = f"{_PACKAGE}.IdentityService/Renew"
+_SESSION: Final = f"{_PACKAGE}.FederationService/Session"
 _DEVICES: Final = frozenset({Role.DEVICE})
 _OPERATORS: Final = frozenset({Role.OPERATOR})
 
@@ -48,13 +49,14 @@ ALLOWED: Final[Mapping[str, frozenset[Role] | Everybody]] = {
     # Its proof is the enrolment token.
     f"{_PACKAGE}.EnrollmentService/Enroll": Everybody.ANYBODY,
     _RENEW: _DEVICES,
-    f"{_PACKAGE}.FederationService/Session": _DEVICES,
+    _SESSION: _DEVICES,
     f"{_PACKAGE}.BlobService/Upload": _DEVICES | _OPERATORS,
     f"{_PACKAGE}.BlobService/GetUploadOffset": _DEVICES | _OPERATORS,
     f"{_PACKAGE}.BlobService/Download": _DEVICES | _OPERATORS,
     f"{_PACKAGE}.OperatorService/CreateToken": _OPERATORS,
     f"{_PACKAGE}.OperatorService/ListDevices": _OPERATORS,
     f"{_PACKAGE}.OperatorService/RevokeDevice": _OPERATORS,
+    f"{_PACKAGE}.OperatorService/RevokeIdentity": _OPERATORS,
     f"{_PACKAGE}.OperatorService/StartCampaign": _OPERATORS,
     f"{_PACKAGE}.OperatorService/WatchCampaign": _OPERATORS,
     f"{_PACKAGE}.OperatorService/CancelCampaign": _OPERATORS,
@@ -85,7 +87,7 @@ class Gatekeeper:
 
     def admit(
         self, method: str, certificate_pem: bytes | None, intermediate_pem: bytes | None = None
-    ) -> None:
+    ) -> Principal | None:
         """Let a call pass, or refuse it.
 
         TLS has checked the certificate once, when the connection was made; here it is checked at
@@ -96,16 +98,20 @@ class Gatekeeper:
             certificate_pem: The caller's certificate, if it has shown one.
             intermediate_pem: What it has shown as its issuer, if it did.
 
+        Returns:
+            Who calls; None where everybody may.
+
         Raises:
             IdentityError: no certificate, or one that does not hold (any more).
             AccessError: the caller's role is not among those allowed.
         """
         allowed = ALLOWED.get(method, frozenset())
         if isinstance(allowed, Everybody):
-            return
+            return None
         principal = self._authenticate(method, certificate_pem, intermediate_pem)
         if principal.role not in allowed:
             raise AccessError(f"{principal} may not call {method.rpartition('/')[2]}")
+        return principal
 
     def _authenticate(
         self, method: str, certificate_pem: bytes | None, intermediate_pem: bytes | None
@@ -118,7 +124,7 @@ class Gatekeeper:
         else:
             principal = self._enrolled_before(method, certificate, intermediate)
         if self.is_revoked(principal):
-            raise IdentityError(f"{principal} was revoked; ask the operator to let it in again")
+            raise revoked(principal)
         return principal
 
     def _other_issuer(self, intermediate_pem: bytes | None) -> x509.Certificate | None:
@@ -152,9 +158,19 @@ class Gatekeeper:
                 f"the intermediate that issued the certificate of {principal} was replaced; "
                 "renew the certificate first"
             )
-        if digest_of_key(p256_key(certificate)) != self.key_on_record(principal.name):
+        if principal.key_digest != self.key_on_record(principal.name):
             raise IdentityError(f"the certificate of {principal} is for a key that never enrolled")
         return principal
+
+
+def revoked(principal: Principal) -> IdentityError:
+    """Make the error that says that somebody counts no more."""
+    remedy = (
+        "ask the operator to let it in again"
+        if principal.role is Role.DEVICE
+        else f"copy the folder {principal.name!r} of the coordinator's state again"
+    )
+    return IdentityError(f"{principal} was revoked; {remedy}")
 
 
 STRANGER: Final = "stranger"
@@ -175,11 +191,19 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         gatekeeper: Who decides.
         on_refused: Hears of its refusals, and of those that a call's handler makes by the caller's
             role or name.
+        calls: Where calls that were admitted are noted, but for control streams.
     """
 
-    def __init__(self, gatekeeper: Gatekeeper, on_refused: OnRefused = _pass_over) -> None:
+    def __init__(
+        self,
+        gatekeeper: Gatekeeper,
+        on_refused: OnRefused = _pass_over,
+        *,
+        calls: RunningCalls | None = None,
+    ) -> None:
         self._gatekeeper = gatekeeper
         self._on_refused = on_refused
+        self.calls = calls or RunningCalls()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Put the check in front of a call."""
@@ -194,12 +218,18 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
         return around(reading_anything(handler), admitting)
 
-    async def admit(self, method: str, context: Context, *, is_stream: bool) -> None:
-        """Let a call pass, or refuse it and say so; raises as `Gatekeeper.admit` does."""
+    async def admit(self, method: str, context: Context, *, is_stream: bool) -> Call | None:
+        """Let a call pass, or refuse it and say so; raises as `Gatekeeper.admit` does.
+
+        Returns:
+            What to leave when it is over; None if it is not noted.
+        """
         try:
-            self._gatekeeper.admit(
+            principal = self._gatekeeper.admit(
                 method, _certificate_pem_of(context), _intermediate_pem_of(context)
             )
+            is_noted = principal is not None and method != _SESSION
+            return self.calls.begin(principal.path) if principal and is_noted else None
         except IdentityError as error:
             if is_stream:
                 await _take_opening(context)
@@ -217,7 +247,7 @@ class _Admission:
     A class, and no generator: there is one for each open stream, of which most only wait.
     """
 
-    __slots__ = ("_context", "_interceptor", "_is_stream", "_method")
+    __slots__ = ("_call", "_context", "_interceptor", "_is_stream", "_method")
 
     def __init__(
         self, interceptor: AccessInterceptor, method: str, context: Context, *, is_stream: bool
@@ -226,10 +256,13 @@ class _Admission:
         self._method = method
         self._context = context
         self._is_stream = is_stream
+        self._call: Call | None = None
 
     async def __aenter__(self) -> None:
         """Let the handler begin, or refuse the call."""
-        await self._interceptor.admit(self._method, self._context, is_stream=self._is_stream)
+        self._call = await self._interceptor.admit(
+            self._method, self._context, is_stream=self._is_stream
+        )
 
     async def __aexit__(
         self,
@@ -237,7 +270,14 @@ class _Admission:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Say it if the handler itself refused the caller."""
+        """Say it if the handler itself refused the caller, or was ended because of a revocation."""
+        if self._call is not None:
+            self._interceptor.calls.leave(self._call)
+            if self._call.is_ended and isinstance(error, asyncio.CancelledError):
+                self._call.task.uncancel()
+                error = refusal = revoked(principal_of_call(self._context))
+                self._interceptor.tell(self._method, self._context, refusal)
+                raise refusal
         if isinstance(error, IdentityError):
             self._interceptor.tell(self._method, self._context, error)
 

@@ -338,24 +338,34 @@ def _private_mean(
     Returns:
         The mean, who is in it, and the bound with which the campaign goes on.
     """
-    assert round_.order.encoding is not None
-    max_norm = round_.order.encoding.max_norm
-    clip: Clip | None = None
+    encoding = round_.order.encoding
+    assert encoding is not None
+    max_norm, share = encoding.max_norm, 0.0
     match round_.order.plan:
         case PlainPlan():
-            longest, clip = max_norm, Clip(max_norm=max_norm)
+            rule, longest = Mean(is_weighted=False, clip=Clip(max_norm=max_norm)), max_norm
+            values, combined = _mean(round_, uploads, rule)
+            within = [length < max_norm * _WITHIN for length in combined.lengths]
+            share = sum(within) / len(within)
         case RoundPlan() as plan:
-            longest = longest_levels(plan, max_norm) * plan.clip / plan.max_level
-    values, combined = _mean(round_, uploads, Mean(is_weighted=False, clip=clip))
-    if privacy.is_distributed:
-        return values, combined, max_norm
-    num_devices, noise_multiplier = combined.total_weight, privacy.noise_multiplier
+            longest = longest_levels(plan, encoding) * plan.clip / plan.max_level
+            values, combined = _mean(round_, uploads, Mean(is_weighted=False))
+            if encoding.num_bits:
+                share = encoding.share_within(plan, float(values[-1]))
+                values = values[: -encoding.num_bits]
+    noise_multiplier = privacy.noise_multiplier
     if privacy.clip is not None:
-        noise_multiplier = privacy.clip.update_noise(noise_multiplier, num_devices)
-        within = sum(length < max_norm * _WITHIN for length in combined.lengths)
-        max_norm = privacy.clip.next_norm(max_norm, within, num_devices, random_bytes)
-    std = central_std(noise_multiplier=noise_multiplier, max_norm=longest, num_devices=num_devices)
-    add_gaussian(values, std, random_bytes)
+        if not privacy.is_distributed:
+            noise_multiplier = privacy.clip.update_noise(noise_multiplier, combined.total_weight)
+            share = privacy.clip.blur(share, random_bytes)
+        max_norm = privacy.clip.next_norm(max_norm, share)
+    if not privacy.is_distributed:
+        std = central_std(
+            noise_multiplier=noise_multiplier,
+            max_norm=longest,
+            num_devices=combined.total_weight,
+        )
+        add_gaussian(values, std, random_bytes)
     return values, combined, max_norm
 
 

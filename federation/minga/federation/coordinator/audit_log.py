@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from minga.federation.audit import (
+    IDENTITY_REVOKED,
     NOTHING,
     Checkpoint,
     Detail,
@@ -95,6 +96,7 @@ class Kind(StrEnum):
     DEVICE_RENEWED = "device-renewed"
     RENEWAL_REFUSED = "renewal-refused"
     DEVICE_REVOKED = "device-revoked"
+    IDENTITY_REVOKED = IDENTITY_REVOKED
     ACCESS_REFUSED = "access-refused"
     MESSAGE_REFUSED = "message-refused"
     DEVICE_WITHDREW = "device-withdrew"

@@ -129,10 +129,14 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
             complete=self._blobs.has(request.digest),
         )
 
-    async def Download(  # type: ignore[override] # the bytes of its messages
+    async def Download(  # type: ignore[override] # gRPC takes a coroutine as well
         self, request: pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[bytes]:
-        """Give a blob from an offset on; of an empty rest comes one empty message."""
+    ) -> None:
+        """Give a blob from an offset on; of an empty rest comes one empty message.
+
+        It writes through the context: of a generator that is cancelled while the caller reads
+        nothing, gRPC (1.85) would not tell the caller that it ended.
+        """
         principal = principal_of_call(context)
         if not self._may_download(principal, request.digest):
             raise AccessError(f"{principal} may not download blob {request.digest.hex()} now")
@@ -147,10 +151,14 @@ class BlobServicer(pb_grpc.BlobServiceServicer):
                     chunk = buffer[: await _read(file, offset, buffer)]
                     frame = await asyncio.to_thread(packer.pack, chunk) if packer else None
                     content = chunk if frame is None else frame
-                    yield chunks.download_response(content, size, is_packed=frame is not None)
+                    await context.write(
+                        chunks.download_response(content, size, is_packed=frame is not None)
+                    )
                     sent, offset = sent + len(content), offset + len(chunk)
                     if offset >= size:
                         break
+            except grpc.aio.InternalError:
+                pass  # the link broke; the caller asks again from where it is
             finally:
                 self._on_transfer(principal, received=0, sent=sent)
 

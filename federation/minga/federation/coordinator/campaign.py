@@ -153,7 +153,8 @@ class Campaign:
                     work=work,
                 )
                 break
-            except PlanError:  # shares of a cohort that are to be borne round badly for some sizes
+            # Shares of a cohort that are to be borne round badly for some sizes.
+            except (PlanError, PrivacyError):
                 if len(devices) <= self.plan.min_cohort:
                     raise
                 devices = devices[:-1]
@@ -440,13 +441,8 @@ def _require_private(plan: pb.CampaignPlan, rule: Rule) -> None:
             "devices add noise in secure rounds; in plain ones the coordinator does"
         )
     privacy = wire.privacy_from_wire(plan)
-    if privacy is None or privacy.clip is None:
-        return
-    if privacy.is_distributed or not wire.is_plain(plan):
-        raise CampaignError(
-            "a bound that follows the updates takes plain rounds with central noise"
-        )
-    privacy.clip.update_noise(privacy.noise_multiplier, plan.min_cohort)
+    if privacy is not None and privacy.clip is not None and not privacy.is_distributed:
+        privacy.clip.update_noise(privacy.noise_multiplier, plan.min_cohort)
 
 
 def _require_numbers(plan: pb.CampaignPlan) -> None:

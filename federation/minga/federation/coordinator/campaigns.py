@@ -281,6 +281,7 @@ class Campaigns:
                 await change.wait()
                 continue
             try:
+                await self._account.prepare(campaign.plan)
                 while not campaign.is_over:
                     await self._step(campaign)
             except Exception as error:  # noqa: BLE001 - no campaign may end the ones to come
@@ -389,8 +390,7 @@ class Campaigns:
         if by_strategy is not None:
             return by_strategy
         uploads = StoredUploads(self._blobs, self._apply_masks)
-        recipe = Recipe.of(campaign.plan)
-        return aggregate(round_, uploads, recipe, campaign.optimizer_digest)
+        return aggregate(round_, uploads, Recipe.of(campaign.plan), campaign.optimizer_digest)
 
     def _time_left(self, round_: Round) -> float | None:
         """Seconds until the stage's deadline, or until an absent device counts as lost."""

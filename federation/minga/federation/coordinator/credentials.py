@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from minga.federation import identity as identities
-from minga.federation.certificates import load_chain, renewal_time
+from minga.federation.certificates import digest_of_key, load_chain, renewal_time
 from minga.federation.coordinator.authority import Authority
 from minga.federation.identity import Identity, Role, ServerIdentity
 
@@ -53,8 +53,8 @@ class ServerCertificate:
 class OwnIdentity:
     """An identity that the coordinator issues to itself; its key stays, in the folder.
 
-    Only under another intermediate than before it gets another key: the one before is replaced
-    because somebody may have its key, and then has this one too.
+    It gets another key when it is revoked, and under another intermediate than before: that is
+    replaced because somebody may have its key, and then has this one too.
 
     Args:
         authority: Who issues.
@@ -77,6 +77,17 @@ class OwnIdentity:
         self.renew_if_due()
         return self._identity
 
+    @property
+    def key_digest(self) -> bytes:
+        """SHA-256 of its public key, 32 bytes: certificates for another one do not count."""
+        return digest_of_key(self._key.public_key())
+
+    def replace_key(self) -> None:
+        """Make another key; copies of the folder from before count no more."""
+        self._drop_key()
+        self._key = identities.load_or_create_key(self._folder / identities.KEY_FILE)
+        self._issue()
+
     def renew_if_due(self) -> bool:
         """Issue and write another certificate if it is time; True if so."""
         certificate = self._identity.certificate
@@ -98,6 +109,9 @@ class OwnIdentity:
             return
         path = self._folder / identities.CERTIFICATE_FILE
         if load_chain(path)[1] != self._authority.intermediate:
-            # The key goes first: were it the last, a crash in between would keep it.
-            (self._folder / identities.KEY_FILE).unlink(missing_ok=True)
-            path.unlink()
+            self._drop_key()
+
+    def _drop_key(self) -> None:
+        # The key goes first: were it the last, a crash in between would keep it.
+        (self._folder / identities.KEY_FILE).unlink(missing_ok=True)
+        (self._folder / identities.CERTIFICATE_FILE).unlink(missing_ok=True)

@@ -11,14 +11,11 @@ healed by asking again with the same token and the same key:
 Nothing here is logged but names: a token's secret never appears in a message.
 """
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Protocol
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
+from minga.federation.certificates import digest_of_key
 from minga.federation.coordinator.authority import Authority, public_key_of_request
 from minga.federation.coordinator.tokens import TokenIssuer
 from minga.federation.errors import EnrolmentError
@@ -92,11 +89,3 @@ class Enroller:
             chain_der=self.authority.chain_of(certificate),
             authority_der=self.authority.pinned_der,
         )
-
-
-def digest_of_key(key: ec.EllipticCurvePublicKey) -> bytes:
-    """Name a public key by the SHA-256 of its SubjectPublicKeyInfo."""
-    der = key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return hashlib.sha256(der).digest()

@@ -2,7 +2,7 @@
 
 import asyncio
 import resource
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
@@ -13,16 +13,18 @@ from minga.federation.aggregation.ledger import load_accounting
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import principal_of_call
 from minga.federation.coordinator.audit_log import AuditLog, Kind
+from minga.federation.coordinator.calls import RunningCalls
 from minga.federation.coordinator.campaigns import Campaigns
+from minga.federation.coordinator.credentials import OwnIdentity
 from minga.federation.coordinator.hub import Connection, Hub
 from minga.federation.coordinator.metrics import Metrics
 from minga.federation.coordinator.models import PublishedModels
 from minga.federation.coordinator.store import DeviceRow, Store
-from minga.federation.errors import CampaignError, MissingDeviceError, PrivacyError
+from minga.federation.errors import CampaignError, MissingDeviceError, PeerError, PrivacyError
 from minga.federation.limits import PAGE_DEVICES
 from minga.federation.v1 import federation_pb2 as pb
 from minga.federation.v1 import federation_pb2_grpc as pb_grpc
-from minga.federation.wire import condition_to_wire, privacy_from_wire, timestamp
+from minga.federation.wire import condition_to_wire, printable, privacy_from_wire, timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -41,6 +43,8 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         metrics: Metrics,
         audit: AuditLog,
         mint_token: Callable[[str, float, str], tuple[str, float]],
+        own_identities: Mapping[str, OwnIdentity],
+        calls: RunningCalls,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
@@ -51,6 +55,8 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
         self._metrics = metrics
         self._audit = audit
         self._mint_token = mint_token
+        self._own_identities = own_identities
+        self._calls = calls
         self._clock = clock
         self._started_at = clock()
 
@@ -92,7 +98,7 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
     async def RevokeDevice(
         self, request: pb.RevokeDeviceRequest, context: Context
     ) -> pb.RevokeDeviceResponse:
-        """Refuse a device, close its stream, go on with the round without it."""
+        """Refuse a device, end its calls and stream, go on with the round without it."""
         with self._store.transaction():
             if not self._store.revoke_device(request.device_id, self._clock()):
                 raise MissingDeviceError(
@@ -105,8 +111,34 @@ class OperatorService(pb_grpc.OperatorServiceServicer):
             )
         self._metrics.enrolled.set(self._store.num_enrolled())
         self._hub.drop(request.device_id)
+        self._calls.end(f"device/{request.device_id}")
         self._campaigns.lose(request.device_id, "revoked by an operator")
         return pb.RevokeDeviceResponse()
+
+    async def RevokeIdentity(
+        self, request: pb.RevokeIdentityRequest, context: Context
+    ) -> pb.RevokeIdentityResponse:
+        """Give one of the coordinator's own identities another key and refuse the one before."""
+        identity = self._own_identities.get(request.identity)
+        if identity is None:
+            raise PeerError(
+                f"{printable(request.identity)[:80]!r} is no identity of the coordinator's own, "
+                f"which are {', '.join(sorted(self._own_identities))}"
+            )
+        before = identity.key_digest
+        # First the key, then the entry: a crash in between must not leave the key that counted. Who
+        # asks again is answered, and then it is written.
+        identity.replace_key()
+        self._audit.append(
+            Kind.IDENTITY_REVOKED,
+            request.identity,
+            key=before.hex(),
+            replaced_by=identity.key_digest.hex(),
+            by=principal_of_call(context).path,
+        )
+        self._audit.sign()
+        self._calls.end(request.identity)
+        return pb.RevokeIdentityResponse(key_digest=before)
 
     async def StartCampaign(
         self, request: pb.StartCampaignRequest, context: Context

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from cryptography import x509
 
+from minga.federation.certificates import digest_of_key
 from minga.federation.coordinator.authority import Authority, public_key_of_request
-from minga.federation.coordinator.enrolment import digest_of_key
 from minga.federation.errors import EnrolmentError
 from minga.federation.identity import Role
 

@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,7 +18,6 @@ from cryptography import x509
 from prometheus_client import start_http_server
 
 from minga.federation import transport
-from minga.federation.aggregation.ledger import load_accounting
 from minga.federation.audit import AUDITOR, format_time
 from minga.federation.blobs import BlobStore
 from minga.federation.coordinator.access import STRANGER, AccessInterceptor, Gatekeeper
@@ -26,6 +25,7 @@ from minga.federation.coordinator.audit_log import AuditLog, Kind
 from minga.federation.coordinator.audited_tokens import AuditedTokens
 from minga.federation.coordinator.authority import AUTHORITY_FOLDER, Authority
 from minga.federation.coordinator.blob_service import BlobServicer
+from minga.federation.coordinator.calls import RunningCalls
 from minga.federation.coordinator.campaigns import Campaigns
 from minga.federation.coordinator.credentials import OwnIdentity, ServerCertificate
 from minga.federation.coordinator.enrolment import Enroller
@@ -49,7 +49,6 @@ from minga.federation.errors import (
     FederationError,
     IdentityError,
     PeerError,
-    PrivacyError,
     StorageError,
 )
 from minga.federation.identity import CertificateVerifier, Clock, Principal, Role, utc_now
@@ -110,6 +109,8 @@ class Coordinator:
         self._stack = AsyncExitStack()
         self._driver: asyncio.Task[None] | None = None
         self._is_started = False
+        self._own: dict[str, OwnIdentity] = {}
+        self._calls = RunningCalls()
 
     async def __aenter__(self) -> "Coordinator":
         async with AsyncExitStack() as stack:
@@ -164,7 +165,6 @@ class Coordinator:
             store=self._store, hub=self._hub, audit=self._audit, clock=self._clock
         )
         self.collect_blobs()
-        await self._load_accounting()
         await self._listen(stack)
         self._driver = asyncio.create_task(self._campaigns.run())
         for task in (
@@ -174,17 +174,6 @@ class Coordinator:
             asyncio.create_task(self._federation.close_silent()),
         ):
             stack.callback(task.cancel)
-
-    async def _load_accounting(self) -> None:
-        """Load what a private campaign that goes on needs, before anybody waits for the loop."""
-        going_on = [
-            campaign.plan
-            for campaign in self._campaigns.describe()
-            if campaign.state == pb.CAMPAIGN_STATE_RUNNING
-        ]
-        if any(plan.HasField("privacy") for plan in going_on):
-            with suppress(PrivacyError):  # the campaign says so itself
-                await asyncio.to_thread(load_accounting)
 
     def collect_blobs(self) -> int:
         """Delete blobs that nothing refers to (any more), and uploads that were given up.
@@ -246,7 +235,7 @@ class Coordinator:
         )
         interceptors = [
             transport.ErrorInterceptor(),
-            AccessInterceptor(gatekeeper, self._note_refused_call),
+            AccessInterceptor(gatekeeper, self._note_refused_call, calls=self._calls),
         ]
         device_server = grpc.aio.server(interceptors=interceptors, options=transport.SERVER_OPTIONS)
         device_port = device_server.add_secure_port(
@@ -333,6 +322,8 @@ class Coordinator:
             metrics=self._metrics,
             audit=self._audit,
             mint_token=partial(self._mint, tokens),
+            own_identities=self._own,
+            calls=self._calls,
             clock=self._clock,
         )
         pb_grpc.add_OperatorServiceServicer_to_server(operators, device_server)
@@ -347,8 +338,9 @@ class Coordinator:
     # --- policy ---
 
     def _is_revoked(self, principal: Principal) -> bool:
-        if principal.role is not Role.DEVICE:
-            return False
+        if principal.role is not Role.DEVICE:  # one of this coordinator's own
+            own = self._own.get(principal.path)
+            return own is None or own.key_digest != principal.key_digest
         device = self._store.device(principal.name)
         return device is None or device.revoked_at is not None
 
@@ -395,7 +387,9 @@ class Coordinator:
     # --- what is this coordinator's own ---
 
     def _own_identity(self, folder: str, role: Role, name: str) -> OwnIdentity:
-        return OwnIdentity(self._authority, self._settings.state / folder, role, name)
+        identity = OwnIdentity(self._authority, self._settings.state / folder, role, name)
+        self._own[f"{role}/{name}"] = identity
+        return identity
 
     def _open_audit(self, stack: AsyncExitStack) -> AuditLog:
         auditor = self._own_identity(AUDITOR, Role.SERVICE, AUDITOR)

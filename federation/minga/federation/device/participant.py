@@ -257,6 +257,8 @@ class Participant:
         await self._download(self._model_digest, path)
         layout = await asyncio.to_thread(read_layout, path)
         length = self._asked.num_values(layout.num_values)
+        if self._encoding is not None:
+            length += self._encoding.num_bits
         if length != self._plan.num_values:
             raise PeerError(
                 f"the round takes {length} values, the plan says {self._plan.num_values}"

@@ -1036,21 +1036,27 @@ class PrivateUpdate(_message.Message):
 
     MAX_NORM_FIELD_NUMBER: _builtins.int
     VARIANCE_FIELD_NUMBER: _builtins.int
+    BIT_LEVEL_FIELD_NUMBER: _builtins.int
     max_norm: _builtins.float
     """Updates longer than this are shortened to it."""
     variance: _builtins.int
     """Variance of the discrete Gaussian noise that the device adds to each rounded coordinate, in
     squared steps; 0: none.
     """
+    bit_level: _builtins.int
+    """Above 0 in secure rounds: one more coordinate follows the update's, counted in the plan's
+    num_values: so many steps up if the update was within max_norm, down if it was shortened.
+    """
     def __init__(
         self,
         *,
         max_norm: _builtins.float = ...,
         variance: _builtins.int = ...,
+        bit_level: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_norm", b"max_norm", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bit_level", b"bit_level", "max_norm", b"max_norm", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1704,6 +1710,49 @@ class RevokeDeviceResponse(_message.Message):
 Global___RevokeDeviceResponse: _TypeAlias = RevokeDeviceResponse  # noqa: Y015
 
 @_typing.final
+class RevokeIdentityRequest(_message.Message):
+    """Names the identity as its certificates do: "operator/operator" or "service/audit"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    def __init__(
+        self,
+        *,
+        identity: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeIdentityRequest: _TypeAlias = RevokeIdentityRequest  # noqa: Y015
+
+@_typing.final
+class RevokeIdentityResponse(_message.Message):
+    """The key is refused from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_DIGEST_FIELD_NUMBER: _builtins.int
+    key_digest: _builtins.bytes
+    """SHA-256 of its SubjectPublicKeyInfo."""
+    def __init__(
+        self,
+        *,
+        key_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_digest", b"key_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeIdentityResponse: _TypeAlias = RevokeIdentityResponse  # noqa: Y015
+
+@_typing.final
 class FedAvg(_message.Message):
     """The global model moves along the mean update (McMahan et al. 2017)."""
 
@@ -2056,8 +2105,8 @@ class Privacy(_message.Message):
     distributed: _builtins.bool
     """Devices add the noise before they mask; otherwise the coordinator adds it to the mean."""
     quantile: _builtins.float
-    """Above 0 in plain rounds: max_norm is only where the bound begins, and follows this quantile of
-    the updates' lengths; Andrew et al. 2021.
+    """Above 0: max_norm is only where the bound begins, and follows this quantile of the updates'
+    lengths; Andrew et al. 2021.
     """
     quantile_rate: _builtins.float
     """How fast it follows."""

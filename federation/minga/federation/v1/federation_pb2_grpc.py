@@ -481,6 +481,11 @@ class OperatorServiceStub(object):
                 request_serializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeDeviceRequest.SerializeToString,
                 response_deserializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeDeviceResponse.FromString,
                 _registered_method=True)
+        self.RevokeIdentity = channel.unary_unary(
+                '/minga.federation.v1.OperatorService/RevokeIdentity',
+                request_serializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeIdentityRequest.SerializeToString,
+                response_deserializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeIdentityResponse.FromString,
+                _registered_method=True)
         self.StartCampaign = channel.unary_unary(
                 '/minga.federation.v1.OperatorService/StartCampaign',
                 request_serializer=minga_dot_federation_dot_v1_dot_federation__pb2.StartCampaignRequest.SerializeToString,
@@ -531,6 +536,14 @@ class OperatorServiceServicer(object):
 
     def RevokeDevice(self, request, context):
         """Refuses a device from now on and closes its stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeIdentity(self, request, context):
+        """Refuses every certificate that one of the coordinator's own identities has had, and gives it
+        another key: the operator's, whose folder was copied or stolen, or the audit log's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -588,6 +601,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.RevokeDevice,
                     request_deserializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeDeviceRequest.FromString,
                     response_serializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeDeviceResponse.SerializeToString,
+            ),
+            'RevokeIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeIdentity,
+                    request_deserializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeIdentityRequest.FromString,
+                    response_serializer=minga_dot_federation_dot_v1_dot_federation__pb2.RevokeIdentityResponse.SerializeToString,
             ),
             'StartCampaign': grpc.unary_unary_rpc_method_handler(
                     servicer.StartCampaign,
@@ -700,6 +718,33 @@ class OperatorService(object):
             '/minga.federation.v1.OperatorService/RevokeDevice',
             minga_dot_federation_dot_v1_dot_federation__pb2.RevokeDeviceRequest.SerializeToString,
             minga_dot_federation_dot_v1_dot_federation__pb2.RevokeDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/minga.federation.v1.OperatorService/RevokeIdentity',
+            minga_dot_federation_dot_v1_dot_federation__pb2.RevokeIdentityRequest.SerializeToString,
+            minga_dot_federation_dot_v1_dot_federation__pb2.RevokeIdentityResponse.FromString,
             options,
             channel_credentials,
             insecure,

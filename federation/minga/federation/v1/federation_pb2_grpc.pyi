@@ -244,6 +244,10 @@ class OperatorServiceStub:
     """Lists enrolled devices."""
     RevokeDevice: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RevokeDeviceRequest, _federation_pb2.RevokeDeviceResponse]
     """Refuses a device from now on and closes its stream."""
+    RevokeIdentity: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RevokeIdentityRequest, _federation_pb2.RevokeIdentityResponse]
+    """Refuses every certificate that one of the coordinator's own identities has had, and gives it
+    another key: the operator's, whose folder was copied or stolen, or the audit log's.
+    """
     StartCampaign: _grpc.UnaryUnaryMultiCallable[_federation_pb2.StartCampaignRequest, _federation_pb2.StartCampaignResponse]
     """Starts a series of rounds from an uploaded model."""
     WatchCampaign: _grpc.UnaryStreamMultiCallable[_federation_pb2.WatchCampaignRequest, _federation_pb2.WatchCampaignResponse]
@@ -270,6 +274,10 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Lists enrolled devices."""
     RevokeDevice: _aio.UnaryUnaryMultiCallable[_federation_pb2.RevokeDeviceRequest, _federation_pb2.RevokeDeviceResponse]  # type: ignore[assignment]
     """Refuses a device from now on and closes its stream."""
+    RevokeIdentity: _aio.UnaryUnaryMultiCallable[_federation_pb2.RevokeIdentityRequest, _federation_pb2.RevokeIdentityResponse]  # type: ignore[assignment]
+    """Refuses every certificate that one of the coordinator's own identities has had, and gives it
+    another key: the operator's, whose folder was copied or stolen, or the audit log's.
+    """
     StartCampaign: _aio.UnaryUnaryMultiCallable[_federation_pb2.StartCampaignRequest, _federation_pb2.StartCampaignResponse]  # type: ignore[assignment]
     """Starts a series of rounds from an uploaded model."""
     WatchCampaign: _aio.UnaryStreamMultiCallable[_federation_pb2.WatchCampaignRequest, _federation_pb2.WatchCampaignResponse]  # type: ignore[assignment]
@@ -311,6 +319,16 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.RevokeDeviceResponse, _abc.Awaitable[_federation_pb2.RevokeDeviceResponse]]:
         """Refuses a device from now on and closes its stream."""
+
+    @_abc_1.abstractmethod
+    def RevokeIdentity(
+        self,
+        request: _federation_pb2.RevokeIdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.RevokeIdentityResponse, _abc.Awaitable[_federation_pb2.RevokeIdentityResponse]]:
+        """Refuses every certificate that one of the coordinator's own identities has had, and gives it
+        another key: the operator's, whose folder was copied or stolen, or the audit log's.
+        """
 
     @_abc_1.abstractmethod
     def StartCampaign(

@@ -123,7 +123,9 @@ def privacy_from_wire(plan: pb.CampaignPlan) -> Privacy | None:
 
 def encoding_to_wire(encoding: PrivateEncoding) -> pb.PrivateUpdate:
     """Write how a device makes its update private."""
-    return pb.PrivateUpdate(max_norm=encoding.max_norm, variance=encoding.variance)
+    return pb.PrivateUpdate(
+        max_norm=encoding.max_norm, variance=encoding.variance, bit_level=encoding.bit_level
+    )
 
 
 def encoding_of_invite(invite: pb.RoundInvite) -> PrivateEncoding | None:
@@ -135,4 +137,6 @@ def encoding_of_invite(invite: pb.RoundInvite) -> PrivateEncoding | None:
     if not invite.HasField("private_update"):
         return None
     message = invite.private_update
-    return PrivateEncoding(max_norm=message.max_norm, variance=message.variance)
+    return PrivateEncoding(
+        max_norm=message.max_norm, variance=message.variance, bit_level=message.bit_level
+    )

@@ -174,6 +174,8 @@ def round_plan(
     clip, bits = _clip_of(work, plan), value_bits(work, plan.value_bits, cohort)
     if privacy is not None:
         clip = privacy.max_norm
+        if privacy.clip is not None:  # without noise of devices one level tells the bit exactly
+            encoding = PrivateEncoding(max_norm=privacy.max_norm, bit_level=1)
     if privacy is not None and privacy.is_distributed:
         size = size_noise(
             noise_multiplier=privacy.noise_multiplier,
@@ -182,13 +184,16 @@ def round_plan(
             num_noisy=num_noisy(num_invited, expected_dropout, plan.colluder_share),
             min_cohort=plan.min_cohort,
             cohort=num_invited,
+            adaptive=privacy.clip,
         )
         clip, bits = size.clip, size.value_bits
-        encoding = PrivateEncoding(max_norm=privacy.max_norm, variance=size.variance)
+        encoding = PrivateEncoding(
+            max_norm=privacy.max_norm, variance=size.variance, bit_level=size.bit_level
+        )
     derived = derive_plan(
         round_id=bytes.fromhex(round_id),
         context_digest=_context(work.subject(method.subject(model_digest)), training, encoding),
-        num_values=num_values,
+        num_values=num_values + (0 if encoding is None else encoding.num_bits),
         cohort_size=cohort,
         clip=clip,
         value_bits=bits,
@@ -202,11 +207,13 @@ def round_plan(
 
 
 def _context(subject: bytes, training: TrainingConfig, encoding: PrivateEncoding | None) -> bytes:
-    """Name what a round's members do alike; less noise for some of them would be something else."""
+    """Name what a round's members do alike: another bound or less noise would be something else."""
     config = dict(training)
     if encoding is not None:
         config["private_update.max_norm"] = encoding.max_norm
         config["private_update.variance"] = encoding.variance
+        if encoding.bit_level:  # left out where there is no bit, as before there were any
+            config["private_update.bit_level"] = encoding.bit_level
     return context_digest(subject, config)
 
 
