@@ -168,7 +168,11 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.parametrize(
     ("page", "folder"),
-    [("reference/requirements.md", "."), ("explanation/threat-model.md", "tests/federation")],
+    [
+        ("reference/requirements.md", "."),
+        ("reference/faults.md", "."),
+        ("explanation/threat-model.md", "tests/federation"),
+    ],
 )
 def test_tests_that_are_named_exist(page: str, folder: str) -> None:
     """Each claim points at a test function; each row of a table makes one."""
@@ -184,11 +188,13 @@ def test_tests_that_are_named_exist(page: str, folder: str) -> None:
     assert not missing
 
 
-def test_every_row_of_the_threat_model_is_shown() -> None:
-    """What an attacker cannot do is shown by a test, row by row."""
-    text = (ROOT / "docs" / "explanation" / "threat-model.md").read_text()
+@pytest.mark.parametrize("page", ["explanation/threat-model.md", "reference/faults.md"])
+def test_every_row_is_shown(page: str) -> None:
+    """What an attacker cannot do, and what follows a fault, is shown by a test, row by row."""
+    text = (ROOT / "docs" / page).read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    claims = [row for row in rows if not row.startswith(("| it cannot", "| they cannot", "| who"))]
+    titles = ("| it cannot", "| they cannot", "| who", "| fault")
+    claims = [row for row in rows if not row.startswith(titles)]
     assert len(claims) > 20
     assert not [row for row in claims if "::test_" not in row]
 

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,18 @@ from minga.cluster.project import load
 from minga.federation.flower.folder import TRAINER, client_app_of
 from minga.federation.parts import split_personal
 from minga.federation.v1 import federation_pb2 as pb
+from minga.inference.app import InferenceApp
+from minga.inference.client import InferenceClient
+from minga.inference.repository import ModelRepository
 from minga.training import choice
-from minga.training.bundle import GATES, LINEAGE, read_parameters
+from minga.training.bundle import GATES, LINEAGE, MODEL, read_parameters
 from minga.training.errors import GateError
 from minga.training.gates import GateReport
 from minga.training.lineage import Campaign, Lineage
 from minga.training.network import build_network, parameters_of
 from minga.training.stored import StoredRows
 from tests.federation.fleet import Fleet
+from tests.serving.conftest import ref_of, serving
 
 pytestmark = pytest.mark.slow
 
@@ -310,6 +315,29 @@ def test_champion_is_explained(finished, capsys):
     assert (found["method"], len(found["rows"])) == ("gradients", 20)
     assert set(found["importance"]) == {f"f{index}" for index in range(1, 10)}
     assert found["completeness_gap"] < 0.1
+
+
+def test_anomalies_are_told_as_readings_come(project, tmp_path):
+    """A stream of labelled readings, one by one: most anomalies are told, few others, and soon."""
+    registry = project.registry()
+    onnx = (registry.fetch("shuttle-anomaly", 1) / MODEL).read_bytes()
+    repository = ModelRepository()
+    repository.apply([ref_of(tmp_path, onnx, "shuttle-anomaly")])
+    readings = np.loadtxt(
+        project.directory / "data/test.csv", np.float32, delimiter=",", skiprows=1
+    )
+    alarms, delays_s = [], []
+    with serving(InferenceApp(repository)) as url, InferenceClient(url) as client:
+        for reading in readings[:2000]:
+            start = time.perf_counter()
+            answer = client.infer("shuttle-anomaly", {"input": reading[None, :-1]})
+            delays_s.append(time.perf_counter() - start)
+            alarms.append(answer["output"].item() > 0)
+    is_anomaly = readings[:2000, -1] == 1
+    alarm = np.array(alarms)
+    assert alarm[is_anomaly].mean() > 0.8
+    assert alarm[~is_anomaly].mean() < 0.02
+    assert np.quantile(delays_s, 0.95) < 0.1
 
 
 def test_commands_show_the_registry(finished, capsys):

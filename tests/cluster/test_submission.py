@@ -1,4 +1,4 @@
-"""Jobs on a real Ray cluster of two machines, of which one dies."""
+"""Jobs and services on a real Ray cluster of two machines, of which one dies."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 
 from minga.cli.app import main
@@ -20,6 +21,12 @@ from minga.cluster.errors import SubmissionError
 from minga.cluster.project import load
 from minga.cluster.stack import ray_environment
 from minga.cluster.submission import Cluster as Jobs
+from minga.inference.client import InferenceClient, ready
+from minga.inference.errors import InferenceError
+from tests.cluster.watched import until
+from tests.serving.conftest import models, register
+
+__all__ = ["models", "register"]
 
 pytestmark = pytest.mark.slow
 
@@ -227,6 +234,59 @@ def test_places_that_a_cluster_cannot_reach_are_refused(two_machines, project, m
     with pytest.raises(SubmissionError, match="MINGA_TRACKING_URI holds a password") as refused:
         jobs.submit(project, "run", [])
     assert "hush" not in str(refused.value)
+
+
+def test_an_exported_file_is_deployed_by_the_dashboard(
+    two_machines, register, registry_uri, tmp_path, monkeypatch
+):
+    """`serve deploy` takes what `minga serve --export` wrote; again, with a new version, it swaps.
+
+    Somebody asks meanwhile and tries nothing twice, and nothing fails.
+    """
+    _, address = two_machines
+    monkeypatch.setenv("MINGA_TRACKING_URI", registry_uri)
+    monkeypatch.chdir(tmp_path)
+    port, failures, stop = free_port(), [], threading.Event()
+    url = f"http://127.0.0.1:{port}"
+
+    def deploy(factor):
+        register("deployed", factor)
+        words = ("--port", str(port), "--export", "serve.yaml")
+        assert minga("serve", "deployed", *words)[0] == 0
+        command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "deploy"]
+        subprocess.run(
+            [*command, "serve.yaml", "--address", address],
+            check=True,
+            timeout=120,
+            capture_output=True,
+        )
+
+    def answer(client):
+        rows = {"input": np.ones((1, 3), np.float32)}
+        return client.infer("deployed", rows)["output"].tolist()
+
+    def ask():
+        with InferenceClient(url, retries=0) as client:
+            while not stop.wait(0.005):
+                try:
+                    answer(client)
+                except InferenceError as error:
+                    failures.append(error)
+
+    deploy(2)
+    until(lambda: ready(url), f"something answers at {url}")
+    caller = threading.Thread(target=ask)
+    with InferenceClient(url) as client:
+        until(lambda: client.ready("deployed"), "the model is ready")
+        assert answer(client) == [[2, 2, 2]]
+        caller.start()
+        try:
+            deploy(3)
+            until(lambda: answer(client) == [[3, 3, 3]], "the new version answers")
+        finally:
+            stop.set()
+            caller.join()
+    assert failures == []
 
 
 def test_no_cluster_is_said():

@@ -55,10 +55,12 @@ NOT_SENT = "Internal error from Core"
 """What grpc.aio's client itself says if the call ended while it was writing; the answer is lost."""
 
 PACKAGE = "/minga.federation.v1."
-SESSION = PACKAGE + "FederationService/Session"
+SESSION, UPLOAD = "FederationService/Session", "BlobService/Upload"
+ENROL = "EnrollmentService/Enroll"
 HEARTBEAT = pb.SessionRequest(heartbeat=pb.Heartbeat()).SerializeToString()
 
 CALLS: dict[str, type[Message]] = {
+    ENROL: pb.EnrollRequest,
     "IdentityService/Renew": pb.RenewRequest,
     "BlobService/GetUploadOffset": pb.GetUploadOffsetRequest,
     "OperatorService/CreateToken": pb.CreateTokenRequest,
@@ -74,6 +76,12 @@ STREAMED_ANSWERS: dict[str, type[Message]] = {
     "BlobService/Download": pb.DownloadRequest,
     "OperatorService/WatchCampaign": pb.WatchCampaignRequest,
 }
+STREAMED_REQUESTS: dict[str, type[Message]] = {
+    UPLOAD: pb.UploadRequest,
+    SESSION: pb.SessionRequest,
+}
+METHODS = {**CALLS, **STREAMED_ANSWERS, **STREAMED_REQUESTS}
+"""Every call of every service, and what is sent on it."""
 
 
 class Attack:
@@ -81,7 +89,8 @@ class Attack:
 
     def __init__(self, seed: int) -> None:
         self.garbage = Garbage(seed)
-        self.num_sent = 0
+        self.sent: Counter[str] = Counter()
+        """Messages by call."""
         self.answers: Counter[str] = Counter()
         self.statuses: Counter[tuple[str, grpc.StatusCode]] = Counter()
 
@@ -89,7 +98,7 @@ class Attack:
 
     async def flood(self, channel: grpc.aio.Channel, count: int, *, trains: bool) -> None:
         """Send messages on one control stream, and read what comes of them."""
-        call = channel.stream_stream(SESSION)()
+        call = channel.stream_stream(PACKAGE + SESSION)()
         hello = pb.SessionRequest(hello=pb.Hello(trains=trains))
         await call.write(hello.SerializeToString())
         pool: list[bytes] = []
@@ -100,7 +109,7 @@ class Attack:
             num_heartbeats = 1 + sum(map(is_heartbeat, batch))
             for data in (*batch, HEARTBEAT):
                 await call.write(data)
-            self.num_sent += WINDOW
+            self.sent[SESSION] += WINDOW
             await self._read(call, num_heartbeats)
         call.cancel()
 
@@ -137,19 +146,18 @@ class Attack:
 
     async def upload(self, channel: grpc.aio.Channel, requests: Sequence[bytes]) -> None:
         """Make an upload's call with some requests."""
-        method = "BlobService/Upload"
-        call = channel.stream_unary(PACKAGE + method)(timeout=PATIENCE_S)
+        call = channel.stream_unary(PACKAGE + UPLOAD)(timeout=PATIENCE_S)
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # it ended meanwhile
             for request in requests:
                 await call.write(request)
                 await call.initial_metadata()  # comes with the answer to the first one
-            self.num_sent += len(requests) - 1
+            self.sent[UPLOAD] += len(requests) - 1
             await call.done_writing()
-        await self._note(method, call)
+        await self._note(UPLOAD, call)
 
     async def _note(self, method: str, call: Awaitable[object]) -> None:
         """Wait for a call's end and take down how it ended."""
-        self.num_sent += 1
+        self.sent[method] += 1
         try:
             await call
             status, details = grpc.StatusCode.OK, "ok"
@@ -208,15 +216,15 @@ def turns_of(
 ) -> Iterable[Callable[[], Awaitable[None]]]:
     """Give calls that send so many messages in all; some of them may be made at the same time."""
     garbage, chance = attack.garbage, attack.garbage.random
-    kinds = {**CALLS, **STREAMED_ANSWERS, "EnrollmentService/Enroll": pb.EnrollRequest}
+    kinds = {**CALLS, **STREAMED_ANSWERS}
     pools = {method: garbage.pool([kind], 100) for method, kind in kinds.items()}
     uploads = garbage.pool([pb.UploadRequest], 200)
     callers = [channels["operator"], channels["mallory-0"]]
     num_messages = 0
     while num_messages < count:
         channel = chance.choice(callers)
-        method = chance.choice([*kinds, "BlobService/Upload", "BlobService/Upload"])
-        if method == "BlobService/Upload":
+        method = chance.choice([*kinds, UPLOAD, UPLOAD])
+        if method == UPLOAD:
             requests = [garbage.any_of(uploads)]
             if chance.random() < 0.5:
                 header = pb.UploadHeader(digest=chance.randbytes(32), size=chance.randrange(5000))
@@ -229,7 +237,7 @@ def turns_of(
         data = garbage.any_of(pools[method])
         num_messages += 1
         make = attack.read if method in STREAMED_ANSWERS else attack.call
-        if method.startswith("EnrollmentService"):
+        if method == ENROL:
             channel = channels["stranger"]
         yield lambda make=make, channel=channel, method=method, data=data: make(
             channel, method, data
@@ -266,6 +274,21 @@ async def fleet(tmp_path: Path) -> AsyncIterator[ProcessFleet]:
         yield fleet
 
 
+def test_every_call_is_attacked() -> None:
+    """The calls here are those of the wire's services, one by one, with what each of them takes."""
+    methods = [
+        (f"{service.name}/{method.name}", method)
+        for service in pb.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    ]
+    assert {name: method.input_type.name for name, method in methods} == {
+        name: kind.DESCRIPTOR.name for name, kind in METHODS.items()
+    }
+    assert {name for name, m in methods if m.client_streaming} == STREAMED_REQUESTS.keys()
+    answers_stream = {name for name, method in methods if method.server_streaming}
+    assert answers_stream - {SESSION} == STREAMED_ANSWERS.keys()
+
+
 async def test_garbage_on_every_call(fleet: ProcessFleet, chaos_seed: int) -> None:
     """Each garbage gets a typed answer, rounds stay exact, and memory stays flat."""
     attack, is_over = Attack(chaos_seed), asyncio.Event()
@@ -281,9 +304,12 @@ async def test_garbage_on_every_call(fleet: ProcessFleet, chaos_seed: int) -> No
         await flood_calls(attack, channels, NUM_CALL_MESSAGES * 9 // 10)
         growth = process.memory_info().rss - before
         is_over.set()
-    print(f"{attack.num_sent} messages, {rounds.result()} rounds, {growth / MIB:+.1f} MiB")  # noqa: T201
+    num_sent = attack.sent.total()
+    print(f"{num_sent} messages, {rounds.result()} rounds, {growth / MIB:+.1f} MiB")  # noqa: T201
     print(attack.answers, *sorted(attack.statuses.items(), key=str), sep="\n")  # noqa: T201
-    assert attack.num_sent >= 200_000
+    assert num_sent >= 200_000
+    assert attack.sent.keys() == METHODS.keys()
+    assert min(attack.sent.values()) > 100, attack.sent
     assert attack.answers["refusal"] > 0.9 * NUM_STREAM_MESSAGES
     assert rounds.result() >= 2
     assert growth < MAX_GROWTH_BYTES

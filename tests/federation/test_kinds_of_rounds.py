@@ -1,7 +1,12 @@
 """Plain rounds, groups and over-selection over real gRPC with mutual TLS."""
 
+import asyncio
 import math
-from collections.abc import AsyncIterator
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,7 @@ import pytest
 from minga.federation.errors import CampaignError
 from minga.federation.parameters import from_bytes
 from minga.federation.v1 import federation_pb2 as pb
-from tests.federation.fleet import Fleet, campaign_plan, toy_model
+from tests.federation.fleet import PATIENCE_S, Fleet, Stream, campaign_plan, toy_model
 
 PLAIN = {"protection": pb.PROTECTION_PLAIN}
 
@@ -125,3 +130,76 @@ async def test_impossible_campaigns(fleet: Fleet, changes: dict[str, object], re
     plan = campaign_plan(**{"min_cohort": 4, **changes})
     with pytest.raises(CampaignError, match=reason):
         await fleet.start_campaign(plan)
+
+
+# --- groups of devices, and how soon a round begins ---
+
+
+TRAINS = pb.Hello(trains=True)
+
+
+async def open_streams(stack: AsyncExitStack, fleet: Fleet, names: Iterable[str]) -> list[Stream]:
+    """Connect enrolled devices that do nothing by themselves."""
+    return [await stack.enter_async_context(fleet.stream(name, TRAINS)) for name in names]
+
+
+async def test_a_campaign_invites_its_group_alone(fleet: Fleet) -> None:
+    """Of two groups' devices, all connected, only those whose token was the group's are asked."""
+    ours, others = (["near-0", "near-1", "near-2"], ["far-0", "far-1", "far-2"])
+    async with AsyncExitStack() as stack:
+        for name in ours + others:
+            await fleet.enrol(name, "near" if name in ours else "far")
+        near = await open_streams(stack, fleet, ours)
+        far = await open_streams(stack, fleet, others)
+        plan = campaign_plan(
+            group="near", cohort=6, min_cohort=3, expected_dropout=0.0, invite_timeout_s=0.1
+        )
+        campaign_id = await fleet.start_campaign(plan)
+        for stream in near:
+            assert (await stream.read()).WhichOneof("body") == "invite"
+        campaign = await fleet.reach(campaign_id, pb.ROUND_STAGE_KEYS)
+        assert list(campaign.rounds[0].invited) == ours
+        for stream in far:
+            await stream.write(pb.SessionRequest(heartbeat=pb.Heartbeat()))
+            assert (await stream.read()).WhichOneof("body") == "heartbeat"  # and nothing before
+
+
+async def test_a_round_of_idle_devices_begins_at_once(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From StartCampaign to an invitation at every idle device it takes no timer, and milliseconds.
+
+    The event loop's clock stands still meanwhile: whatever waits for a time to pass, were it a
+    millisecond, waits for ever. Real time is measured beside it.
+    """
+    names, loop = [f"site-{index}" for index in range(8)], asyncio.get_running_loop()
+    plan = campaign_plan(cohort=len(names), min_cohort=len(names))
+    took: list[float] = []
+    async with AsyncExitStack() as stack:
+        for name in names:
+            await fleet.enrol(name)
+        streams = await open_streams(stack, fleet, names)
+
+        async def end(campaign_id: str) -> None:
+            await fleet.operator.cancel(campaign_id)
+            await fleet.finish(campaign_id)
+            for stream in streams:
+                assert (await stream.read()).WhichOneof("body") == "round_end"
+
+        first = await fleet.start_campaign(plan)  # the model is at the coordinator from now on
+        for stream in streams:
+            assert (await stream.read()).WhichOneof("body") == "invite"
+        await end(first)
+        for _ in range(5):
+            with monkeypatch.context() as patch:
+                patch.setattr(loop, "time", partial(float, loop.time()))
+                began = time.perf_counter()
+                campaign_id = await fleet.operator.start_query(plan)  # that is StartCampaign alone
+                reads = [asyncio.ensure_future(stream.read()) for stream in streams]
+                while not all(read.done() for read in reads):
+                    assert time.perf_counter() < began + PATIENCE_S, "a timer is waited for"
+                    await asyncio.to_thread(time.sleep, 0.001)
+                took.append(time.perf_counter() - began)
+            assert {read.result().WhichOneof("body") for read in reads} == {"invite"}
+            await end(campaign_id)
+    assert statistics.median(took) < 0.25, took

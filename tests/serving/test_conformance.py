@@ -9,14 +9,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from minga.inference.app import InferenceApp
 from minga.inference.grpc_server import GrpcServer
@@ -26,7 +29,15 @@ from minga.inference.repository import ModelRepository
 from minga.inference.routes import ROUTES, find
 from minga.inference.server import Server
 from tests.serving import triton_cases
-from tests.serving.conftest import identity_model, ref_of, running, scaling_model, sum_model
+from tests.serving.conftest import (
+    build_model,
+    identity_model,
+    ref_of,
+    running,
+    scaling_model,
+    sum_model,
+)
+from tests.test_docs import blocks
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "third_party.txt"
@@ -124,6 +135,77 @@ def outcomes(third_party, served) -> dict[str, str | None]:
 def test_tritonclient(case, outcomes):
     """Every case of the table passes with a client that knows nothing of us."""
     assert outcomes[case] is None, outcomes[case]
+
+
+PAGE = HERE.parents[1] / "docs" / "how-to" / "serve-and-call-a-model.md"
+
+
+@pytest.fixture(scope="module")
+def page_served(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """Serve what the page's examples ask for; gives what stands for the addresses in them."""
+    weights = np.linspace(-1, 1, 9, dtype=np.float32)
+    content = build_model(
+        [helper.make_node("MatMul", ["input", "weights"], ["output"])],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 9])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch"])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    repository = ModelRepository()
+    folder = tmp_path_factory.mktemp("page")
+    repository.apply([ref_of(folder, content, "shuttle-anomaly")])
+    app = InferenceApp(repository)
+    http, grpc = Server(app, port=0), GrpcServer(app.service, port=0)
+    with running(http, grpc):
+        yield {
+            "127.0.0.1:8000": http.url.removeprefix("http://"),
+            "127.0.0.1:8001": grpc.url.removeprefix("grpc://"),
+        }
+
+
+def example(language: str, word: str, addresses: dict[str, str]) -> str:
+    """Give the page's block in a language that has a word, for running servers."""
+    (found,) = (block for block in blocks(PAGE, language) if word in block)
+    for written, real in addresses.items():
+        found = found.replace(written, real)
+    return found
+
+
+def printed(*command: str | Path) -> str:
+    """Run a program that is to succeed; give what it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_pages_calls_of_curl_work(page_served):
+    """Every call of the page answers without an error, and as the page shows."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    commands = example("bash", "/infer -d", page_served).replace("curl -s", "curl -sf -w '\\n'")
+    assert commands.count("curl") == 4
+    answer = json.loads(printed("bash", "-ec", commands).strip().splitlines()[-1])
+    shown = json.loads(example("json", "model_version", page_served))
+    for told in (answer, shown):
+        (output,) = told["outputs"]
+        assert len(output.pop("data")) == 1
+    assert answer == shown
+
+
+@pytest.mark.slow
+def test_the_pages_program_with_tritonclient_works(page_served, third_party):
+    """It prints the answer and the version, with nothing of ours installed."""
+    said = printed(third_party / "python", "-c", example("python", "tritonclient", page_served))
+    assert re.fullmatch(r"\[-?[\d.]+\] 1\n", said), said
+
+
+@pytest.mark.slow
+def test_the_pages_program_with_our_client_works(page_served):
+    """Both wires give the same answer."""
+    program = example("python", "GrpcClient", page_served)
+    over_http, over_grpc = printed(sys.executable, "-c", program).splitlines()
+    assert over_http == over_grpc
+    assert over_http.startswith("{'output'")
 
 
 @pytest.mark.slow

@@ -7,16 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minga.inference.monitor.reference import Column, Role
 from minga.inference.tally import Moments, Tally, compare, prediction_of
 from minga.serving.config import ComparisonConfig
 from minga.serving.judging import (
     CanaryJudge,
     Decision,
+    Expectation,
     SplitJudge,
     chi_squared_p,
+    drift_by,
     effect_of,
     fisher_p,
     stability,
+    stability_as_tested,
 )
 
 
@@ -48,9 +52,9 @@ class Version:
         self.tally.answered(seconds, [value])
 
 
-def judged(baseline: Version, challenger: Version, settings, *, share=0.3, limit=6000):
+def judged(baseline: Version, challenger: Version, settings, *, share=0.3, limit=6000, drift=None):
     """Let both answer until the stage is decided; look after every 20 requests."""
-    judge, chance = CanaryJudge(settings), random.Random(0)
+    judge, chance = CanaryJudge(settings, drift), random.Random(0)
     for number in range(limit):
         (challenger if chance.random() < share else baseline).answer()
         if number % 20 == 0:
@@ -82,6 +86,57 @@ def test_worse_versions_are_rolled_back(fault, name):
         verdict = judged(Version(seed), Version(1000 + seed, **fault), config())
         assert verdict.decision is Decision.ROLL_BACK
         assert verdict.reason.startswith(name)
+
+
+def as_tested(middle: float) -> Column:
+    """Give the profile of normal predictions around a middle, from 2000 examples."""
+    values = np.random.default_rng(7).normal(middle, 1, 2000)
+    edges = np.quantile(values, np.linspace(0.1, 0.9, 9))
+    return Column(
+        role=Role.OUTPUT,
+        name="output",
+        edges=tuple(edges),
+        shares=(0.1,) * 10,
+        num_examples=len(values),
+    )
+
+
+@pytest.mark.parametrize(
+    ("expects", "shift", "decision"),
+    [
+        (Expectation.BASELINE, 2.0, Decision.ROLL_BACK),
+        (Expectation.REPAIR, 2.0, Decision.ADVANCE),
+        (Expectation.REPAIR, 0.0, Decision.ADVANCE),
+        (Expectation.REPAIR, 4.0, Decision.ROLL_BACK),
+        (Expectation.REPAIR, np.inf, Decision.ROLL_BACK),
+        (Expectation.ANY, 4.0, Decision.ADVANCE),
+    ],
+)
+def test_a_repair_may_answer_as_when_it_was_tested(expects, shift, decision):
+    """It was tested around 2: neither that nor the baseline's 0 condemns it, all else does."""
+    for seed in range(10):
+        drift = drift_by(expects, as_tested(2.0))
+        verdict = judged(Version(seed), Version(1000 + seed, shift=shift), config(), drift=drift)
+        assert verdict.decision is decision, verdict.reason
+    drift = drift_by(expects, as_tested(2.0))
+    worse = Version(1, failures=0.3, shift=shift)
+    assert judged(Version(2), worse, config(), drift=drift).decision is Decision.ROLL_BACK
+
+
+def test_a_repair_without_a_profile_is_compared_with_what_it_repairs():
+    """A file that does not tell how it was tested leaves the version before as the only measure."""
+    drift = drift_by(Expectation.REPAIR)
+    verdict = judged(Version(1), Version(2, shift=2.0), config(), drift=drift)
+    assert verdict.decision is Decision.ROLL_BACK
+    assert verdict.reason.startswith("predictions")
+
+
+def test_predictions_as_tested_are_seldom_called_others():
+    """The chance of a sample of the profile itself is as large as is said, or larger."""
+    rng = np.random.default_rng(3)
+    samples = rng.normal(size=(300, 300)).tolist()
+    chances = [stability_as_tested(as_tested(0.0), sample)[1] for sample in samples]
+    assert np.mean(np.array(chances) < 0.05) < 0.15
 
 
 def test_a_version_that_always_fails_ends_at_the_first_look():

@@ -1,19 +1,25 @@
 """The referee of comparisons: stages, verdicts, restarts, and operators who change their minds."""
 
+import json
 from datetime import UTC, datetime
 
 import numpy as np
+import onnx
 import pytest
 
 from minga.inference.comparing import Mode
 from minga.inference.engine import ModelRef
+from minga.inference.monitor.reference import METADATA_KEY, Role
 from minga.inference.tally import Tally
 from minga.serving.book import MemoryBook, Plan, Status
 from minga.serving.config import ComparisonConfig
 from minga.serving.counting import CountBook, ReplicaCounts
 from minga.serving.errors import NoChampionError, RegistryUnreachableError, VersionRefusedError
-from minga.serving.referee import Referee
+from minga.serving.judging import Expectation
+from minga.serving.referee import Referee, predictions_of
 from minga.serving.watcher import MemorySource, Watcher
+from tests.serving.conftest import ref_of, scaling_model
+from tests.serving.watched import NUM_TEST, logits, rows, watched_model
 
 
 def ref(version: int, name: str = "a") -> ModelRef:
@@ -58,6 +64,7 @@ class Service:
         )
         self.seconds = 0.0
         self.refused = set()
+        self.files: dict[int, ModelRef] = {}
         self.told: list[ReplicaCounts] = []
         self.referee = Referee(
             self.book,
@@ -73,7 +80,7 @@ class Service:
     def _resolve(self, name, version):
         if int(version) > 3:
             raise NoChampionError(f"no version {version}")
-        return ref(int(version), name)
+        return self.files.get(int(version)) or ref(int(version), name)
 
     def deploy(self, refs, comparisons=()):
         if self.refused & {each.version for each in refs}:
@@ -97,8 +104,8 @@ class Service:
     def story(self):
         return self.book.read("a")[1]
 
-    def ask(self, version=2, mode=Mode.CANARY, share=1.0, name="ask"):
-        plan = Plan(id=f"{name} {version}", mode=mode, version=str(version), share=share)
+    def ask(self, version=2, mode=Mode.CANARY, share=1.0, name="ask", **more):
+        plan = Plan(id=f"{name} {version}", mode=mode, version=str(version), share=share, **more)
         self.book.plan("a", plan)
         self.watcher.check()
 
@@ -144,6 +151,58 @@ def test_a_canary_that_fails_is_rolled_back():
     assert service.story.figures["challenger"]["failures"] == 90
     service.ask(2, name="once more")
     assert service.versions == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("expects", "status"),
+    [(Expectation.BASELINE, Status.ROLLED_BACK), (Expectation.REPAIR, Status.PASSED)],
+)
+def test_a_repair_is_held_to_its_own_test_data(tmp_path, expects, status):
+    """Its file tells how it answered; that counts again after the service has been restarted."""
+    service = Service(shares=[0.5])
+    service.files = {2: ref_of(tmp_path, watched_model(), "a", "2")}
+    service.ask(2, expects=expects)
+    again = Service(service.book, shares=[0.5])
+    again.files = service.files
+    again.watcher.check()
+    again.watcher.check()
+    usual, repaired = tally(400), tally(400)
+    repaired.predictions = [float(number) for number in logits(rows(400, 5))]
+    usual.predictions = [number + 5 for number in repaired.predictions]
+    again.count(usual, repaired)
+    again.seconds += 10
+    again.watcher.check()
+    assert again.story.status is status, again.story.reason
+    assert again.story.expects is expects
+
+
+def test_a_repair_whose_file_is_gone_is_judged_still(caplog):
+    """What its file would tell is missed, and said; the service goes on, and so does the canary."""
+    service = Service(shares=[0.5])
+    service.ask(2, expects=Expectation.REPAIR)
+    service.pass_stage()
+    assert service.story.status is Status.PASSED
+    assert "with the other version's alone" in caplog.text
+
+
+def test_what_a_file_tells_of_predictions(tmp_path):
+    """The column is that of what is compared: an answer, or the only number; else there is none."""
+    found = predictions_of(ref_of(tmp_path, watched_model(), "one", "1"))
+    assert (found.role, found.num_examples) == (Role.OUTPUT, NUM_TEST)
+    assert predictions_of(ref_of(tmp_path, scaling_model(2), "silent", "1")) is None
+    assert predictions_of(ref_of(tmp_path, with_columns("output"), "several", "1")) is None
+    found = predictions_of(ref_of(tmp_path, with_columns("output", "answer"), "classes", "1"))
+    assert found.role is Role.ANSWER
+
+
+def with_columns(*roles: str) -> bytes:
+    """Give a model of three outputs whose file describes columns of these roles."""
+    bins = {"edges": [0.5], "shares": [0.5, 0.5], "num_examples": 10}
+    columns = [{"role": role, "name": role, **bins} for role in roles]
+    model = onnx.load_from_string(scaling_model(2))
+    text = json.dumps({"layout": 1, "num_held_out": 10, "columns": columns})
+    onnx.helper.set_model_props(model, {METADATA_KEY: text})
+    return model.SerializeToString()
 
 
 def test_what_dead_replicas_counted_counts():

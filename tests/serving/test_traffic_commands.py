@@ -50,7 +50,7 @@ def test_a_canary_is_asked_for_and_served(candidate, project, load, capsys):
         InferenceClient(url) as client,
     ):
         callers.wait_for(1.0)
-        run("traffic", "canary", "asked", "@challenger", *words)
+        run("traffic", "canary", "asked", "@challenger", "--repair", *words)
         callers.wait_for(2.0)
         while status(capsys, *words)["asked"]["status"] != "passed":
             assert not callers.failures
@@ -60,6 +60,7 @@ def test_a_canary_is_asked_for_and_served(candidate, project, load, capsys):
             assert not callers.failures
     assert callers.failures == []
     assert (told["baseline"], told["challenger"]) == ("1", version)
+    assert told["expects"] == "repair"
     assert told["figures"]["challenger"]["requests"] >= 50
     assert "asked" not in status(capsys, *words)
 

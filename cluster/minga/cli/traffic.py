@@ -18,7 +18,7 @@ Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
 
 
 @app.command
-def canary(model: str, version: str, *, project: Path | None = None) -> None:
+def canary(model: str, version: str, *, repair: bool = False, project: Path | None = None) -> None:
     """Let a version take over a model's traffic in growing shares, if it does no worse.
 
     Each stage compares failures, times and predictions with those of the version before. What
@@ -31,9 +31,11 @@ def canary(model: str, version: str, *, project: Path | None = None) -> None:
     Args:
         model: The model, which `minga serve` serves.
         version: The version: its number, or @ALIAS.
+        repair: The version repairs what the one before does wrong: its predictions may look like
+            those of the one before, or like its own on its test data.
         project: The project folder. Without one here, MINGA_TRACKING_URI says which registry.
     """
-    _ask("canary", model, version, 1.0, project)
+    _ask("canary", model, version, 1.0, project, expects="repair" if repair else "baseline")
     print_line("the service begins at its next look; follow it with: minga traffic status")
 
 
@@ -162,10 +164,19 @@ def _row(name: str, plan: Any, story: Any) -> dict[str, Any] | None:
     return None if story is None else {"model": name, **story.model_dump(mode="json")}
 
 
-def _ask(mode: str, model: str, version: str, share: float, project: Path | None) -> None:
+def _ask(
+    mode: str,
+    model: str,
+    version: str,
+    share: float,
+    project: Path | None,
+    *,
+    expects: str = "baseline",
+) -> None:
     from minga.inference.comparing import Mode
     from minga.serving.book import Plan
     from minga.serving.errors import NoChampionError, ServingError
+    from minga.serving.judging import Expectation
     from minga.serving.referee import is_rolled_back
 
     source = _source(project)
@@ -188,7 +199,14 @@ def _ask(mode: str, model: str, version: str, share: float, project: Path | None
             f"({story.reason}); `minga traffic stop {model}` lets it try again"
         )
     identity = f"{mode} {ref.version} of {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-    book.plan(model, Plan(id=identity, mode=Mode(mode), version=ref.version, share=share))
+    asked = Plan(
+        id=identity,
+        mode=Mode(mode),
+        version=ref.version,
+        share=share,
+        expects=Expectation(expects),
+    )
+    book.plan(model, asked)
     print_line(f"asked for: {mode} of '{model}' version {ref.version} beside {champion.version}")
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minga.inference.comparing import Mode
 from minga.serving.errors import ServingError
+from minga.serving.judging import Expectation
 
 PLAN_TAG: Final = "minga.traffic.plan"
 STORY_TAG: Final = "minga.traffic.story"
@@ -32,6 +33,8 @@ class Plan(BaseModel):
     """The challenger."""
     share: float = Field(1.0, gt=0, le=1)
     """The part of the requests that it sees; a canary's comes from the configuration."""
+    expects: Expectation = Expectation.BASELINE
+    """What a canary's predictions are to look like."""
 
 
 class Status(StrEnum):
@@ -57,6 +60,8 @@ class Story(BaseModel):
     challenger: str
     is_new_champion: bool = False
     """Whether nobody asked, but the champion changed."""
+    expects: Expectation = Expectation.BASELINE
+    """What a canary's predictions are to look like."""
     share: float
     """The part of the requests that the challenger sees now."""
     stage: int = 0

@@ -89,7 +89,8 @@ class ComparisonConfig(BaseModel):
 
     max_drift: float = Field(0.2, gt=0)
     """How far a canary's predictions may lie from those of the version before: the population
-    stability index, of which 0.2 is usually called a shift."""
+    stability index, of which 0.2 is usually called a shift. Those of a canary that repairs the
+    version before may lie as near to its own predictions on its test data instead."""
 
     alpha: float = Field(0.01, gt=0, lt=1)
     """The chance of finding a difference between versions that are equal: in all looks at one

@@ -9,7 +9,8 @@ A breach of a limit counts when it is large enough to matter *and* too unlikely 
   the limit.
 - predictions: the population stability index (Siddiqi 2006) over the deciles of the baseline,
   or over classes; under the null it is a multiple of chi-squared (Yurdakul, "Statistical
-  Properties of Population Stability Index", 2018).
+  Properties of Population Stability Index", 2018). A version that repairs what the baseline does
+  wrong may as well answer as it did on its own test data; see `Expectation`.
 
 The challenger is looked at again and again, which would make chance findings sure in the end. So
 look k spends alpha / (k (k + 1)) of the chance of a false alarm (Lan and DeMets, Biometrika 1983,
@@ -19,12 +20,16 @@ challenger has half as many requests again as at the look before.
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import NormalDist
 from typing import Any, Final
 
+import numpy as np
+
+from minga.inference.monitor.indices import bin_counts, stability_index
+from minga.inference.monitor.reference import Column
 from minga.inference.tally import Tally, slower_than
 from minga.serving.config import ComparisonConfig
 
@@ -78,22 +83,62 @@ class Measure:
         return f"{self.name} {self.value:.3g}, limit {self.limit:.3g}, p = {self.p:.2g}"
 
 
+class Expectation(StrEnum):
+    """What a canary's predictions are to look like."""
+
+    BASELINE = "baseline"
+    """Like those of the version before, which is taken to be right."""
+    REPAIR = "repair"
+    """Like those, or like its own on its test data, which the monitor will hold it to as well: a
+    version that repairs another one answers otherwise than what it repairs."""
+    ANY = "any"
+    """Nothing is known of them, as where the test data is older than what it learned from."""
+
+
+Drift = Callable[[Tally, Tally], tuple[float, float] | None]
+"""Tells of a baseline and a challenger how far the predictions are from what is expected, and the
+chance of so much or more; None if it cannot be told."""
+
+
+def drift_by(expects: Expectation, tested: Column | None = None) -> Drift:
+    """Give what tells how far predictions are from what is expected.
+
+    Args:
+        expects: what is.
+        tested: how the challenger's were distributed on its test data, if that is known.
+    """
+
+    def from_either(baseline: Tally, challenger: Tally) -> tuple[float, float] | None:
+        if expects is Expectation.ANY or not challenger.predictions:
+            return None
+        found = []
+        if baseline.predictions:
+            found.append(stability(baseline.predictions, challenger.predictions))
+        if expects is Expectation.REPAIR and tested is not None:
+            found.append(stability_as_tested(tested, challenger.predictions))
+        return min(found, default=None)
+
+    return from_either
+
+
 class CanaryJudge:
     """Judges one stage of a canary.
 
     Args:
         config: what counts as worse, and how long a stage takes.
+        drift: tells how far its predictions are from what is expected.
     """
 
-    def __init__(self, config: ComparisonConfig) -> None:
+    def __init__(self, config: ComparisonConfig, drift: Drift | None = None) -> None:
         self._config = config
+        self._drift = drift or drift_by(Expectation.BASELINE)
         self._num_looks = 0
         self._next_look = _FIRST_LOOK
 
     def look(self, baseline: Tally, challenger: Tally, elapsed_s: float) -> Verdict:
         """Decide by what was counted so far in this stage, and how long it has lasted."""
         config = self._config
-        measures = measures_of(baseline, challenger, config)
+        measures = measures_of(baseline, challenger, config, self._drift)
         if challenger.requests >= self._next_look:
             self._num_looks += 1
             self._next_look = math.ceil(challenger.requests * _GROWTH)
@@ -122,7 +167,7 @@ def _hold(reason: str) -> Verdict:
 
 
 def measures_of(
-    baseline: Tally, challenger: Tally, config: ComparisonConfig
+    baseline: Tally, challenger: Tally, config: ComparisonConfig, drift: Drift
 ) -> tuple[Measure, ...]:
     """Compare two versions in each respect in which both have been seen."""
     measures = []
@@ -149,10 +194,10 @@ def measures_of(
                 p=fisher_p(slow, _answered(challenger), usual, _answered(baseline)),
             )
         )
-    if baseline.predictions and challenger.predictions:
-        drift, p = stability(baseline.predictions, challenger.predictions)
+    if (drifted := drift(baseline, challenger)) is not None:
+        index, p = drifted
         measures.append(
-            Measure(name="predictions: stability index", value=drift, limit=config.max_drift, p=p)
+            Measure(name="predictions: stability index", value=index, limit=config.max_drift, p=p)
         )
     return tuple(measures)
 
@@ -199,6 +244,15 @@ def stability(usual: Sequence[float], now: Sequence[float]) -> tuple[float, floa
     index = sum((q - p) * math.log(q / p) for p, q in zip(expected, observed, strict=True))
     degrees = len(expected) - 1
     return index, chi_squared_p(index / (1 / len(usual) + 1 / len(now)), degrees)
+
+
+def stability_as_tested(tested: Column, now: Sequence[float]) -> tuple[float, float]:
+    """Give the index of a sample against a profile, and its chance if they are alike."""
+    # What is no number is endless in a sample, and must not be taken for missing.
+    counts = bin_counts(tested.edge_array, np.nan_to_num(np.asarray(now, np.float64)))
+    index = float(stability_index(tested.share_array, counts))
+    chance = index / (1 / tested.num_examples + 1 / len(now))
+    return index, chi_squared_p(chance, len(tested.shares) - 1)
 
 
 def _shares(sample: Sequence[float], edges: Sequence[float]) -> list[float]:

@@ -14,6 +14,7 @@ bad version must be rolled back just then too, and what it did is written later.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +22,22 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from minga.inference.comparing import Comparison, Mode
-from minga.inference.engine import ModelRef
+from minga.inference.engine import ModelRef, OnnxModel
+from minga.inference.errors import ModelError
+from minga.inference.monitor.reference import Column, Role
 from minga.inference.tally import Tally
 from minga.serving.book import Book, Plan, Status, Story
 from minga.serving.config import ComparisonConfig
 from minga.serving.counting import Counts
 from minga.serving.errors import ServingError
-from minga.serving.judging import CanaryJudge, Decision, SplitJudge, figures_of
+from minga.serving.judging import (
+    CanaryJudge,
+    Decision,
+    Expectation,
+    SplitJudge,
+    drift_by,
+    figures_of,
+)
 
 _WRITE_EVERY_S: Final = 5.0
 _LOG: Final = logging.getLogger(__name__)
@@ -208,6 +218,7 @@ class Referee:
             baseline=champion.version if is_asked else served.version,
             challenger=plan.version,
             is_new_champion=not is_asked,
+            expects=plan.expects,
             share=self._config.shares[0] if is_canary else plan.share,
             since=self._stamp(),
         )
@@ -226,7 +237,8 @@ class Referee:
         story = page.story
         assert story is not None, "only what runs is judged"
         if page.judge is None:  # begun now, or taken up after a restart
-            page.judge, page.began_s = CanaryJudge(self._config), self._clock()
+            drift = drift_by(story.expects, self._tested(model, story))
+            page.judge, page.began_s = CanaryJudge(self._config, drift), self._clock()
         counted = counts.get(_comparison_id(story), {})
         baseline, challenger = (counted.get(role, Tally()) for role in ("baseline", "challenger"))
         figures = figures_of((("baseline", baseline), ("challenger", challenger)))
@@ -239,6 +251,16 @@ class Referee:
             self._turn(model, page, status=Status.ROLLED_BACK, reason=verdict.reason)
         elif verdict.decision is Decision.ADVANCE:
             self._advance(model, page, verdict.reason)
+
+    def _tested(self, model: str, story: Story) -> Column | None:
+        """Give how a canary's predictions were distributed on its test data, if that counts."""
+        if story.expects is not Expectation.REPAIR:
+            return None
+        try:
+            return predictions_of(self._resolve(model, story.challenger))
+        except ModelError as error:
+            _LOG.warning("%s; its predictions are compared with the other version's alone", error)
+            return None
 
     def _report(
         self,
@@ -338,6 +360,23 @@ class Referee:
 
     def _stamp(self) -> str:
         return self._now().isoformat(timespec="seconds")
+
+
+def predictions_of(ref: ModelRef) -> Column | None:
+    """Give how a version's predictions, as a `Tally` notes them, were distributed when tested.
+
+    None if its file does not tell, or tells of several numbers of which none is an answer.
+
+    Raises:
+        ModelError: the version cannot be loaded.
+    """
+    model = OnnxModel.load(ref)
+    if model.reference is None:
+        return None
+    if answers := model.reference.only(Role.ANSWER):
+        return answers
+    is_number = math.prod(model.outputs[0].shape[1:]) == 1
+    return model.reference.only(Role.OUTPUT) if is_number else None
 
 
 def is_rolled_back(story: Story, champion: str) -> bool:

@@ -143,8 +143,9 @@ class StepTrainer:
 class DeskDevice:
     """One device; its part in a round outlives the coordinator."""
 
-    def __init__(self, identity: Identity, trainer: Any, folder: Path) -> None:
+    def __init__(self, identity: Identity, trainer: Any, folder: Path, group: str) -> None:
         self.identity = identity
+        self.group = group
         self.keepsakes = Keepsakes(folder)
         self.queries = NO_QUERIES
         self.dies_at = ""
@@ -242,10 +243,10 @@ class Desk:
         """Make a device."""
         self.hire(name, StepTrainer(step, num_examples))
 
-    def hire(self, name: str, trainer: Any) -> None:
+    def hire(self, name: str, trainer: Any, group: str = "default") -> None:
         """Make a device that learns in a way of its own."""
         identity = self._identity(Role.DEVICE, name)
-        self.devices[name] = DeskDevice(identity, trainer, self.folder / "devices" / name)
+        self.devices[name] = DeskDevice(identity, trainer, self.folder / "devices" / name, group)
 
     def _identity(self, role: Role, name: str) -> Identity:
         key = new_key()
@@ -255,8 +256,8 @@ class Desk:
     def start(self, lives: int | None = None) -> None:
         """Start the coordinator; with `lives` it is killed after so many writes."""
         self.store = self.make_store(self.folder / "coordinator.db")
-        for name in self.devices:
-            self.store.register_device(name, "default", name.encode(), self.clock())
+        for name, device in self.devices.items():
+            self.store.register_device(name, device.group, name.encode(), self.clock())
         audit = AuditLog(self.store, signer=lambda: self.auditor)
         if lives is not None:
             self.lives = Lives(lives)
@@ -291,8 +292,8 @@ class Desk:
     def connect(self, *names: str) -> None:
         """Open devices' streams."""
         for name in names or self.devices:
-            connection = Connection(name, "default", trains=True)
             device = self.devices[name]
+            connection = Connection(name, device.group, trains=True)
             round_id = (
                 device.participant.round_id if device.participant else device.keepsakes.pending
             )

@@ -75,6 +75,25 @@ async def test_rounds_are_the_algorithm(desk: Desk, how: dict[str, object]) -> N
         np.testing.assert_allclose(own, expected, atol=TOLERANCE)
 
 
+async def test_variates_are_means_over_the_group(tmp_path: Path) -> None:
+    """Devices of other groups are neither asked nor counted among those that the mean is over."""
+    desk = Desk(tmp_path)
+    for index, site in enumerate(SITES):
+        desk.hire(f"site-{index}", SiteTrainer(site), group="hills")
+        desk.hire(f"other-{index}", SiteTrainer(site), group="plains")
+    desk.start()
+    desk.connect()
+    plan = plan_of(num_rounds=3, cohort=3, expected_dropout=0.0, group="hills")
+    campaign = await desk.finish(desk.start_campaign(plan, START))
+    model, control = result_of(desk, campaign)
+    reference = Scaffold(START[NAME].astype(np.float64))
+    for round_ in campaign.rounds:
+        reference.round([int(name.removeprefix("site-")) for name in round_.invited])
+    np.testing.assert_allclose(model[NAME], reference.model, atol=TOLERANCE)
+    np.testing.assert_allclose(control[NAME], reference.control, atol=TOLERANCE)
+    await desk.stop()
+
+
 async def test_only_scaffold_finds_the_optimum(desk: Desk) -> None:
     """With ten local steps at unlike sites averaging ends elsewhere; SCAFFOLD does not."""
     plain = pb.PROTECTION_PLAIN

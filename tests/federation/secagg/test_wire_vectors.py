@@ -3,17 +3,32 @@
 from hashlib import sha256
 
 import numpy as np
+import pytest
 
+from minga.federation import wire
+from minga.federation.analytics import Part, Question
+from minga.federation.plain import update_to_bytes
 from minga.federation.secagg import agreement
 from minga.federation.secagg.device import Step
 from minga.federation.secagg.encoding import encode
 from minga.federation.secagg.graph import neighbours
 from minga.federation.secagg.packing import pack
-from minga.federation.secagg.plan import context_digest
+from minga.federation.secagg.plan import RoundPlan, context_digest
 from minga.federation.secagg.rotation import rotate
 from minga.federation.secagg.shamir import split
+from minga.federation.v1 import federation_pb2 as pb
+from minga.federation.work import Evaluation, Method
 
 from .simulator import Simulation, make_plan, names, seeded_bytes
+
+MODEL = bytes(range(32))
+MEASURE = Evaluation(metrics=("auc", "loss"), clip=2.0)
+ASK = Question(
+    parts=(
+        Part(column="heat", low=-50.0, high=150.0),
+        Part(column="load", low=0.0, high=1.0, edges=(0.0, 0.5, 1.0)),
+    )
+)
 
 
 def test_encoding():
@@ -32,6 +47,92 @@ def test_digests():
     )
     context = context_digest(bytes(32), {"lr": 0.1, "epochs": 2, "resume": False, "loss": "mse"})
     assert context.hex() == "e33f49d37bbe90c731443b578372f6bfa9fbbf0c0fe9f9d3c5fa37efd7963dd3"
+
+
+def test_subjects():
+    """What a plan binds of how a model is learnt, and of what is asked in the place of training."""
+    heads = Method(personal=("head.*", "norm")).subject(MODEL)
+    assert [
+        digest.hex()
+        for digest in (
+            Method().subject(MODEL),
+            heads,
+            Method(scaffold=True).subject(MODEL),
+            MEASURE.subject(MODEL),
+            MEASURE.subject(heads),
+            ASK.subject(b""),
+        )
+    ] == [
+        MODEL.hex(),
+        "345ba11aa2f5d2c0a5e4b0913075b838c915f9a618bb4600c10490318ec227ff",
+        "54bc28db3ff0621b89e18c33b353bf4af99a9775f5cdfbd01d95d096f9f5110d",
+        "a29225f829983e3c085b4c76662bd610634ff5dbff1376782f6e49d9ef9980a3",
+        "290a9e0569195763aa5642b453a9ad1f6189eb574879535515c76a1a200b5850",
+        "a2dc621177f0e07d9d2c08a1f184be8342f46500a55805b77cb7d7c4f4ca69ff",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "digest"),
+    [
+        ({}, "7cce0b56cbf24f4b8de7f7ca44e8f55dbdd5bfd5a6828bd28f094adb019c0022"),
+        (
+            {"personal": ["head.*", "norm"], "scaffold": True},
+            "6e9c3aa78e44dcafb39f093f0162b269f83257bd2e6894bb377f80da61c6c1e6",
+        ),
+        (
+            {"evaluation": {"metrics": ["auc", "loss"], "clip": 2.0}},
+            "351556637a86abfacea21daf63baac11c802c6dd43943a450d0a4f69295ce522",
+        ),
+        (
+            {"private_update": {"max_norm": 4.0}},
+            "9c9e718173e3e3a645497ca72b187361bcb962872bd602511aacbec1ea766e3d",
+        ),
+        (
+            {"private_update": {"max_norm": 4.0, "variance": 1000}},
+            "ee51644658df91d96021327fb1b5e932e49c1d8fbc1c4d5c8de0fb255dad2687",
+        ),
+        (
+            {"private_update": {"max_norm": 4.0, "variance": 1000, "bit_level": 20}},
+            "eed4be4ba1b5507f8ef9e8c5f89e637a0113ec203e47d0ddd60cebb75a89ad18",
+        ),
+    ],
+)
+def test_contexts(asked: dict[str, object], digest: str):
+    """What a plan binds of an invitation: the subject, the training, and how updates are hidden."""
+    plan = make_plan()
+    invite = pb.RoundInvite(
+        round_id=plan.round_id.hex(),
+        plan=wire.plan_to_wire(plan),
+        model_digest=MODEL,
+        training=wire.config_to_wire({"lr": 0.1, "epochs": 2, "shuffle": True, "loss": "mse"}),
+        **asked,
+    )
+    read = wire.plan_of_invite(invite)
+    assert isinstance(read, RoundPlan)
+    assert read.context_digest.hex() == digest
+
+
+def test_what_is_told_of_data():
+    """A device's vectors of metrics, one of which it lacks, and of columns with missing values."""
+    metrics = MEASURE.vector_of({"loss": 17.0})
+    assert metrics.tobytes().hex() == "00000000000000400000000000000040"
+    columns = {
+        "heat": np.array([50.0, np.nan, -90.0, 100.0]),
+        "load": np.array([0.25, 0.5, -1.0, 2.0]),
+    }
+    vector, num_rows = ASK.answer(columns)
+    assert num_rows == 4
+    assert (
+        vector.tobytes().hex()
+        == "0000403f0000a03e0000503e0000803f0000e03e0000a83e0000803e0000803e0000803e0000803e"
+    )
+
+
+def test_plain_update():
+    """The blob of an update in a plain round."""
+    update = np.array([1.0, -0.5, 0.1], np.float32)
+    assert bytes(update_to_bytes(update)).hex() == "0000803f000000bfcdcccc3d"
 
 
 def test_graph():

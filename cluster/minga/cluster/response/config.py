@@ -56,7 +56,8 @@ class RespondConfig(BaseModel):
     rollout: Literal["at once", "canary"] = "at once"
     """at once: a version that passed its gates is promoted. canary: it takes growing shares of the
     traffic first, as `[serving.comparison]` says, and is promoted if that ends well. A repair
-    answers otherwise than what it repairs, so `max_drift` there may have to be larger."""
+    answers otherwise than what it repairs: its predictions may lie near the champion's, or near its
+    own on its test data. Where `new_champions` is set there it is a canary in any case."""
 
     cooldown_s: Seconds = 6 * 3600.0
     """How long after the end of a case no other one is opened."""

@@ -27,7 +27,7 @@ from minga.cluster.fleet import follow_campaign
 from minga.cluster.pipeline import Registered
 from minga.cluster.project import Project, load
 from minga.cluster.response.journal import Journal
-from minga.cluster.response.policy import DAY_S, Case, Kind
+from minga.cluster.response.policy import DAY_S, STALE, Case, Kind
 from minga.cluster.response.responder import case_folder, open_journal
 from minga.federation.durable import replace_file
 from minga.federation.errors import UnreachableError
@@ -38,6 +38,7 @@ from minga.inference.comparing import Mode
 from minga.inference.uris import redacted
 from minga.serving.book import Plan, Status, Story
 from minga.serving.errors import RegistryUnreachableError, ServingError
+from minga.serving.judging import Expectation
 from minga.serving.registry_source import RegistrySource
 from minga.training.errors import ApprovalError
 from minga.training.registry import CHAMPION, Version
@@ -88,6 +89,7 @@ class _Work:
         self._project = _with_window(project, case)
         self._journal = journal
         self._case = case
+        self._comparison = project.serving.comparison
         self._registry = project.registry()
         self._name = project.loaded_task.name
 
@@ -139,7 +141,8 @@ class _Work:
             self._is_overtaken(champion)
             return
         self._registry.require_approved(self._name, version)
-        if self._project.respond.rollout == "canary":
+        # A champion that came without a word would be compared with the one that it repairs.
+        if self._project.respond.rollout == "canary" or self._comparison.new_champions:
             story = self._canary(str(version))
             if story is None:
                 return  # a person has ended the case
@@ -152,7 +155,8 @@ class _Work:
         """Ask the service for a canary and wait for its end; None if the case ends before."""
         book = RegistrySource(self._project.tracking_uri).book()
         name = f"case {self._case.opened_at:.3f}"
-        plan = Plan(id=name, mode=Mode.CANARY, version=version, share=1.0)
+        expects = _expectation(self._case)
+        plan = Plan(id=name, mode=Mode.CANARY, version=version, share=1.0, expects=expects)
         if Kind.CANARY not in self._case.done:
             book.plan(self._name, plan)
             self._tell(Kind.CANARY, version=int(version), plan=plan.id)
@@ -252,6 +256,14 @@ class _Work:
 
     def _tell(self, kind: Kind, **detail: Any) -> None:
         self._journal.tell(kind, self._case.number, **detail)
+
+
+def _expectation(case: Case) -> Expectation:
+    """Say what the predictions of what a case made are to look like on live traffic."""
+    is_only_old = all(alarm["name"] == STALE for alarm in case.opening["alarms"])
+    if case.opening["action"] == "federate" and not is_only_old:
+        return Expectation.ANY  # devices learned from their new data; it was tested on the centre's
+    return Expectation.REPAIR
 
 
 def _with_window(project: Project, case: Case) -> Project:

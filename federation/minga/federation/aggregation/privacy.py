@@ -42,6 +42,7 @@ from minga.federation.errors import PrivacyError
 from minga.federation.secagg.fixedpoint import encode_update
 from minga.federation.secagg.masking import BLOCK_VALUES
 from minga.federation.secagg.plan import RoundPlan
+from minga.federation.secagg.sizing import SHARE_SLACK
 
 Levels = NDArray[np.uint32]
 """Rounded values modulo 2**32."""
@@ -99,7 +100,8 @@ def num_noisy(cohort_size: int, expected_dropout: float, colluder_share: float) 
     Raises:
         PrivacyError: nobody is left.
     """
-    num = cohort_size - floor(expected_dropout * cohort_size) - ceil(colluder_share * cohort_size)
+    num_lost = floor(expected_dropout * cohort_size + SHARE_SLACK)
+    num = cohort_size - num_lost - ceil(colluder_share * cohort_size)
     if num < 1:
         raise PrivacyError(
             f"of {cohort_size} devices none is counted on for noise; expect less "

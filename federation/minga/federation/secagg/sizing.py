@@ -18,6 +18,10 @@ SECURITY_BITS: Final = 40
 CORRECTNESS_BITS: Final = 20
 """A round that loses no more devices than expected fails with probability at most 2**-20."""
 
+SHARE_SLACK: Final = 1e-9
+"""A share of a cohort may be off by so many devices: 1 - (1 - 0.1) of forty is a bit less than the
+four that are meant."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbourhood:
@@ -59,7 +63,7 @@ def choose_neighbourhood(
         PlanError: the cohort is too small to bear both.
     """
     _check(cohort_size, expected_dropout, colluder_share)
-    num_dropouts = math.floor(expected_dropout * cohort_size)
+    num_dropouts = math.floor(expected_dropout * cohort_size + SHARE_SLACK)
     num_colluders = math.ceil(colluder_share * cohort_size)
     first = 2 if cohort_size > COMPLETE_UP_TO else cohort_size
     for degree in range(first, cohort_size - 1, 2):
