@@ -3,8 +3,9 @@
 A Parquet set of the asked size is written in pieces, and worked through by a process whose memory
 the kernel caps (RLIMIT_DATA: heap, stacks, private mappings). The peak that is reported is of all
 its resident pages, libraries included. Every step walks over all rows: splits, schema, profile,
-checks, digest, and one epoch of a small network, validated. The set and what was made of it are
-removed at the end.
+checks, digest, one epoch of a small network, validated, and the judgement of it: export, metrics,
+calibration, slices, noise, gaps, and the comparison with a champion. The set and what was made of
+it are removed at the end.
 """
 
 import json
@@ -62,8 +63,10 @@ def work(source: Path, folder: Path, cap_gb: float) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_DATA, (int(cap_gb * GB), int(cap_gb * GB)))
     from learning_from_disk import Readings
 
-    from minga.training.config import DataConfig
+    from minga.training.candidate import Champion, assess
+    from minga.training.config import DataConfig, GateConfig
     from minga.training.data import check, digest_of, profile_of, stored_splits
+    from minga.training.export import to_onnx
     from minga.training.loop import Learner, fit
     from minga.training.network import build_network
 
@@ -94,6 +97,21 @@ def work(source: Path, folder: Path, cap_gb: float) -> dict[str, Any]:
         "train one epoch",
         lambda: fit(learner, splits.train, epochs=1, seed=0, validation=splits.validation),
     )
+    # By its first weights a network is a champion that is easily beaten.
+    first = to_onnx(build_network(task, params, splits.train, seed=1), splits.test.inputs[:1])
+    judged = timed(
+        "judge",
+        lambda: assess(
+            task,
+            learner.network,
+            splits.test,
+            schema=schema,
+            profile=profile,
+            champion=Champion(version=1, onnx=first, schema=schema),
+            config=GateConfig(),
+            seed=0,
+        ),
+    )
     return {
         "seconds": seconds,
         "peaks_gb": peaks_gb,
@@ -101,6 +119,7 @@ def work(source: Path, folder: Path, cap_gb: float) -> dict[str, Any]:
         "violations": [str(item) for item in found],
         "num_examples": len(splits.train) + len(splits.validation) + len(splits.test),
         "accuracy": history[-1]["accuracy"],
+        "gates": {gate.name: gate.passed for gate in judged.report.gates},
     }
 
 

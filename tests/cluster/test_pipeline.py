@@ -30,6 +30,7 @@ from minga.training.errors import GateError
 from minga.training.gates import GateReport
 from minga.training.lineage import Campaign, Lineage
 from minga.training.network import build_network, parameters_of
+from minga.training.stored import StoredRows
 from tests.events import events_of, points_of
 from tests.federation.fleet import Fleet
 from tests.serving.conftest import ref_of, serving
@@ -45,6 +46,28 @@ strategy = "flwr.server.strategy:FedMedian"
 num_rounds = 2
 protection = "plain"
 invite_timeout_s = 1
+"""
+
+
+ON_DISK = """
+
+class OnDisk(ShuttleAnomaly):
+    def data(self, source):
+        from pathlib import Path
+        from minga.training import Split
+        from minga.training.stored import RowWriter, StoredRows
+
+        splits = super().data(source)
+        moved = {}
+        for name in ("train", "validation", "test"):
+            file = Path(source).with_suffix(f".{name}.npy")
+            with RowWriter(file, splits[name].inputs.shape[1:], np.float32) as writer:
+                writer.add(splits[name].inputs)
+            moved[name] = Split(inputs=StoredRows(file), targets=splits[name].targets)
+        return Splits(**moved)
+
+    def slices(self, split):
+        return {"high first column": split.inputs[:, 0] > 0.0}
 """
 
 
@@ -223,6 +246,27 @@ def test_product_of_a_campaign_takes_the_same_gates(project):
     assert (measured.step, measured.value) == (5, 0.25)
     gate = next(gate for gate in registered.report.gates if gate.name.endswith("champion"))
     assert gate.seen == "+0.0000 (+0.0000 .. +0.0000) to version 1"
+
+
+def test_data_on_the_disk_takes_the_same_path(project, tmp_path):
+    """Inputs that stay on the disk are checked and judged as those in memory, and are as known."""
+    moved = shutil.copytree(project.directory, tmp_path / "plant")
+    with (moved / "task.py").open("a") as file:
+        file.write(ON_DISK)
+    settings = (moved / "minga.toml").read_text().replace(":ShuttleAnomaly", ":OnDisk")
+    (moved / "minga.toml").write_text(settings)
+    on_disk = load(moved)
+    assert isinstance(on_disk.splits.test.inputs, StoredRows)
+    assert check_data(on_disk).digest == check_data(project).digest
+    parameters, lineage = champion_of(project)
+    registered = pipeline.register_candidate(
+        on_disk, parameters=parameters, params=lineage.params, parent_version=1
+    )
+    assert registered.report.blessed
+    assert "high first column" in str(registered.report.gates)
+    first = GateReport.read(project.registry().fetch("shuttle-anomaly", 1) / GATES)
+    assert registered.report.metrics == first.metrics
+    assert Lineage.read(registered.bundle_path / LINEAGE).data_digest == lineage.data_digest
 
 
 def test_personal_tensors_stay_the_parents(project):

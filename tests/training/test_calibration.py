@@ -9,7 +9,7 @@ from sklearn.metrics import brier_score_loss
 from minga.training.calibration import calibrate
 from minga.training.errors import ShapeError
 from minga.training.profile import Profile, profile_columns
-from minga.training.robustness import with_gaps, with_noise
+from minga.training.robustness import gaps, noise
 from minga.training.schema import infer_schema
 from minga.training.task import Split
 
@@ -89,19 +89,19 @@ def table():
 def test_noise_is_in_units_of_each_column(table):
     """Numbers get noise of their own scale, categories none; the seed decides all of it."""
     inputs, schema, profile = table
-    noisy = with_noise(inputs, schema, profile, amount=0.1, seed=1)
+    noisy = noise(schema, profile, amount=0.1, seed=1)(inputs)
     change = noisy - inputs
     assert np.std(change[:, 0]) == pytest.approx(1.0, rel=0.05)
     assert not change[:, 1].any()
     assert np.nanstd(change[:, 2]) == pytest.approx(0.1, rel=0.05)
-    again = with_noise(inputs, schema, profile, amount=0.1, seed=1)
+    again = noise(schema, profile, amount=0.1, seed=1)(inputs)
     assert np.array_equal(noisy, again, equal_nan=True)
 
 
 def test_gaps_are_filled_as_clients_would(table):
     """NaN where training knew it, else the mean, or a category's most frequent value."""
     inputs, schema, profile = table
-    holed = with_gaps(inputs, schema, profile, share=0.2, seed=1)
+    holed = gaps(schema, profile, share=0.2, seed=1)(inputs)
     is_gone = ~np.isclose(holed, inputs, equal_nan=True)
     assert is_gone[:, 0].mean() == pytest.approx(0.2, abs=0.02)
     assert holed[is_gone[:, 0], 0] == pytest.approx(profile.inputs[0].mean)
@@ -115,5 +115,5 @@ def test_images_are_disturbed_too():
     split = Split(inputs=inputs, targets=np.zeros(20))
     schema, columns = infer_schema(split), profile_columns(inputs.reshape(-1, 1))
     profile = Profile(num_examples=20, inputs=columns, targets=())
-    assert with_noise(inputs, schema, profile, amount=0.1, seed=1).shape == inputs.shape
-    assert (with_gaps(inputs, schema, profile, share=0.5, seed=1) != inputs).mean() > 0.4
+    assert noise(schema, profile, amount=0.1, seed=1)(inputs).shape == inputs.shape
+    assert (gaps(schema, profile, share=0.5, seed=1)(inputs) != inputs).mean() > 0.4

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minga.training import Split, Splits
-from minga.training.config import DataConfig
+from minga.training.candidate import Champion, assess
+from minga.training.config import DataConfig, GateConfig
 from minga.training.data import check, digest_of, profile_of, stored_splits
 from minga.training.errors import DataError
+from minga.training.export import to_onnx
 from minga.training.loop import Learner, fit
 from minga.training.network import build_network, parameters_of
 from minga.training.probe import probe
@@ -174,6 +176,48 @@ def test_training_gives_the_same_weights(both, task):
     (mine, history), (theirs, other) = weights
     assert history == other
     assert all(mine[name].tobytes() == theirs[name].tobytes() for name in mine)
+
+
+def test_judgement_is_that_of_memory(both, task):
+    """A candidate is measured, disturbed and compared on the disk as in memory, value by value."""
+    reports = []
+    schema, profile = task.schema(both[1].train), profile_of(task, both[1].train)
+    for splits in both:
+        networks = [build_network(task, task.defaults, splits.train, seed=seed) for seed in (1, 2)]
+        champion = to_onnx(networks[0], splits.test.inputs[:1])
+        found = assess(
+            task,
+            networks[1],
+            splits.test,
+            schema=schema,
+            profile=profile,
+            champion=Champion(version=1, onnx=champion, schema=schema),
+            config=GateConfig(num_resamples=50, max_latency_ms=1000.0),
+            seed=0,
+        )
+        gates = [gate for gate in found.report.gates if "latency" not in gate.name]
+        reports.append((found.report.metrics, found.report.calibration, gates, found.onnx))
+    assert reports[0] == reports[1]
+
+
+def test_columns_are_read_in_pieces(rows, monkeypatch):
+    """A Task's slices ask for columns: they are the array's, and never all rows at once."""
+    stored, whole = rows
+    monkeypatch.setattr("minga.training.stored.CHUNK_BYTES", 1200)
+    most = []
+    monkeypatch.setattr(
+        StoredRows,
+        "_read",
+        lambda self, low, high, read=StoredRows._read: (
+            most.append(high - low),
+            read(self, low, high),
+        )[1],
+    )
+    for part in (np.s_[:, 1], np.s_[..., 2], np.s_[10:900, [0, 2]], np.s_[::7, 1:], np.s_[5:5, 0]):
+        np.testing.assert_array_equal(stored[part], whole[part])
+    assert max(most) == 100
+    with pytest.raises(IndexError, match="take other rows first"):
+        stored[np.arange(3), 1]
 
 
 def test_written_rows_are_used_again(table, tmp_path):

@@ -27,11 +27,13 @@ def check_data(project: Project, source: str | None = None) -> DataReport:
     """
     task = project.loaded_task
     if source is None:
-        name, splits = project.source, project.splits
+        name, splits, digest = project.source, project.splits, project.data_digest
+        schema, profile = project.data_schema, project.data_profile
     else:
         name = project.reference.resolve(source)
         splits = data.read_splits(task, name)
-    schema, profile = task.schema(splits.train), data.profile_of(task, splits.train)
+        digest = digest_of(splits)
+        schema, profile = task.schema(splits.train), data.profile_of(task, splits.train)
     champion, kept = find_champion(project), kept_schema(project)
     expected, past = kept or schema, profile
     references = [SCHEMA_FILE] if kept else []
@@ -43,7 +45,7 @@ def check_data(project: Project, source: str | None = None) -> DataReport:
     return DataReport(
         task=task.name,
         source=name,
-        digest=digest_of(splits),
+        digest=digest,
         versions=project.data_versions if source is None else versions_of(name),
         num_examples={part: len(splits[part]) for part in data.SPLIT_NAMES},
         data_schema=schema,
@@ -71,7 +73,7 @@ def data_tags(project: Project) -> dict[str, str]:
     A view of several files that DVC tracks names all of them, in its order: `MD5, MD5, ...`, and
     the commits of their records likewise; `-` stands for a record that is not committed.
     """
-    tags = {"minga.data_sha256": digest_of(project.splits)}
+    tags = {"minga.data_sha256": project.data_digest}
     if known := [version.dvc for version in project.data_versions if version.dvc is not None]:
         tags["minga.dvc_md5"] = ", ".join(dvc.md5 for dvc in known)
         tags["minga.dvc_commit"] = ", ".join(dvc.commit or "-" for dvc in known)
@@ -87,7 +89,7 @@ def keep_schema(project: Project, *, replace: bool = False) -> tuple[Schema, tup
     Raises:
         DataError: another one is kept and `replace` is not set.
     """
-    schema = project.loaded_task.schema(project.splits.train)
+    schema = project.data_schema
     kept = kept_schema(project)
     changes = kept.changes(schema) if kept else ()
     if changes and not replace:

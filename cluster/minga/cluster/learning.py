@@ -19,7 +19,6 @@ from minga.cluster.project import Project
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters, to_bytes
 from minga.training.bundle import LINEAGE, read_parameters
-from minga.training.data import digest_of
 from minga.training.evaluate import measure
 from minga.training.lineage import Lineage
 from minga.training.network import build_network, load_parameters
@@ -333,7 +332,7 @@ def fingerprint(project: Project, settings: object) -> str:
     digest = hashlib.sha256(" ".join(map(str, facts)).encode())
     for file in sorted(project.reference.file.parent.glob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
-    digest.update(digest_of(project.splits).encode())
+    digest.update(project.data_digest.encode())
     return digest.hexdigest()[:16]
 
 

@@ -37,7 +37,6 @@ from minga.cluster.runtimes import runtimes_for
 from minga.cluster.selecting import select_model
 from minga.cluster.stack import local_ray
 from minga.federation.parameters import Parameters
-from minga.training import data
 from minga.training.boards import draw_version
 from minga.training.bundle import (
     GATES,
@@ -51,7 +50,7 @@ from minga.training.bundle import (
     read_verdict,
 )
 from minga.training.candidate import Candidate, Champion, assess
-from minga.training.data import DataReport, digest_of
+from minga.training.data import DataReport
 from minga.training.errors import ApprovalError
 from minga.training.evaluate import evaluate as evaluate_network
 from minga.training.gates import GateReport
@@ -273,7 +272,7 @@ def register_candidate(
         params=params,
         seed=project.seed,
         source=project.source,
-        data_digest=digest_of(splits),
+        data_digest=project.data_digest,
         data_versions=project.data_versions,
         num_examples=campaign.num_examples if campaign else len(splits.train),
         settings_sha256=settings_of(project, run_id),
@@ -413,14 +412,13 @@ def _assess(
     """Export a model, and judge it against the champion, and in the runtimes that will load it."""
     assert trained is not None, "there are parameters of a network, or another model"
     task, splits = project.loaded_task, project.splits
-    schema = task.schema(splits.train)
-    champion = find_champion(project)
+    schema, champion = project.data_schema, find_champion(project)
     candidate = assess(
         task,
         trained,
         splits.test,
         schema=schema,
-        profile=data.profile_of(task, splits.train),
+        profile=project.data_profile,
         champion=_read_champion(project, champion) if champion else None,
         config=project.gates,
         seed=project.seed,

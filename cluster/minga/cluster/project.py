@@ -25,10 +25,12 @@ from minga.training.config import (
     SelectionConfig,
     TrainConfig,
 )
-from minga.training.data import read_splits
+from minga.training.data import digest_of, profile_of, read_splits
 from minga.training.data.versions import DataVersion, require_version, versions_of
 from minga.training.lineage import Code, code_of, code_tags
+from minga.training.profile import Profile
 from minga.training.progress import OnProgress, silent
+from minga.training.schema import Schema
 from minga.training.signing import Keyring
 from minga.training.simulation.config import SimulationConfig
 from minga.training.space import FEATURES
@@ -112,6 +114,21 @@ class Project(BaseModel):
         """The data of `[data] source`; refused if it is not the version that it should be."""
         _ = self.data_versions  # what was tampered with is refused before it is read
         return read_splits(self.loaded_task, self.source)
+
+    @cached_property
+    def data_digest(self) -> str:
+        """The SHA-256 of all values; see `minga.training.data.digest_of`."""
+        return digest_of(self.splits)
+
+    @cached_property
+    def data_schema(self) -> Schema:
+        """What the Task says of valid data, or what its training split is like."""
+        return self.loaded_task.schema(self.splits.train)
+
+    @cached_property
+    def data_profile(self) -> Profile:
+        """The training split's statistics."""
+        return profile_of(self.loaded_task, self.splits.train)
 
     @cached_property
     def data_versions(self) -> tuple[DataVersion, ...]:

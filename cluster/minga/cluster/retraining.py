@@ -12,7 +12,6 @@ from typing import Any
 
 from minga.cluster.project import Project, restore
 from minga.federation.parameters import to_bytes
-from minga.training.data import digest_of
 from minga.training.document import Document
 from minga.training.errors import DataError, TrainingError
 from minga.training.history import Record
@@ -84,7 +83,7 @@ def retrain(job: Job, folder: Path) -> None:
 
 def _require_data(project: Project, job: Job) -> None:
     try:
-        digest = digest_of(project.splits)
+        digest = project.data_digest
     except DataError as error:
         raise DataError(
             f"the run's data (sha256 {job.data_digest[:12]}...) is missing: {error}; "

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minga.federation.parameters import Layout
+from minga.training.simulation.config import DirichletTable
 from minga.training.simulation.crew import RayCrew, Worker
 from minga.training.simulation.lesson import Lesson
 from minga.training.simulation.partition import populate
@@ -62,3 +63,19 @@ def test_campaign_on_ray(ray_cluster, simulation, monkeypatch, workers):
     values = [Layout.of(one.parameters).flatten(one.parameters) for one in (here, there)]
     np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5)
     assert [r["devices"] for r in here.history] == [r["devices"] for r in there.history]
+
+
+def test_thousands_of_devices_on_ray(ray_cluster, simulation):
+    """Of 6,000 devices 1,000 train in each round; two workers come to the model of one process."""
+    table = DirichletTable(devices=6000, alpha=0.5, examples=16)
+    played = simulation(partition=table, num_rounds=2, cohort=1000)
+    here = simulate(played)
+    config = played.config.model_copy(update={"workers": 2})
+    there = simulate(replace(played, config=config), reference=reference_to("Dense"))
+    assert (there.num_devices, there.num_workers, there.one_by_one) == (6000, 2, "")
+    cohorts = [set(record.survivors) for record in there.campaign.rounds]
+    assert [len(cohort) for cohort in cohorts] == [1000, 1000]
+    assert len(cohorts[0] & cohorts[1]) < 300  # 167 on average: each is drawn from the whole fleet
+    assert [record["examples"] for record in there.history] == [16_000, 16_000]
+    values = [Layout.of(one.parameters).flatten(one.parameters) for one in (here, there)]
+    np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5)

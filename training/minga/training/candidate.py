@@ -18,8 +18,9 @@ from minga.training.gates import Difference, Evidence, GateReport, Trial, compar
 from minga.training.models import Model, NetworkModel, exported, largest_gap
 from minga.training.profile import Profile, profile_columns
 from minga.training.reference import with_reference
-from minga.training.robustness import with_gaps, with_noise
+from minga.training.robustness import Disturb, gaps, noise
 from minga.training.schema import Schema
+from minga.training.stored import is_large, sample_places
 from minga.training.task import Split, Task
 
 PARITY_EXAMPLES = 1000
@@ -91,8 +92,8 @@ def assess(
         },
         slice_sizes={name: int(mask.sum()) for name, mask in slices.items()},
         on_bad_days={
-            name: (_under(task, onnx, inputs, test), limit)
-            for name, inputs, limit in _bad_days(test, schema, profile, config=config, seed=seed)
+            name: (_under(task, onnx, disturb, test), limit)
+            for name, disturb, limit in _bad_days(schema, profile, config=config, seed=seed)
         },
         calibration=_calibration(task, outputs, test),
         fairness=_fairness(task, outputs, test, config),
@@ -130,20 +131,20 @@ def latency_ms(onnx: bytes, inputs: NDArray[Any]) -> float:
 
 
 def _bad_days(
-    test: Split, schema: Schema, profile: Profile, *, config: GateConfig, seed: int
-) -> Iterator[tuple[str, NDArray[Any], float]]:
-    """Give disturbed inputs, and how much worse the objective may be on them."""
+    schema: Schema, profile: Profile, *, config: GateConfig, seed: int
+) -> Iterator[tuple[str, Disturb, float]]:
+    """Give what disturbs inputs, and how much worse the objective may be on them."""
     if config.noise > 0:
-        noisy = with_noise(test.inputs, schema, profile, amount=config.noise, seed=seed)
-        yield f"noise of {config.noise:g}", noisy, config.max_noise_loss
+        disturb = noise(schema, profile, amount=config.noise, seed=seed)
+        yield f"noise of {config.noise:g}", disturb, config.max_noise_loss
     if config.missing > 0:
-        holed = with_gaps(test.inputs, schema, profile, share=config.missing, seed=seed)
-        yield f"{config.missing:.0%} of values missing", holed, config.max_missing_loss
+        disturb = gaps(schema, profile, share=config.missing, seed=seed)
+        yield f"{config.missing:.0%} of values missing", disturb, config.max_missing_loss
 
 
-def _under(task: Task, onnx: bytes, inputs: NDArray[Any], test: Split) -> float:
+def _under(task: Task, onnx: bytes, disturb: Disturb, test: Split) -> float:
     """Give the objective's metric on disturbed inputs; not a number if an output is none."""
-    outputs = run_onnx(onnx, inputs)
+    outputs = run_onnx(onnx, test.inputs, change=disturb)
     if outputs.dtype.kind == "f" and not np.all(np.isfinite(outputs)):
         return float("nan")
     return measure(task, outputs, test.targets)[task.objective.metric]
@@ -181,14 +182,20 @@ def _difference(
     config: GateConfig,
     seed: int,
 ) -> Difference:
-    others = run_onnx(champion.onnx, test.inputs)
+    """Compare with the champion; by rows at equal distances if there are very many.
+
+    An interval of `SAMPLE_ROWS` rows is narrow enough to judge by, and wider than one of all rows.
+    """
+    others, targets = run_onnx(champion.onnx, test.inputs), test.targets
     metric = task.objective.metric
+    if is_large(test.inputs):
+        places = sample_places(len(test))
+        outputs, others, targets = outputs[places], others[places], targets[places]
 
     def measure_both(indices: NDArray[np.intp]) -> tuple[float, float]:
-        targets = test.targets[indices]
         return (
-            measure(task, outputs[indices], targets)[metric],
-            measure(task, others[indices], targets)[metric],
+            measure(task, outputs[indices], targets[indices])[metric],
+            measure(task, others[indices], targets[indices])[metric],
         )
 
-    return compare(measure_both, len(test), config, task.objective, seed=seed)
+    return compare(measure_both, len(targets), config, task.objective, seed=seed)

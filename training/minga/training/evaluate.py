@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from minga.training.errors import ShapeError, TaskError
-from minga.training.network import batch_of, one_thread
+from minga.training.network import one_thread
 from minga.training.task import Split, Task
 
 BATCH_EXAMPLES = 4096
@@ -59,7 +59,7 @@ def measure_with_loss(task: Task, outputs: NDArray[Any], split: Split) -> dict[s
     metrics = measure(task, outputs, split.targets)
     try:
         with torch.inference_mode(), one_thread():
-            loss = task.loss(torch.from_numpy(outputs), batch_of(split).targets)
+            loss = task.loss(torch.from_numpy(outputs), torch.from_numpy(split.targets.copy()))
     except (RuntimeError, ValueError, IndexError) as error:
         raise ShapeError(
             f"{type(task).__name__}.loss fails on outputs {outputs.shape} and "

@@ -7,6 +7,7 @@ preparation is inside. A model of a table with categories that are texts takes t
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,27 @@ def session(model: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(model: bytes, inputs: NDArray[Any], *, batch: int = 4096) -> NDArray[Any]:
-    """Give the ONNX model's outputs for inputs of shape `(n, ...)`, as the network takes them."""
+def run_onnx(
+    model: bytes,
+    inputs: NDArray[Any],
+    *,
+    batch: int = 4096,
+    change: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
+) -> NDArray[Any]:
+    """Give the ONNX model's outputs for inputs of shape `(n, ...)`, as the network takes them.
+
+    Args:
+        model: the ONNX file.
+        inputs: in memory or on the disk.
+        batch: how many are read and computed at once.
+        change: what is made of each batch before, in order.
+    """
     opened = session(model)
-    parts = [
-        opened.run([OUTPUT], {INPUT: as_served(opened, inputs[start : start + batch])})[0]
-        for start in range(0, len(inputs), batch)
-    ]
+    parts = []
+    for start in range(0, len(inputs), batch):
+        rows = inputs[start : start + batch]
+        rows = rows if change is None else change(rows)
+        parts.append(opened.run([OUTPUT], {INPUT: as_served(opened, rows)})[0])
     return np.concatenate(parts)
 
 

@@ -28,6 +28,7 @@ from minga.training.losses import MAX_ROWS, grow_losses
 from minga.training.profile import ColumnProfile, Profile, profile_columns
 from minga.training.schema import Column as SchemaColumn
 from minga.training.schema import Schema
+from minga.training.stored import chunks_of
 from minga.training.task import Split, Task
 
 OUTLIER_SHARE = 0.01
@@ -190,7 +191,9 @@ def _outliers(inputs: list[dict[str, Any]], rows: NDArray[Any]) -> dict[str, flo
         )
         for given in inputs
     ]
-    lengths = outlier_lengths(columns, rows.T.astype(np.float64))
+    lengths = np.concatenate(
+        [outlier_lengths(columns, piece.T.astype(np.float64)) for piece in chunks_of(rows)]
+    )
     if not lengths.any():
         return None
     threshold = float(np.quantile(lengths, 1 - OUTLIER_SHARE))

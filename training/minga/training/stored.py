@@ -54,7 +54,16 @@ class StoredRows:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> NDArray[Any]:
-        """Read rows: a slice, a number, an array of numbers, or a mask."""
+        """Read rows: a slice, a number, an array of numbers, or a mask.
+
+        Columns are read piece by piece, so that one fits where the rows do not: `rows[:, 3]`,
+        `rows[..., 0]`.
+
+        Raises:
+            IndexError: there is no such row, or columns are asked of rows that are no slice.
+        """
+        if rows is Ellipsis or isinstance(rows, tuple):
+            return self._columns(*(rows if isinstance(rows, tuple) else (rows,)))
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step == 1:
@@ -80,6 +89,20 @@ class StoredRows:
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:
             os.close(self._file)
+
+    def _columns(self, first: Any = ..., *others: Any) -> NDArray[Any]:
+        is_slice = isinstance(first, slice)
+        if not is_slice and first is not Ellipsis:
+            raise IndexError("columns are read of a slice of rows: take other rows first")
+        start, stop, step = (first if is_slice else slice(None)).indices(len(self))
+        places, size = range(start, stop, step), rows_at_once(self)
+        parts = [places[low : low + size] for low in range(0, max(len(places), 1), size)]
+        within = (slice(None) if is_slice else ..., *others)
+        return np.concatenate([self._ranged(part)[within] for part in parts])
+
+    def _ranged(self, places: range) -> NDArray[Any]:
+        is_whole = places.step == 1 and len(places) > 0
+        return self[places.start : places.stop] if is_whole else self[np.asarray(places, np.int64)]
 
     def _gather(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
@@ -111,10 +134,15 @@ def chunks_of(array: Any) -> Iterator[NDArray[Any]]:
     if not is_large(array):
         yield array
         return
-    row_bytes = max(int(np.prod(array.shape[1:])) * array.dtype.itemsize, 1)
-    rows = max(CHUNK_BYTES // row_bytes, 1)
+    rows = rows_at_once(array)
     for start in range(0, len(array), rows):
         yield array[start : start + rows]
+
+
+def rows_at_once(array: Any) -> int:
+    """Give how many rows of an array take `CHUNK_BYTES`."""
+    row_bytes = max(int(np.prod(array.shape[1:])) * array.dtype.itemsize, 1)
+    return int(max(CHUNK_BYTES // row_bytes, 1))
 
 
 def is_large(array: Any) -> bool:

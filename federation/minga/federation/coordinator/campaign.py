@@ -42,7 +42,12 @@ class Campaign:
     """The state that the server optimiser goes on with; empty if it keeps none."""
     state: int = RUNNING
     reason: str = ""
-    records: list[pb.Round] = field(default_factory=list)
+    records: list[pb.Round] = field(default_factory=list, init=False)
+    """Of rounds that are over; grows by `add_record` alone."""
+    num_committed: int = field(default=0, init=False)
+    """How many rounds are in the model."""
+    num_aborts_in_a_row: int = field(default=0, init=False)
+    """How many rounds failed since the last one that was committed."""
     open_round: Round | None = None
     bytes_received: int = 0
     """What the open round moved since this process knows it."""
@@ -77,21 +82,6 @@ class Campaign:
     def is_over(self) -> bool:
         """True when nothing is left to do, not even to tell the devices of the last round."""
         return not self.is_running and self.open_round is None
-
-    @property
-    def num_committed(self) -> int:
-        """How many rounds are in the model."""
-        return sum(record.stage == pb.ROUND_STAGE_COMMITTED for record in self._trainings())
-
-    @property
-    def num_aborts_in_a_row(self) -> int:
-        """How many rounds failed since the last one that was committed."""
-        count = 0
-        for record in reversed(list(self._trainings())):
-            if record.stage == pb.ROUND_STAGE_COMMITTED:
-                break
-            count += 1
-        return count
 
     def _trainings(self) -> Iterator[pb.Round]:
         return (r for r in self.records if r.work != pb.ROUND_WORK_EVALUATION)
@@ -182,13 +172,13 @@ class Campaign:
 
     def carried(self) -> dict[str, Base]:
         """Give the devices that go on from the last committed round into the next, with bases."""
-        trainings = list(self._trainings())
         has_more = self.is_running and self.num_committed < self.plan.num_rounds
-        if not self.plan.HasField("buffer") or not trainings or not has_more:
+        if not self.plan.HasField("buffer") or not has_more:
+            return {}
+        trainings = list(self._trainings())
+        if not trainings or trainings[-1].stage != pb.ROUND_STAGE_COMMITTED:
             return {}
         last = trainings[-1]
-        if last.stage != pb.ROUND_STAGE_COMMITTED:
-            return {}
         by_id = {record.round_id: record for record in trainings}
         going = set(last.invited) - set(last.survivors) - last.lost.keys()
         return {name: _base(by_id[last.bases.get(name, last.round_id)]) for name in going}
@@ -276,6 +266,10 @@ class Campaign:
     def add_record(self, record: pb.Round) -> None:
         """Take the record of a round that is over; one long past loses its devices' names."""
         self.records.append(record)
+        if record.work != pb.ROUND_WORK_EVALUATION:
+            is_committed = record.stage == pb.ROUND_STAGE_COMMITTED
+            self.num_committed += is_committed
+            self.num_aborts_in_a_row = 0 if is_committed else self.num_aborts_in_a_row + 1
         if len(self.records) > DETAILED_ROUNDS:
             past = -DETAILED_ROUNDS - 1
             self.records[past] = wire.without_names(self.records[past])

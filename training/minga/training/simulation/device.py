@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -75,12 +74,3 @@ class OneByOne:
 
     def _trainer(self, device: int) -> TaskTrainer:
         return TaskTrainer(self._task, self._population.splits_of(device))
-
-
-def first_of(lesson: Lesson, count: int) -> Lesson:
-    """Give the lesson of the first few devices."""
-    return replace(
-        lesson,
-        own=None if lesson.own is None else lesson.own[:count],
-        corrections=None if lesson.corrections is None else lesson.corrections[:count],
-    )

@@ -38,8 +38,11 @@ class Round(ABC):
     lost: dict[str, str] = field(default_factory=dict)
     result: SumComputed | None = None
     reason: str = ""
+    _invited: frozenset[str] = field(init=False)
+    """Those of the order: who asks about one device need not go through all of them."""
 
     def __post_init__(self) -> None:
+        self._invited = frozenset(self.order.invited)
         self.stage = self.FIRST_STAGE
         self.stage_started_at = self.started_at
 
@@ -84,6 +87,8 @@ class Round(ABC):
     def _is_waiting(self) -> bool:
         """True while anybody is missing: a cohort answers one by one, so this is asked often."""
         expected, answered = self._expected_and_answered()
+        if len(answered) + len(self.lost) < len(expected):
+            return True
         return any(name not in answered and name not in self.lost for name in expected)
 
     # --- events in ---
@@ -104,7 +109,7 @@ class Round(ABC):
             return False
         match event:
             case DeviceLost(device_id=device_id):
-                return device_id in self.order.invited and device_id not in self.lost
+                return device_id in self._invited and device_id not in self.lost
             case DeadlinePassed(stage=stage):
                 return stage is self.stage
             case SumComputed():
@@ -222,7 +227,7 @@ class Round(ABC):
 
     def instruction(self, device_id: str) -> Instruction | None:
         """Say what a device has to do now; None if it has only to wait."""
-        if device_id not in self.order.invited:
+        if device_id not in self._invited:
             return None
         if self.stage.ended or (device_id in self.lost and device_id not in self.updates):
             return finish(

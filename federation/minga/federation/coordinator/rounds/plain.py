@@ -43,7 +43,7 @@ class PlainRound(Round):
 
     def _expected_and_answered(self) -> tuple[Collection[str], Collection[str]]:
         if self.stage is Stage.UPDATES:
-            return self.order.invited, self.updates
+            return self._invited, self.updates
         return (), ()
 
     def _leave(self, at: float) -> None:

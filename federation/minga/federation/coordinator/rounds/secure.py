@@ -114,7 +114,7 @@ class SecureRound(Round):
     def _expected_and_answered(self) -> tuple[Collection[str], Collection[str]]:
         match self.stage:
             case Stage.KEYS:
-                return self.order.invited, self.adverts
+                return self._invited, self.adverts
             case Stage.SHARES:
                 return self.graph, self.shares
             case Stage.UPDATES:
