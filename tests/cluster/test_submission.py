@@ -21,7 +21,7 @@ from minga.cluster.errors import SubmissionError
 from minga.cluster.project import load
 from minga.cluster.stack import ray_environment
 from minga.cluster.submission import Cluster as Jobs
-from minga.inference.client import InferenceClient, ready
+from minga.inference.client import InferenceClient
 from minga.inference.errors import InferenceError
 from tests.cluster.watched import until
 from tests.serving.conftest import models, register
@@ -274,7 +274,6 @@ def test_an_exported_file_is_deployed_by_the_dashboard(
                     failures.append(error)
 
     deploy(2)
-    until(lambda: ready(url), f"something answers at {url}")
     caller = threading.Thread(target=ask)
     with InferenceClient(url) as client:
         until(lambda: client.ready("deployed"), "the model is ready")
