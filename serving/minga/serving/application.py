@@ -11,7 +11,6 @@ swaps what is loaded already. A replica that starts later, or again, loads what 
 """
 
 import asyncio
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -34,6 +33,7 @@ from minga.inference.limits import Limits
 from minga.inference.monitor.observer import Observer
 from minga.inference.open_files import allow_open_files
 from minga.inference.repository import ModelRepository
+from minga.inference.settling import settle
 from minga.inference.tally import Tally
 from minga.serving.config import MonitorConfig
 from minga.serving.counting import ReplicaCounts
@@ -186,7 +186,7 @@ class InferenceReplica:
         if is_new and self._service.limits.model_control:
             await self._do_as_the_others()
         if not self._front.is_started:
-            gc.freeze()  # what is loaded stays; looking through it again costs requests their time
+            settle()
             await self._front.start()
             if self._metrics is not None:
                 self._metrics.start()

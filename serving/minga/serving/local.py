@@ -5,7 +5,6 @@ the registry, MLflow's client, takes more than that again. A Ray host takes abou
 """
 
 import asyncio
-import gc
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -19,6 +18,7 @@ from minga.inference.grpc_server import GrpcServer
 from minga.inference.repository import ModelRepository
 from minga.inference.server import Server
 from minga.inference.service import InferenceService
+from minga.inference.settling import settle
 from minga.serving.config import ServingConfig
 from minga.serving.counting import ReplicaCounts
 from minga.serving.monitoring import observing
@@ -75,7 +75,7 @@ async def serve_locally(
         if config.grpc_port is not None:
             server = GrpcServer(app.service, host=config.host, port=config.grpc_port, tls=tls)
             grpc_url = (await stack.enter_async_context(server)).url
-        gc.freeze()  # what is loaded stays; looking through it again costs requests their time
+        settle()
         on_ready(http.url, grpc_url)
         record = _record(tracking_uri, http.url) if tracking_uri else None
         note = record.note if record else None

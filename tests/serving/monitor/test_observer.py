@@ -157,6 +157,41 @@ def test_too_many_rows_are_thinned_out(model, tmp_path, monkeypatch):
     assert (observer.observed.rows, observer.observed.skipped) == (1000, 3000)
 
 
+def test_a_busy_version_is_thinned_before_the_queue(model, tmp_path, monkeypatch):
+    """After a look at too much a part is queued, with an id always; when it is calm again, all."""
+    monkeypatch.setattr(observing, "MAX_CELLS", 400)  # 100 rows
+    table = rows(1, 1)
+    ask = {"input": table}, {"output": logits(table)}
+    with Keeper(tmp_path) as keeper:
+        observer = Observer(keeper)
+        observed = observer.observed
+        for counted in (100, 200, 300):  # the first from the queue of 500, the others thinned to it
+            for _ in range(500):
+                observer.observe(model, *ask, None)
+            observer.flush()
+            assert (observed.rows, observed.skipped) == (counted, 4 * counted)
+        for number in range(60):
+            observer.observe(model, *ask, f"r{number}")
+        observer.flush()
+        assert (observed.rows, observed.skipped) == (360, 1200)
+        for _ in range(100):  # few enough again
+            observer.observe(model, *ask, None)
+        observer.flush()
+        assert (observed.rows, observed.skipped) == (460, 1200)
+        for _ in range(500):
+            observer.observe(model, *ask, None)
+        observer.flush()
+        assert (observed.rows, observed.skipped) == (560, 1600)
+        for _ in range(4):
+            observer.observe(model, *ask, None)
+        observer.flush()  # none of these was the fifth: they are told, and the next are all queued
+        assert (observed.rows, observed.skipped) == (560, 1604)
+        observer.observe(model, *ask, None)
+        observer.flush()
+        assert (observed.rows, observed.skipped) == (561, 1604)
+    assert num_predictions(tmp_path) == 60
+
+
 def test_one_request_does_not_fill_the_store(model, tmp_path, monkeypatch):
     """Of a request with an id and any number of rows no more answers are kept than of many."""
     monkeypatch.setattr(observing, "MAX_PREDICTIONS", 50)

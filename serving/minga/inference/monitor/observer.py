@@ -3,18 +3,21 @@
 The event loop appends to a queue of bounded bytes and never waits: what does not fit is dropped
 and counted. A thread looks each `flush_s`, joins the rows of each version into one table, counts
 them into a sketch and hands that to a sink. It looks at `MAX_CELLS` values of a version each time
-at most; of more it takes every second, third, ... row, and counts the others as not looked at. So
-the cost is bounded however many requests come, and windows see rows from the whole time.
+at most; of more it takes every second, third, ... row, and counts the others as not looked at. Of
+a version that got more the last time, only each second, third, ... request without an id is queued
+in the first place. So the cost is bounded however many requests come, and windows see rows from the
+whole time.
 
 An error of the monitor is logged once and never reaches a caller. Sketches that the sink does not
 take are kept and added to the next ones.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -31,7 +34,7 @@ from minga.inference.tensors import Array
 
 MAX_PENDING_BYTES: Final = 16 * 1024 * 1024
 MAX_PENDING_REQUESTS: Final = 50_000
-MAX_CELLS: Final = 250_000
+MAX_CELLS: Final = 100_000
 """How many values of one version are looked at between two flushes."""
 
 MAX_PREDICTIONS: Final = 20_000
@@ -56,6 +59,37 @@ class _Seen:
     outputs: Mapping[str, Array]
     id: str | None
     size: int
+
+
+@dataclass(slots=True)
+class _Thinning:
+    """What is not even queued of a version that gets more requests than are looked at.
+
+    Attributes:
+        every: of so many requests one is queued; the observer's thread sets it.
+        turn: requests so far, queued or not; this and the next are the event loop's.
+        passed: rows of those that were not.
+        told: of these, how many the observer's thread has counted.
+    """
+
+    every: int = 1
+    turn: int = 0
+    passed: int = 0
+    told: int = 0
+
+    def passes_over(self, inputs: Mapping[str, Array]) -> bool:
+        """Say whether a request is left out, and count it."""
+        self.turn += 1
+        if not self.turn % self.every:
+            return False
+        self.passed += len(next(iter(inputs.values())))
+        return True
+
+    def newly_passed(self) -> int:
+        """Give the rows that were left out since this was asked last."""
+        new = self.passed - self.told
+        self.told += new
+        return new
 
 
 @dataclass(slots=True)
@@ -104,6 +138,7 @@ class Observer:
         self._queue: deque[_Seen] = deque()
         # Each counter has one writer: adding to one number from two threads would lose some.
         self._put_bytes = self._taken_bytes = 0
+        self._thinnings: dict[OnnxModel, _Thinning] = {}
         self._traffic: dict[tuple[str, str], Traffic] = {}
         self._told_at = 0.0
         self._is_complaining = False
@@ -142,6 +177,9 @@ class Observer:
         """
         if model.reference is None:
             return
+        thinning = self._thinnings.get(model)
+        if thinning and request_id is None and thinning.passes_over(inputs):
+            return
         size = sum(array.nbytes for array in inputs.values())
         pending = self._put_bytes - self._taken_bytes
         if pending + size > self._max_pending_bytes or len(self._queue) >= MAX_PENDING_REQUESTS:
@@ -163,6 +201,7 @@ class Observer:
             except Exception:  # noqa: BLE001 - whatever a request holds, the thread goes on
                 self.observed.failed += len(requests)
                 self._complain("requests of model %s cannot be counted", model.ref)
+        self._forget_quiet(by_model)
         now = self._clock()
         if not self._traffic and now - self._told_at < IDLE_S:
             return
@@ -196,22 +235,39 @@ class Observer:
         reference = model.reference
         assert reference is not None, "observe has looked"
         input_name, output_name = model.inputs[0].name, model.outputs[0].name
-        rows = sum(len(one.inputs[input_name]) for one in requests)
-        cells = sum(one.inputs[input_name].size for one in requests)
-        step = -(-cells // MAX_CELLS)
+        lengths = np.array([len(one.inputs[input_name]) for one in requests])
+        cells_of_row = math.prod(requests[0].inputs[input_name].shape[1:])
+        queued = int(lengths.sum())
+        rows = queued + self._thin(model, queued, cells_of_row)
+        step = -(-queued * cells_of_row // MAX_CELLS)
         sketch = Sketch(reference)
         # A caller may have asked for other outputs only.
-        for has_output, part in _parted(requests, lambda one: output_name in one.outputs):
-            inputs = _joined([one.inputs[input_name] for one in part], step)
-            outputs = (
-                _joined([one.outputs[output_name] for one in part], step) if has_output else None
-            )
-            sketch.add(inputs, outputs)
+        for has_output, part in _parted(_thinned(requests, lengths, step), output_name):
+            inputs = np.concatenate([one.inputs[input_name][rows] for one, rows in part])
+            outputs = None
             if has_output:
-                self._keep_predictions(model, reference, part, output_name)
+                outputs = np.concatenate([one.outputs[output_name][rows] for one, rows in part])
+            sketch.add(inputs, outputs)
+        self._keep_predictions(model, reference, requests, output_name)
         self._of(model, reference).sketch.merge(sketch)
         self.observed.rows += sketch.rows
         self.observed.skipped += rows - sketch.rows
+
+    def _thin(self, model: OnnxModel, queued: int, cells_of_row: int) -> int:
+        """Give the rows that were not queued, and choose how many are to be from now on."""
+        thinning = self._thinnings.get(model)
+        passed = thinning.newly_passed() if thinning else 0
+        every = max(1, -(-(queued + passed) * cells_of_row // MAX_CELLS))
+        if thinning:
+            thinning.every = every
+        elif every > 1:
+            self._thinnings[model] = _Thinning(every=every)
+        return passed
+
+    def _forget_quiet(self, asked: Container[OnnxModel]) -> None:
+        """Queue all requests again of versions that got hardly any, or are not served any more."""
+        for model in [model for model in self._thinnings if model not in asked]:
+            self.observed.skipped += self._thinnings.pop(model).newly_passed()
 
     def _of(self, model: OnnxModel, reference: Reference) -> Traffic:
         key = (model.ref.name, model.ref.version)
@@ -235,6 +291,8 @@ class Observer:
             left = MAX_PREDICTIONS - len(kept)
             if one.id is None or len(one.id) > MAX_ID_LENGTH or left <= 0:
                 continue
+            if output not in one.outputs:
+                continue
             # A request has as many rows as its caller likes.
             scores, classes = scores_of(reference.answers.kind, one.outputs[output][:left])
             answers = scores if classes is None else classes
@@ -247,16 +305,25 @@ class Observer:
                     )
 
 
+def _thinned(requests: Sequence[_Seen], lengths: Array, step: int) -> Sequence[tuple[_Seen, slice]]:
+    """Take each `step`-th of all rows in a line; gives the requests they are in, and where.
+
+    Args:
+        requests: in the order of their rows.
+        lengths: rows of each.
+        step: 1 or more.
+    """
+    if step <= 1:
+        return [(one, slice(None)) for one in requests]
+    firsts = (lengths - np.cumsum(lengths)) % step
+    taken = np.flatnonzero(firsts < lengths).tolist()
+    return [(requests[place], slice(int(firsts[place]), None, step)) for place in taken]
+
+
 def _parted(
-    requests: Iterable[_Seen], is_first: Callable[[_Seen], bool]
-) -> Iterable[tuple[bool, list[_Seen]]]:
-    parts: dict[bool, list[_Seen]] = {True: [], False: []}
-    for one in requests:
-        parts[is_first(one)].append(one)
-    return ((is_it, part) for is_it, part in parts.items() if part)
-
-
-def _joined(arrays: Sequence[Array], step: int) -> Array:
-    """Join arrays of rows, leaving out all but each `step`-th row."""
-    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return joined[::step] if step > 1 else joined
+    part: Iterable[tuple[_Seen, slice]], output: str
+) -> Iterable[tuple[bool, list[tuple[_Seen, slice]]]]:
+    parts: dict[bool, list[tuple[_Seen, slice]]] = {True: [], False: []}
+    for one, rows in part:
+        parts[output in one.outputs].append((one, rows))
+    return ((has_output, part) for has_output, part in parts.items() if part)
