@@ -1,25 +1,26 @@
 """Points at which a coordinator and its devices are killed, and a fleet that goes through them."""
 
 import asyncio
-import logging
 import random
+import re
 import shutil
 from collections import Counter
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 from minga.federation import audit
 from minga.federation.certificates import load_certificate
 from minga.federation.coordinator.audit_log import Kind, read_log
 from minga.federation.coordinator.campaign import Campaign
 from minga.federation.coordinator.store import DATABASE_FILE, Store
+from minga.federation.device.enrolment import CoordinatorAddress
 from minga.federation.v1 import federation_pb2 as pb
 from tests.federation.exact import WEIGHTS, assert_exact, exact_options, exact_plan
 from tests.federation.fleet import PATIENCE_S, toy_model
-from tests.federation.process_fleet import ProcessFleet
+from tests.federation.process_fleet import DEVICE_LOG, ProcessFleet, start_device_process
 from tests.federation.proxy import Proxy
 
 STAGES = {
@@ -78,55 +79,61 @@ def points_of(seed: int, count: int) -> list[Point]:
 
 # --- what devices were told ---
 
-_device: ContextVar[tuple["Ledger", str]] = ContextVar("device")
+_TOLD = re.compile(r" round (\S+): (counted|committed|aborted) .*\n")
 
 
-class Ledger(logging.Handler):
-    """Notes how each device of a fleet says that its rounds ended, from the log that it writes."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.told: dict[tuple[str, str], str] = {}
-        """(device, round) -> `counted`, `committed` without it, or `aborted`."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take down a line."""
-        if record.msg == "round %s: %s %s" and isinstance(record.args, tuple):
-            round_id, result, _ = record.args
-            ledger, name = _device.get()
-            if ledger is not self:
-                return
-            key = (name, str(round_id))
-            assert self.told.setdefault(key, str(result)) == result, f"{key} was told two things"
+def told(log: Path) -> dict[str, str]:
+    """Read how rounds ended from a device's log: `counted`, `committed` without it, `aborted`."""
+    found: dict[str, str] = {}
+    for round_id, result in _TOLD.findall(log.read_text()):
+        assert found.setdefault(round_id, result) == result, f"{round_id} ended twice in {log}"
+    return found
 
 
 # --- going through them ---
 
 
 class ChaosFleet(ProcessFleet):
-    """A coordinator process behind a slow link, five devices, and what became of them."""
+    """Processes: a coordinator behind a slow link, and five devices."""
 
     def __init__(self, folder: Path, proxy: Proxy) -> None:
         super().__init__(folder)
         self.proxy = proxy
-        self.ledger = Ledger()
+        self.devices: dict[str, asyncio.subprocess.Process] = {}
         self.lost_memory: set[tuple[str, str]] = set()
         """(device, round): the device was killed and may not know how that round ended."""
         self.hits: Counter[str] = Counter()
 
-    async def open(self) -> None:
-        """Add the devices."""
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
         self.proxy.port = self.ports["port"]
-        for name in WEIGHTS:
-            await self.enrol(name)
-            self.run_device(name)
+        return self
 
-    def run_device(self, name: str) -> None:
-        """Run a device behind the proxy; what it logs is noted under its name."""
-        token = _device.set((self.ledger, name))
+    async def __aexit__(self, *why: object) -> None:
+        for name in self.devices:
+            await self.kill_device(name)
+        await super().__aexit__(*why)
+
+    async def open(self) -> None:
+        """Add the devices, which dial the proxy."""
+        for name in WEIGHTS:
+            folder = await self.enrol(name)
+            CoordinatorAddress(
+                enrol_address=self.enrol_address, device_address=self.proxy.address
+            ).save(folder)
+            await self.run_device(name)
+
+    async def run_device(self, name: str) -> None:
+        """Start a device's process."""
         options = exact_options(name, delay_s=TRAINING_S)
-        self.start_device(name, options, address=self.proxy.address)
-        _device.reset(token)
+        self.devices[name] = await start_device_process(self.folder / name, options)
+
+    async def kill_device(self, name: str) -> None:
+        """Kill a device's process: nothing of it runs any more, and its child ends too."""
+        process = self.devices[name]
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
     async def strike(self, campaign_id: str, point: Point) -> str:
         """Kill at a point, and start all again; tells where the round was."""
@@ -135,11 +142,11 @@ class ChaosFleet(ProcessFleet):
         await self.stop_coordinator()
         campaign = self.stored(campaign_id)
         if point.victim:
-            await self.stop_device(point.victim)
+            await self.kill_device(point.victim)
             rounds = [record.round_id for record in campaign.records[-1:]]
             rounds += [campaign.open_round.order.round_id] if campaign.open_round else []
             self.lost_memory |= {(point.victim, round_id) for round_id in rounds}
-            self.run_device(point.victim)
+            await self.run_device(point.victim)
         await self.start_coordinator()
         where = "between rounds"
         if campaign.open_round is not None:
@@ -177,8 +184,7 @@ class ChaosFleet(ProcessFleet):
                 while self.missing(campaign):
                     await asyncio.sleep(0.01)
         assert not self.missing(campaign), "these devices count and were not told so"
-        told = {key for key, result in self.ledger.told.items() if result == "counted"}
-        assert told <= self.counted(campaign), "these devices were told so and do not count"
+        assert self.told() <= self.counted(campaign), "these were told so and do not count"
         folder = self.folder / "coordinator"
         records = list(read_log(folder / DATABASE_FILE))
         audit.verify(records, load_certificate(folder / "operator" / "ca.pem"))
@@ -197,5 +203,13 @@ class ChaosFleet(ProcessFleet):
 
     def missing(self, campaign: pb.Campaign) -> set[tuple[str, str]]:
         """Give (device, round) that count and were not told so, though the device knew of it."""
-        told = {key for key, result in self.ledger.told.items() if result == "counted"}
-        return self.counted(campaign) - self.lost_memory - told
+        return self.counted(campaign) - self.lost_memory - self.told()
+
+    def told(self) -> set[tuple[str, str]]:
+        """Give (device, round) of all that were told that they count."""
+        return {
+            (name, round_id)
+            for name in WEIGHTS
+            for round_id, result in told(self.folder / name / DEVICE_LOG).items()
+            if result == "counted"
+        }

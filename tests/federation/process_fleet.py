@@ -1,16 +1,40 @@
-"""A fleet whose coordinator is a process of its own, as an operator runs it."""
+"""Coordinators and devices that are processes of their own, as operators and sites run them."""
 
 import asyncio
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from minga.federation.device.enrolment import CoordinatorAddress
 from minga.federation.errors import IdentityError, UnreachableError
 from minga.federation.operator import connect
-from tests.federation.fleet import PATIENCE_S, Fleet
+from minga.federation.trainer import Scalar
+from tests.federation.fleet import PATIENCE_S, TRAINERS, Fleet, add_to_path
 
 _ASK_AGAIN_S = 0.02
+
+DEVICE_LOG = "device.log"
+"""In a device's folder: what its processes wrote, one after the other."""
+
+
+async def start_device_process(
+    folder: Path, options: Mapping[str, Scalar]
+) -> asyncio.subprocess.Process:
+    """Run an enrolled device.
+
+    Args:
+        folder: its identity folder.
+        options: what its constant trainer is made with.
+    """
+    add_to_path(TRAINERS)
+    command = ["device", "run", "--folder", folder, "--port", "0"]
+    flags = [f"--option.{key}={value}" for key, value in options.items()]
+    trainer = ["--trainer", "constant_trainer:make", *flags]
+    with (folder / DEVICE_LOG).open("a") as log:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "minga.cli", *command, *trainer), stderr=log, stdout=log
+        )
 
 
 class ProcessFleet(Fleet):

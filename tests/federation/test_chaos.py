@@ -6,7 +6,6 @@ machine repeat anything, with the seed in the test's name and the same number of
 """
 
 import asyncio
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -26,12 +25,10 @@ MAX_POINTS = 100
 
 async def test_killed_at_many_points(
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
     pytestconfig: pytest.Config,
     chaos_seed: int,
 ) -> None:
     """All rounds end with exact sums, each device in them once and told so, by themselves."""
-    caplog.set_level(logging.INFO, "minga.federation.device.agent")
     count = pytestconfig.getoption("chaos_points")
     points = points_of(chaos_seed, count)
     share = min(-(-count // FLEETS), MAX_POINTS)
@@ -64,13 +61,10 @@ def renumbered(points: list[Point]) -> list[Point]:
 async def go_through(folder: Path, points: list[Point], hits: Counter[str]) -> None:
     """Take one fleet through its points."""
     folder.mkdir()
-    logger = logging.getLogger("minga.federation.device.agent")
     async with open_proxy(0, latency_s=LATENCY_S) as proxy, ChaosFleet(folder, proxy) as fleet:
-        logger.addHandler(fleet.ledger)
         try:
             await fleet.open()
             campaign = await fleet.go_through(points)
             await fleet.assert_sound(campaign)
         finally:
-            logger.removeHandler(fleet.ledger)
             hits.update(fleet.hits)

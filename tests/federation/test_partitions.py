@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ from tests.federation.exact import (
     exact_options,
     exact_plan,
 )
-from tests.federation.fleet import PATIENCE_S, TRAINERS, Fleet, add_to_path, toy_model
+from tests.federation.fleet import PATIENCE_S, Fleet, toy_model
+from tests.federation.process_fleet import start_device_process
 from tests.federation.proxy import Proxy, open_proxy
 
 pytestmark = pytest.mark.slow
@@ -165,19 +165,6 @@ async def test_link_stays_broken_too_long(tmp_path: Path, kind: str) -> None:
 # --- processes ---
 
 
-async def start_process(folder: Path, name: str, delay_s: float) -> asyncio.subprocess.Process:
-    """Run an enrolled device as a process of its own, as an edge node does."""
-    add_to_path(TRAINERS)
-    options = exact_options(name, delay_s=delay_s)
-    flags = [f"--option.{key}={value}" for key, value in options.items()]
-    command = ["device", "run", "--folder", folder, "--port", "0"]
-    trainer = ["--trainer", "constant_trainer:make", *flags]
-    with (folder / "device.log").open("a") as log:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "minga.cli", *command, *trainer), stderr=log, stdout=log
-        )
-
-
 async def trainer_of(process: asyncio.subprocess.Process) -> psutil.Process:
     """Wait until a device's process trains in a child."""
     agent = psutil.Process(process.pid)
@@ -192,7 +179,7 @@ async def test_device_process_killed_while_training(tmp_path: Path) -> None:
     name = NAMES[-1]
     async with Fleet(tmp_path, reconnect_grace_s=60.0) as fleet:
         folder = await fleet.enrol(name)
-        process = await start_process(folder, name, delay_s=600.0)
+        process = await start_device_process(folder, exact_options(name, delay_s=600.0))
         try:
             for other in set(NAMES) - {name}:
                 await fleet.add(other, exact_options(other))
@@ -201,7 +188,7 @@ async def test_device_process_killed_while_training(tmp_path: Path) -> None:
             child = await trainer_of(process)
             process.kill()
             await process.wait()
-            process = await start_process(folder, name, delay_s=0.0)
+            process = await start_device_process(folder, exact_options(name))
             campaign = await fleet.finish(campaign_id)
             await assert_exact(fleet, campaign)
             reason = "the device has no secrets of this round"
