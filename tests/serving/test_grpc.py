@@ -1,5 +1,6 @@
 """gRPC: every method, every datatype, raw and typed, and a clear status for everything else."""
 
+import asyncio
 import contextlib
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from minga.inference.protocol import InferRequest, RequestedOutput
 from minga.inference.repository import ModelRepository
 from minga.inference.server import listen
 from minga.inference.v2 import open_inference_pb2 as pb
+from tests.federation.proxy import open_proxy
 
 ROWS = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 SERVICE = "/inference.GRPCInferenceService/"
@@ -431,6 +433,19 @@ def test_our_client_over_grpc(make_app, models, serve):
         "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, 3]}],
     }
     assert refused.value.status == 404
+
+
+async def test_our_client_dials_again_in_time(make_app, models, serve):
+    """Whom a dying server resets gets an answer from the next one, within the usual retries."""
+    app = make_app(scaling=models["scaling"](2))
+    with serve(app, grpc=True) as url:
+        async with open_proxy(int(url.rpartition(":")[2])) as proxy:
+            proxy.cut()
+            with GrpcClient(f"grpc://{proxy.address}") as client:
+                asked = asyncio.create_task(asyncio.to_thread(client.models))
+                await asyncio.sleep(0.1)
+                proxy.heal()
+                assert await asked == ("scaling",)
 
 
 def test_our_client_without_a_server():

@@ -36,6 +36,8 @@ from minga.inference.v2 import open_inference_pb2 as pb
 _TIMEOUT_S: Final = 30.0
 _HTTP_STATUSES: Final = {code: status for status, code in STATUSES.items()}
 _RETRIES: Final = 3
+_FIRST_BACKOFF_MS: Final = 50
+_MAX_BACKOFF_MS: Final = 5000
 
 
 class GrpcClient:
@@ -71,6 +73,9 @@ class GrpcClient:
             # A proxy from the environment speaks HTTP/1.1, and knows no loopback.
             ("grpc.enable_http_proxy", 0),
             ("grpc.service_config", json.dumps(_service_config(retries))),
+            # By default gRPC dials again after a second, by when all retries have failed.
+            ("grpc.initial_reconnect_backoff_ms", _FIRST_BACKOFF_MS),
+            ("grpc.max_reconnect_backoff_ms", _MAX_BACKOFF_MS),
         ]
         self._channel = (
             grpc.secure_channel(target, shown.channel_credentials(), options)
@@ -217,7 +222,7 @@ def _service_config(retries: int) -> dict[str, Any]:
         return {}
     policy = {
         "maxAttempts": retries + 1,
-        "initialBackoff": "0.05s",
+        "initialBackoff": f"{_FIRST_BACKOFF_MS / 1000}s",
         "maxBackoff": "1s",
         "backoffMultiplier": 3,
         "retryableStatusCodes": ["UNAVAILABLE"],
