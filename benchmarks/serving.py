@@ -85,7 +85,7 @@ print(json.dumps(best))
 
 WARM_UP_S: Final = 1
 MAX_BATCH: Final = 64
-BATCH_SIZES: Final = (1, 16, 32, 64, 128)
+BATCH_SIZES: Final = (1, 16, 32, 64, 128, 256)
 OURS: Final = {"minga": "local", "minga on Ray": "ray"}
 """What targets call them."""
 LIMITS: Final = {"json": "bare starlette", "binary": "bare starlette", "grpc": "bare grpc.aio"}
@@ -253,13 +253,12 @@ def targets_of(cases: Sequence[Mapping[str, Any]]) -> list[Target]:
 def big_goals(found: Mapping[tuple[str, str, int], Run], limit_rows_per_s: float) -> Goals:
     """Compare our throughput, where callers are many, with onnxruntime's own at its best batch."""
     return {
-        f"big_{ours_is}_{wire}_to_onnxruntime": (
-            found[name, wire, MAX_BATCH].requests_per_s / limit_rows_per_s,
+        f"big_{OURS[name]}_{wire}_to_onnxruntime_{num_callers}_callers": (
+            run.requests_per_s / limit_rows_per_s,
             ">=0.95",
         )
-        for name, ours_is in OURS.items()
-        for wire in WIRES
-        if (name, wire, MAX_BATCH) in found
+        for (name, wire, num_callers), run in found.items()
+        if name in OURS and num_callers >= MAX_BATCH
     }
 
 

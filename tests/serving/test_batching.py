@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,8 +23,11 @@ class Gate(ThreadPoolExecutor):
         super().__init__(num_threads)
         self.opened = threading.Event()
         self.opened.set()
+        self.num_submitted = 0
 
     def submit(self, function, /, *arguments):
+        self.num_submitted += 1
+
         def passing():
             self.opened.wait(10)
             return function(*arguments)
@@ -89,6 +93,48 @@ async def test_what_waits_is_computed_together(gate, load, models):
     gate.opened.set()
     assert await values(tasks) == [2 * value for value in range(20)]
     assert sizes(model) == {1: 1, 3: 1, 8: 2}
+
+
+async def test_half_is_computed_while_others_are_answered(gate, load, models):
+    """Where answering takes long, half of who is here, and before the others are answered."""
+    model = load(models["deep"](width=512, layers=400), "deep")
+    batcher = Batcher(gate, num_threads=1, max_rows=100)
+    submitted_when_answered = []
+
+    async def ask() -> None:
+        await batcher.run(model, row(1, columns=512), ())
+        submitted_when_answered.append(gate.num_submitted)
+        time.sleep(0.02)  # the event loop is busy
+
+    await ask()
+    gate.opened.clear()
+    tasks = [asyncio.create_task(ask()) for _ in range(21)]
+    await asyncio.sleep(0)
+    gate.opened.set()
+    await asyncio.gather(*tasks)
+    assert sizes(model) == {1: 2, 11: 1, 9: 1}
+    assert submitted_when_answered == [1, 3] + 20 * [4]
+
+
+@pytest.mark.parametrize(
+    ("least_s", "whole_s", "answers_s", "halves"),
+    [
+        (0.003, 0.018, 0.006, True),  # 6 ms to answer 64, and about as many to ask again
+        (0.003, 0.018, 0.001, False),  # all are back before it pays
+        (0.050, 0.055, 0.006, False),  # one run of 64 takes hardly longer than one of 32
+        (0.0001, 0.001, 0.006, False),  # it is over before anybody could ask again
+    ],
+)
+def test_halves_where_they_pay(least_s, whole_s, answers_s, halves):
+    """Two runs instead of one cost what the shortest takes, and gain the time around answers."""
+    pace = Pace(row_s=0.001, max_rows=128, target_s=None)
+    pace.note(1, least_s)
+    for _ in range(30):
+        pace.note(64, whole_s)
+        pace.note_answers(64, answers_s)
+    assert pace.overlaps is halves
+    pace.waiting_rows = 30
+    assert pace.next_rows() == (47 if halves else 128)
 
 
 async def test_requests_keep_their_rows_and_outputs(gate, load, models):

@@ -10,6 +10,10 @@ So a lone caller waits for nobody, and a crowd is served in batches as large as 
   fit. A request with more rows than a batch may have runs alone when its turn comes.
 - Only requests whose tensors agree in all but their rows are joined, and only of models whose
   rows do not depend on each other (`OnnxModel.is_rowwise`).
+- Where callers take longer to be answered and to ask again than it costs to compute in two runs
+  what one could (`Pace.overlaps`), a batch has at most half of the rows that are here, and starts
+  before the answers of the one before it are handed out: one half is computed while the other is
+  answered. Were all in one batch, the thread would idle while they ask again.
 - With an objective for the time of a request, batches stay small enough to be done in half of it,
   so that one that just missed a batch is in time with the next. A request that would be late all
   the same is refused at once, and one that has become late is not computed: work that nobody
@@ -68,6 +72,7 @@ class _Batch:
 
     model: OnnxModel
     requests: list[_Waiting]
+    rows: int
 
 
 class Batcher:
@@ -125,6 +130,7 @@ class Batcher:
             inputs=inputs, outputs=names, rows=rows, cost_s=cost_s, result=loop.create_future()
         )
         self._waiting_s += cost_s
+        pace.waiting_rows += rows
         shapes = tuple(inputs[spec.name].shape[1:] for spec in model.inputs)
         self._queues.setdefault((model, shapes), deque()).append(waiting)
         self._start_idle()
@@ -165,12 +171,14 @@ class Batcher:
         while self._queues:
             key, queue = self._queues.popitem(last=False)
             model = key[0]
-            limit = self._paces[model].max_rows if model.is_rowwise else -1
+            pace = self._paces[model]
+            limit = pace.next_rows() if model.is_rowwise else -1
             requests: list[_Waiting] = []
             rows = 0
             while queue and (not requests or rows + queue[0].rows <= limit):
                 request = queue.popleft()
                 self._waiting_s -= request.cost_s
+                pace.waiting_rows -= request.rows
                 if self._is_late(request):
                     self._refuse(request)
                 elif not request.result.done():  # else its caller has left
@@ -179,7 +187,7 @@ class Batcher:
             if queue:
                 self._queues[key] = queue
             if requests:
-                return _Batch(model=model, requests=requests)
+                return _Batch(model=model, requests=requests, rows=rows)
         self._waiting_s = 0.0  # what rounding left
         return None
 
@@ -196,28 +204,39 @@ class Batcher:
     def _finish(self, batch: _Batch, done: asyncio.Future["_Outcome"]) -> None:
         """Hand out what a thread has computed, and give the thread its next batch.
 
-        That is made after those who get their answers now have had their turn: who asks again at
-        once then joins it, instead of waiting for it to end.
+        Usually that is made when those who get their answers now have had their turn: who asks
+        again at once then joins it, instead of waiting for it to end.
         """
         del self._ends[id(batch)]
+        pace = self._paces[batch.model]
+        if done.exception() is None:
+            for execution, num_requests in done.result().executions:
+                pace.note(execution.rows, execution.total_s)
+                batch.model.statistics.executed(execution, num_requests=num_requests)
+        overlaps = bool(self._queues) and pace.overlaps
+        if overlaps:
+            self._take_back()
+        answered = partial(self._answered, batch, time.perf_counter(), takes_back=not overlaps)
         try:
             self._hand_out(batch, done)
         finally:
-            asyncio.get_running_loop().call_soon(self._take_back)
+            asyncio.get_running_loop().call_soon(answered)
 
     def _hand_out(self, batch: _Batch, done: asyncio.Future["_Outcome"]) -> None:
         error = done.exception()
         if error is None:
             outcome = done.result()
-            pace = self._paces[batch.model]
-            for execution, num_requests in outcome.executions:
-                pace.note(execution.rows, execution.total_s)
-                batch.model.statistics.executed(execution, num_requests=num_requests)
             for request, answer in zip(batch.requests, outcome.answers, strict=True):
                 _settle(request, answer, queue_s=outcome.began - request.since)
         else:
             for request in batch.requests:
                 _settle(request, error, queue_s=0)
+
+    def _answered(self, batch: _Batch, since: float, *, takes_back: bool) -> None:
+        """Go on after all who got answers now have had their turn."""
+        self._paces[batch.model].note_answers(batch.rows, time.perf_counter() - since)
+        if takes_back:
+            self._take_back()
 
     def _take_back(self) -> None:
         self._num_idle += 1

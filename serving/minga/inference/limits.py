@@ -25,6 +25,6 @@ class Limits:
     max_pending_bytes: int = 256 * 1024 * 1024
     body_timeout_s: float = 60.0
     num_threads: int = os.cpu_count() or 1
-    max_batch_rows: int = 64
+    max_batch_rows: int = 128
     objective_s: float | None = None
     model_control: bool = False

@@ -4,9 +4,14 @@ import gc
 import sys
 from typing import Final
 
-SWITCH_S: Final = 5e-4
-"""How long a thread may keep the event loop from running: a tenth of Python's default, which the
-monitor's thread would take each time that the loop reads or writes, for some ms of every second."""
+SWITCH_S: Final = 2e-5
+"""How long one thread of Python keeps another from running, 5 ms by default.
+
+A thread that has waited so long asks for its turn. Whoever calls the operating system lets go for a
+moment, which wakes the one who waits and starts its waiting anew (`take_gil` in CPython's
+`ceval_gil`). So an event loop that writes answers every 50 us would keep the thread that computes
+from starting until all are written, unless that thread asks sooner.
+"""
 
 
 def settle() -> None:

@@ -175,7 +175,7 @@ class ServingConfig(BaseModel):
     max_body_mb: float = Field(32.0, gt=0)
     """The longest request body, before and after decompression."""
 
-    max_batch_rows: int = Field(64, ge=1)
+    max_batch_rows: int = Field(128, ge=1)
     """Rows of requests that wait at the same time are computed together, up to this many; 1 lets
     each request compute alone."""
 
